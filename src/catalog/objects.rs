@@ -1,0 +1,314 @@
+//! The objects of the catalogue.
+//!
+//! Invariants: `request` is what the caller asked for and never changes (a repeated call is compared with it);
+//! `spec` is what is wanted now; `status` is what the replica has confirmed.
+
+use super::Object;
+use crate::volume::{GroupSnapshotId, SnapshotId, VolumeId, VolumeSize};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+/// A node of the cluster, by the name that its kubelet (or the operator) gave it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct NodeName(pub String);
+
+impl fmt::Display for NodeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Filesystems that Tandem makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FsType {
+    /// ext4, the default.
+    Ext4,
+    /// XFS.
+    Xfs,
+}
+
+impl FsType {
+    /// As in a StorageClass and in mount(8).
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+    /// `None` for a filesystem that Tandem does not make.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "ext4" => Some(Self::Ext4),
+            "xfs" => Some(Self::Xfs),
+            _ => None,
+        }
+    }
+}
+
+/// How the content of a volume is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Access {
+    /// A device.
+    Block,
+    /// A filesystem; `None`: the volume's default.
+    Mount(Option<FsType>),
+}
+
+/// By how many a volume may be used at once. Writers on several nodes do not exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum AccessMode {
+    /// One node writes; how many of its pods is not said.
+    SingleNodeWriter,
+    /// One node reads.
+    SingleNodeReader,
+    /// One pod writes.
+    SingleNodeSingleWriter,
+    /// Pods of one node write.
+    SingleNodeMultiWriter,
+    /// Nodes read.
+    MultiNodeReader,
+}
+
+/// A volume as a node may use it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Publication {
+    /// Nobody may write.
+    pub readonly: bool,
+    /// Device or filesystem.
+    pub access: Access,
+    /// By how many.
+    pub mode: AccessMode,
+}
+
+/// What a volume was made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Source {
+    /// A snapshot.
+    Snapshot(SnapshotId),
+    /// A volume, as it was at that moment.
+    Volume(VolumeId),
+}
+
+/// What CreateVolume asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeRequest {
+    /// The caller's name: up to 128 bytes of any script.
+    pub name: String,
+    /// What it got then.
+    pub size: VolumeSize,
+    /// Name of the pool.
+    pub pool: String,
+    /// The parameter; `None` if it was not given.
+    pub fs_type: Option<FsType>,
+    /// The parameter.
+    pub verify_reads: bool,
+    /// How it may be used.
+    pub access: BTreeSet<Access>,
+    /// What it was made from.
+    pub source: Option<Source>,
+}
+
+/// What is wanted of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeSpec {
+    /// It grows to this.
+    pub size: VolumeSize,
+    /// Check what is read from sealed layers.
+    pub verify_reads: bool,
+    /// Where it may be used.
+    pub publications: BTreeMap<NodeName, Publication>,
+    /// It shall not be.
+    pub deleted: bool,
+}
+
+/// How far a volume is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum VolumePhase {
+    /// No caller knows its id yet.
+    Creating,
+    /// It can be used.
+    Ready,
+}
+
+/// What the replica has confirmed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeStatus {
+    /// How far it is.
+    pub phase: VolumePhase,
+    /// Its size now.
+    pub size: VolumeSize,
+    /// Whether reads are checked now.
+    pub verify_reads: bool,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Volume {
+    /// Random.
+    pub id: VolumeId,
+    /// What was asked for.
+    pub request: VolumeRequest,
+    /// What is wanted.
+    pub spec: VolumeSpec,
+    /// What is.
+    pub status: VolumeStatus,
+}
+
+impl Volume {
+    /// A volume that is to be made.
+    pub fn wanted(id: VolumeId, request: VolumeRequest) -> Self {
+        let (size, verify_reads) = (request.size, request.verify_reads);
+        let spec = VolumeSpec { size, verify_reads, publications: BTreeMap::new(), deleted: false };
+        Self { id, request, spec, status: VolumeStatus { phase: VolumePhase::Creating, size, verify_reads } }
+    }
+    /// Whether a caller may know its id: it is there and shall stay.
+    pub fn is_visible(&self) -> bool {
+        self.status.phase == VolumePhase::Ready && !self.spec.deleted
+    }
+}
+
+impl Object for Volume {
+    const KIND: &'static str = "volume";
+    fn key(&self) -> String {
+        self.id.to_string()
+    }
+    fn name(&self) -> Option<&str> {
+        Some(&self.request.name)
+    }
+}
+
+/// How far a snapshot is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum SnapshotStatus {
+    /// No caller knows its id yet.
+    Creating,
+    /// It is durable.
+    #[serde(rename_all = "camelCase")]
+    Ready {
+        /// Of the volume when it was taken.
+        size: VolumeSize,
+        /// Milliseconds since 1970.
+        created_ms: u64,
+    },
+}
+
+/// A snapshot. It outlives its volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Snapshot {
+    /// Random.
+    pub id: SnapshotId,
+    /// The caller's name; members of a group have none.
+    pub name: Option<String>,
+    /// Which volume it is a snapshot of.
+    pub volume: VolumeId,
+    /// The group that it was taken with.
+    pub group: Option<GroupSnapshotId>,
+    /// It shall not be.
+    pub deleted: bool,
+    /// What is.
+    pub status: SnapshotStatus,
+}
+
+impl Object for Snapshot {
+    const KIND: &'static str = "snapshot";
+    fn key(&self) -> String {
+        self.id.to_string()
+    }
+    fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+}
+
+/// One snapshot of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GroupMember {
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// What it is a snapshot of.
+    pub volume: VolumeId,
+}
+
+/// How far a group is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum GroupStatus {
+    /// No caller knows its id yet.
+    Creating,
+    /// All members are durable.
+    #[serde(rename_all = "camelCase")]
+    Ready {
+        /// Milliseconds since 1970.
+        created_ms: u64,
+    },
+}
+
+/// Snapshots of several volumes at one point in time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GroupSnapshot {
+    /// Random.
+    pub id: GroupSnapshotId,
+    /// The caller's name.
+    pub name: String,
+    /// Ids are given out before the snapshots are taken, so that a repeated call means the same ones.
+    pub members: Vec<GroupMember>,
+    /// It shall not be.
+    pub deleted: bool,
+    /// What is.
+    pub status: GroupStatus,
+}
+
+impl Object for GroupSnapshot {
+    const KIND: &'static str = "group";
+    fn key(&self) -> String {
+        self.id.to_string()
+    }
+    fn name(&self) -> Option<&str> {
+        Some(&self.name)
+    }
+}
+
+/// What is kept beside a copy so that a lost catalogue can be rebuilt from the disks: everything that the replica does
+/// not know itself. Its encoding is JSON; unknown fields are ignored, so later versions may add some.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Descriptor {
+    /// Of a volume.
+    Volume {
+        /// What was asked for.
+        request: VolumeRequest,
+    },
+    /// Of a snapshot.
+    Snapshot {
+        /// The caller's name; members of a group have none.
+        name: Option<String>,
+        /// The group that it was taken with, whole: any member that is found is enough to know the group.
+        group: Option<Box<GroupSnapshot>>,
+    },
+}
+
+impl Descriptor {
+    /// As it is handed to the replica.
+    pub fn encode(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
+    }
+    /// `None`: no text of ours.
+    pub fn decode(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok()
+    }
+}

@@ -1,0 +1,196 @@
+//! Finds the sockets of a running installation, connects to them, and turns names into ids.
+
+use super::CliError;
+use crate::catalog::Descriptor;
+use crate::rpc::control::replica_client::ReplicaClient;
+use crate::rpc::csi::controller_client::ControllerClient;
+use crate::rpc::csi::identity_client::IdentityClient;
+use crate::rpc::csi::node_client::NodeClient;
+use crate::rpc::{control, csi};
+use crate::uds::connect;
+use std::path::{Path, PathBuf};
+use tonic::Status;
+use tonic::transport::Channel;
+
+/// Where the installation is that a command talks to.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Target {
+    /// Directory of the installation: the one that `tandem standalone` was started with.
+    #[arg(long, env = "TANDEM_DIR", default_value = "/var/lib/tandem", value_name = "DIR")]
+    dir: PathBuf,
+    /// CSI socket, if it is not DIR/csi.sock.
+    #[arg(long, env = "CSI_ENDPOINT", value_name = "unix://PATH")]
+    endpoint: Option<String>,
+}
+
+impl Target {
+    /// An installation with its default sockets.
+    pub fn of(dir: &Path) -> Self {
+        Self { dir: dir.into(), endpoint: None }
+    }
+    /// The path of a socket written as CSI writes it.
+    pub fn socket_path(endpoint: &str) -> &Path {
+        Path::new(endpoint.strip_prefix("unix://").or_else(|| endpoint.strip_prefix("unix:")).unwrap_or(endpoint))
+    }
+    async fn csi(&self) -> Result<Channel, CliError> {
+        let default = self.dir.join("csi.sock");
+        open(self.endpoint.as_deref().map_or(default.as_path(), Self::socket_path)).await
+    }
+    /// The controller service of the CSI socket.
+    pub async fn controller(&self) -> Result<ControllerClient<Channel>, CliError> {
+        Ok(ControllerClient::new(self.csi().await?))
+    }
+    /// The identity service of the CSI socket.
+    pub async fn identity(&self) -> Result<IdentityClient<Channel>, CliError> {
+        Ok(IdentityClient::new(self.csi().await?))
+    }
+    /// The node service of the CSI socket.
+    pub async fn node(&self) -> Result<NodeClient<Channel>, CliError> {
+        Ok(NodeClient::new(self.csi().await?))
+    }
+    /// The process that carries I/O.
+    pub async fn replica(&self) -> Result<ReplicaClient<Channel>, CliError> {
+        let client = ReplicaClient::new(open(&self.dir.join("replica.sock")).await?);
+        Ok(client.max_decoding_message_size(LARGEST_ANSWER))
+    }
+}
+
+/// Reason in the health of a volume that the catalogue has and the replica has not.
+pub const COPY_MISSING: &str = "CopyMissing";
+
+/// Bytes of the largest answer: 100,000 snapshots with their descriptors.
+const LARGEST_ANSWER: usize = 256 << 20;
+
+async fn open(socket: &Path) -> Result<Channel, CliError> {
+    connect(socket).await.map_err(|error| {
+        let cause = std::iter::successors(std::error::Error::source(&error), |e| e.source()).last();
+        let reason = cause.map_or_else(|| error.to_string(), ToString::to_string);
+        CliError::Unreachable { socket: socket.display().to_string(), reason }
+    })
+}
+
+/// Makes an error of a server's answer. `doing` says what was asked: "cannot delete volume data".
+pub fn refused(doing: impl Into<String>) -> impl FnOnce(Status) -> CliError {
+    move |status| {
+        let answer = if status.message().is_empty() { status.code().to_string() } else { status.message().to_string() };
+        CliError::Refused { doing: doing.into(), answer }
+    }
+}
+
+/// The name that a person gave it, from the text that the controller keeps beside each copy; empty if there is none.
+pub fn name_of(descriptor: &str) -> String {
+    match Descriptor::decode(descriptor) {
+        Some(Descriptor::Volume { request }) => request.name,
+        Some(Descriptor::Snapshot { name, .. }) => name.unwrap_or_default(),
+        None => String::new(),
+    }
+}
+
+/// Every volume that the replica has, and those that the catalogue has and whose copy is not there or cannot be opened.
+pub async fn volumes(target: &Target) -> Result<Vec<control::Volume>, CliError> {
+    let mut copies = copies(target).await?;
+    let without = |copies: &[control::Volume], id: &str| copies.iter().all(|copy| copy.volume_id != id);
+    let mut missing = catalogued(target).await;
+    missing.retain(|volume| without(&copies, &volume.volume_id));
+    if !missing.is_empty() {
+        // One that was created in between is in the second list.
+        copies = self::copies(target).await?;
+        missing.retain(|volume| without(&copies, &volume.volume_id));
+    }
+    copies.extend(missing.into_iter().map(without_copy));
+    Ok(copies)
+}
+
+async fn copies(target: &Target) -> Result<Vec<control::Volume>, CliError> {
+    let answer = target.replica().await?.list_volumes(control::ListVolumesRequest {}).await;
+    Ok(answer.map_err(refused("cannot list volumes"))?.into_inner().volumes)
+}
+
+/// The volumes of the catalogue; none while the CSI part does not answer, which `tandem status` says.
+async fn catalogued(target: &Target) -> Vec<csi::Volume> {
+    let Ok(mut controller) = target.controller().await else { return Vec::new() };
+    let answer = controller.list_volumes(csi::ListVolumesRequest::default()).await;
+    let entries = answer.map(|answer| answer.into_inner().entries).unwrap_or_default();
+    entries.into_iter().filter_map(|entry| entry.volume).collect()
+}
+
+fn without_copy(volume: csi::Volume) -> control::Volume {
+    let health = control::Health {
+        kind: control::health::Kind::Inaccessible.into(),
+        reason: COPY_MISSING.into(),
+        message: "its copy is not on this node or cannot be opened; `tandem status` says why".into(),
+    };
+    control::Volume {
+        volume_id: volume.volume_id,
+        size_bytes: u64::try_from(volume.capacity_bytes).unwrap_or(0),
+        health: vec![health],
+        ..Default::default()
+    }
+}
+
+/// The volumes that have a device, by name and device.
+pub async fn volumes_in_use(dir: &Path) -> Result<Vec<String>, CliError> {
+    let label = |v: &control::Volume| match name_of(&v.descriptor) {
+        name if name.is_empty() => format!("{} ({})", v.volume_id, v.device),
+        name => format!("{name} ({})", v.device),
+    };
+    let all = copies(&Target::of(dir)).await?;
+    Ok(all.iter().filter(|v| !v.device.is_empty()).map(label).collect())
+}
+
+/// Every snapshot that the replica has.
+pub async fn snapshots(target: &Target) -> Result<Vec<control::Snapshot>, CliError> {
+    let answer = target.replica().await?.list_snapshots(control::ListSnapshotsRequest {}).await;
+    Ok(answer.map_err(refused("cannot list snapshots"))?.into_inner().snapshots)
+}
+
+/// The volume with that id, or else the only one with that name.
+pub async fn find_volume(target: &Target, name: &str) -> Result<control::Volume, CliError> {
+    pick("volume", name, volumes(target).await?, |v| (v.volume_id.clone(), name_of(&v.descriptor)))
+}
+
+/// The snapshot with that id, or else the only one with that name.
+pub async fn find_snapshot(target: &Target, name: &str) -> Result<control::Snapshot, CliError> {
+    pick("snapshot", name, snapshots(target).await?, |s| (s.snapshot_id.clone(), name_of(&s.descriptor)))
+}
+
+fn pick<T>(kind: &'static str, name: &str, all: Vec<T>, key: impl Fn(&T) -> (String, String)) -> Result<T, CliError> {
+    let mut named = Vec::new();
+    for item in all {
+        let (id, own_name) = key(&item);
+        if id == name {
+            return Ok(item);
+        }
+        if own_name == name {
+            named.push((id, item));
+        }
+    }
+    if named.len() > 1 {
+        let ids = named.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(CliError::Ambiguous { kind, name: name.into(), ids });
+    }
+    named.pop().map(|(_, item)| item).ok_or_else(|| CliError::Unknown { kind, name: name.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_wins_over_a_name_and_two_equal_names_are_refused() {
+        let all = || vec![("1", "a"), ("2", "b"), ("3", "b"), ("b2", "1")];
+        let key = |v: &(&str, &str)| (v.0.to_string(), v.1.to_string());
+        assert_eq!(pick("volume", "1", all(), key).expect("an id").1, "a");
+        assert_eq!(pick("volume", "a", all(), key).expect("a name").0, "1");
+        let both = pick("volume", "b", all(), key).expect_err("two of them");
+        assert!(both.to_string().contains("2, 3"), "{both}");
+        assert!(matches!(pick("volume", "c", all(), key), Err(CliError::Unknown { .. })));
+    }
+
+    #[test]
+    fn endpoints_are_written_as_csi_writes_them() {
+        for text in ["unix:///a/b.sock", "unix:/a/b.sock", "/a/b.sock"] {
+            assert_eq!(Target::socket_path(text), Path::new("/a/b.sock"));
+        }
+    }
+}

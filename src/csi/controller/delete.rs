@@ -1,0 +1,101 @@
+//! DeleteVolume and DeleteSnapshot.
+//!
+//! Invariants: unknown ids of any shape are deleted already; "deleted" is written down before the replica is told, so a
+//! crash in between is finished by the next call or the sweep; what is in use stays as it was.
+
+use super::Controller;
+use crate::catalog::{Snapshot, Stored, Volume};
+use crate::csi::control::ControlError;
+use crate::csi::errors::{DeleteSnapshotError, DeleteVolumeError, Transient};
+use crate::csi::operations::Subject;
+use crate::rpc::control::{DeleteSnapshotRequest, DeleteVolumeRequest};
+use crate::volume::{SnapshotId, VolumeId};
+
+impl Controller {
+    /// The volume is not, afterwards. Its snapshots and clones live on.
+    pub async fn delete_volume(&self, id: &str) -> Result<(), DeleteVolumeError> {
+        let Ok(id) = id.parse::<VolumeId>() else { return Ok(()) };
+        let _volume = self.start(Subject::Volume(id))?;
+        match self.get::<Volume>(id).await? {
+            Some(stored) => self.erase_volume(stored).await,
+            // The catalogue may be a new one: a copy that it does not know must not stay behind.
+            None => self.erase_copy(id).await,
+        }
+    }
+
+    /// Needs the volume's operation (or that nobody knows its id).
+    pub(super) async fn erase_volume(&self, mut stored: Stored<Volume>) -> Result<(), DeleteVolumeError> {
+        let id = stored.object.id;
+        if !stored.object.spec.publications.is_empty() {
+            let nodes: Vec<_> = stored.object.spec.publications.keys().map(ToString::to_string).collect();
+            return Err(DeleteVolumeError::InUse { id, by: format!("it is published to {}", nodes.join(", ")) });
+        }
+        if !stored.object.spec.deleted {
+            stored.object.spec.deleted = true;
+            stored = self.update(stored).await?;
+        }
+        match self.erase_copy(id).await {
+            Ok(()) => Ok(self.remove(&stored).await?),
+            Err(error @ DeleteVolumeError::InUse { .. }) => {
+                stored.object.spec.deleted = false;
+                self.update(stored).await?;
+                Err(error)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn erase_copy(&self, id: VolumeId) -> Result<(), DeleteVolumeError> {
+        let request = DeleteVolumeRequest { volume_id: id.to_string() };
+        match self.control.client().delete_volume(request).await.map_err(ControlError::from) {
+            Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
+            Err(ControlError::InUse(by)) => Err(DeleteVolumeError::InUse { id, by }),
+            Err(error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::Refused(_))) => {
+                Err(Transient::Replica(error).into())
+            }
+        }
+    }
+
+    /// The snapshot is not, afterwards. Clones of it live on.
+    pub async fn delete_snapshot(&self, id: &str) -> Result<(), DeleteSnapshotError> {
+        let Ok(id) = id.parse::<SnapshotId>() else { return Ok(()) };
+        let _snapshot = self.start(Subject::Snapshot(id))?;
+        match self.get::<Snapshot>(id).await? {
+            Some(stored) => match stored.object.group {
+                Some(group) => Err(DeleteSnapshotError::Grouped { id, group }),
+                None => self.erase_snapshot(stored).await,
+            },
+            None => self.erase_sealed(id).await,
+        }
+    }
+
+    /// Needs the snapshot's operation (or that nobody knows its id).
+    pub(in crate::csi) async fn erase_snapshot(&self, mut stored: Stored<Snapshot>) -> Result<(), DeleteSnapshotError> {
+        let id = stored.object.id;
+        if !stored.object.deleted {
+            stored.object.deleted = true;
+            stored = self.update(stored).await?;
+        }
+        match self.erase_sealed(id).await {
+            Ok(()) => Ok(self.remove(&stored).await?),
+            Err(error @ DeleteSnapshotError::InUse { .. }) => {
+                stored.object.deleted = false;
+                self.update(stored).await?;
+                Err(error)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The replica forgets the snapshot.
+    pub(in crate::csi) async fn erase_sealed(&self, id: SnapshotId) -> Result<(), DeleteSnapshotError> {
+        let request = DeleteSnapshotRequest { snapshot_id: id.to_string() };
+        match self.control.client().delete_snapshot(request).await.map_err(ControlError::from) {
+            Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
+            Err(ControlError::InUse(by)) => Err(DeleteSnapshotError::InUse { id, by }),
+            Err(error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::Refused(_))) => {
+                Err(Transient::Replica(error).into())
+            }
+        }
+    }
+}

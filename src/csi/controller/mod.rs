@@ -1,0 +1,111 @@
+//! Volumes and snapshots as objects: what CSI asks for becomes an object of the catalogue first, then a call to the
+//! replica, then the object's status.
+//!
+//! ```text
+//!   request ── TryFrom ──> domain request ──> catalogue: wanted ──> replica: make it so ──> catalogue: it is so ──> response
+//!                │ InvalidArgument
+//! ```
+//! # Invariants
+//! * A process may die between any two arrows; the same call repeated goes on from there, and [`Controller::sweep`]
+//!   finishes at start what nobody repeats.
+//! * Nothing is promised to a caller before the catalogue has it on disk.
+//! * The replica is the one that counts bytes: two creations at once cannot promise the same ones.
+//! * A final error leaves nothing behind; where that cannot be made sure the answer is UNAVAILABLE and the call is repeated.
+
+mod change;
+mod create;
+mod delete;
+mod list;
+mod publish;
+mod recover;
+pub mod request;
+pub(crate) mod response;
+mod service;
+pub(crate) mod snapshot;
+mod sweep;
+
+pub use recover::{Report, recover};
+pub use request::SizeRange;
+pub use service::ControllerService;
+
+use super::control::Control;
+use super::errors::Transient;
+use super::operations::{Operation, Operations, Subject};
+use crate::catalog::{Catalog, CreateError, NodeName, Object, Stored, UpdateError};
+use crate::crash::crash_point;
+
+/// The domain behind the Controller, GroupController and SnapshotMetadata services.
+pub struct Controller {
+    pub(super) catalog: Catalog,
+    pub(super) control: Control,
+    pub(super) operations: Operations,
+    pub(super) node: NodeName,
+    max_volumes_per_node: u32,
+    publishing: publish::Publishing,
+}
+
+impl Controller {
+    /// A controller for the volumes of `node`, of which at most `max_volumes_per_node` are published at a time.
+    pub fn new(catalog: Catalog, control: Control, node: NodeName, max_volumes_per_node: u32) -> Self {
+        let (operations, publishing) = (Operations::default(), publish::Publishing::default());
+        Self { catalog, control, operations, node, max_volumes_per_node, publishing }
+    }
+
+    pub(super) fn start(&self, subject: Subject) -> Result<Operation, Transient> {
+        Ok(self.operations.start(subject)?)
+    }
+
+    pub(super) async fn get<T: Object>(&self, key: impl ToString) -> Result<Option<Stored<T>>, Transient> {
+        Ok(self.catalog.get(&key.to_string()).await?)
+    }
+
+    pub(super) async fn find<T: Object>(&self, name: &str) -> Result<Option<Stored<T>>, Transient> {
+        Ok(self.catalog.find(name).await?)
+    }
+
+    pub(super) async fn all<T: Object>(&self) -> Result<Vec<Stored<T>>, Transient> {
+        Ok(self.catalog.list().await?)
+    }
+
+    pub(super) async fn create<T: Object>(&self, object: T) -> Result<Stored<T>, Transient> {
+        crash_point("csi.create");
+        let created = self.catalog.create(object).await.map_err(|error| match error {
+            CreateError::Exists { kind, key } => Transient::Conflict(format!("{kind} {key}")),
+            CreateError::Failed(error) => error.into(),
+        });
+        crash_point("csi.created");
+        created
+    }
+
+    pub(super) async fn update<T: Object>(&self, stored: Stored<T>) -> Result<Stored<T>, Transient> {
+        crash_point("csi.update");
+        let updated = self.catalog.update(stored).await.map_err(Transient::from);
+        crash_point("csi.updated");
+        updated
+    }
+
+    pub(super) async fn remove<T: Object>(&self, stored: &Stored<T>) -> Result<(), Transient> {
+        crash_point("csi.remove");
+        let removed = self.catalog.delete(stored).await.map_err(Transient::from);
+        crash_point("csi.removed");
+        removed
+    }
+
+    /// The object as it was read, now that its operation has been started: what was read before may be old.
+    pub(super) async fn same<T: Object>(&self, stored: &Stored<T>) -> Result<(), Transient> {
+        let key = stored.object.key();
+        match self.get::<T>(&key).await? {
+            Some(now) if now.version == stored.version => Ok(()),
+            _ => Err(Transient::Conflict(format!("{} {key}", T::KIND))),
+        }
+    }
+}
+
+impl From<UpdateError> for Transient {
+    fn from(error: UpdateError) -> Self {
+        match error {
+            UpdateError::Conflict { kind, key } => Self::Conflict(format!("{kind} {key}")),
+            UpdateError::Failed(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! ControllerPublishVolume, ControllerUnpublishVolume and ValidateVolumeCapabilities.
+//!
+//! Invariants: what is published is in the catalogue; a node never has more volumes than its limit, however many
+//! publications run at once.
+
+use super::Controller;
+use super::create::short;
+use super::request::{Publish, Unpublish, Validate};
+use crate::catalog::{Access, AccessMode, NodeName, Publication, Stored, Volume};
+use crate::csi::errors::{PublishError, UnpublishError, ValidateError};
+use crate::csi::operations::Subject;
+use crate::rpc::csi::ValidateVolumeCapabilitiesResponse;
+use crate::volume::VolumeId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
+
+/// Publications under way, in order of arrival: each counts those before it as done, so that two that arrive together
+/// cannot both take the last place.
+#[derive(Default)]
+pub(super) struct Publishing(Mutex<BTreeMap<u64, VolumeId>>);
+
+struct Ticket<'a> {
+    all: &'a Publishing,
+    number: u64,
+    earlier: BTreeSet<VolumeId>,
+}
+
+impl Publishing {
+    fn enter(&self, volume: VolumeId) -> Ticket<'_> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = all.last_key_value().map_or(0, |(last, _)| last + 1);
+        let earlier = all.values().copied().collect();
+        all.insert(number, volume);
+        Ticket { all: self, number, earlier }
+    }
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        self.all.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
+    }
+}
+
+impl Controller {
+    /// The volume may be used on the node, afterwards.
+    pub async fn publish(&self, wanted: Publish) -> Result<(), PublishError> {
+        let missing = || PublishError::VolumeNotFound(short(&wanted.volume));
+        let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
+        let _volume = self.start(Subject::Volume(id))?;
+        let mut stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
+        if wanted.node != self.node.0 {
+            return Err(PublishError::NodeNotFound { node: short(&wanted.node), here: self.node.clone() });
+        }
+        let node = self.node.clone();
+        let capability = &wanted.capability;
+        let publication = Publication { readonly: wanted.readonly, access: capability.access, mode: capability.mode };
+        match stored.object.spec.publications.get(&node) {
+            Some(published) if *published == publication => return Ok(()),
+            Some(_) => return Err(PublishError::Incompatible { id, node }),
+            None => {}
+        }
+        if let Some(elsewhere) = conflicting(&stored.object, publication.mode) {
+            return Err(PublishError::Elsewhere { id, node: elsewhere });
+        }
+        let ticket = self.publishing.enter(id);
+        self.check_limit(&node, id, &ticket.earlier).await?;
+        stored.object.spec.publications.insert(node, publication);
+        self.update(stored).await?;
+        Ok(())
+    }
+
+    async fn check_limit(
+        &self,
+        node: &NodeName,
+        id: VolumeId,
+        under_way: &BTreeSet<VolumeId>,
+    ) -> Result<(), PublishError> {
+        let volumes = self.all::<Volume>().await?;
+        let published = volumes.iter().filter(|stored| stored.object.spec.publications.contains_key(node));
+        let mut there: BTreeSet<_> = published.map(|stored| stored.object.id).collect();
+        there.extend(under_way);
+        there.remove(&id);
+        let limit = self.max_volumes_per_node;
+        if there.len() >= limit as usize {
+            return Err(PublishError::NodeFull { node: node.clone(), limit });
+        }
+        Ok(())
+    }
+
+    /// The volume is not published to the node (or to any, without one), afterwards.
+    pub async fn unpublish(&self, wanted: Unpublish) -> Result<(), UnpublishError> {
+        let Ok(id) = wanted.volume.parse::<VolumeId>() else { return Ok(()) };
+        let _volume = self.start(Subject::Volume(id))?;
+        let Some(mut stored): Option<Stored<Volume>> = self.get(id).await? else { return Ok(()) };
+        let publications = &mut stored.object.spec.publications;
+        let before = publications.len();
+        match &wanted.node {
+            Some(node) => drop(publications.remove(node)),
+            None => publications.clear(),
+        }
+        if publications.len() < before {
+            self.update(stored).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether the volume can be used like that.
+    pub async fn validate(&self, wanted: Validate) -> Result<ValidateVolumeCapabilitiesResponse, ValidateError> {
+        let missing = || ValidateError::NotFound(short(&wanted.volume));
+        let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
+        let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
+        let why_not = match &wanted.possible {
+            Err(text) => Some(text.clone()),
+            Ok(access) if !access.iter().all(|wanted| allows(&stored.object, *wanted)) => {
+                Some("the volume was made for another access type or filesystem".to_owned())
+            }
+            Ok(_) => None,
+        };
+        Ok(match why_not {
+            Some(message) => ValidateVolumeCapabilitiesResponse { confirmed: None, message },
+            None => ValidateVolumeCapabilitiesResponse { confirmed: Some(wanted.echo), message: String::new() },
+        })
+    }
+}
+
+fn allows(volume: &Volume, wanted: Access) -> bool {
+    volume.request.access.iter().any(|made_for| match (*made_for, wanted) {
+        (Access::Block, Access::Block) => true,
+        (Access::Mount(made), Access::Mount(wanted)) => made == wanted || made.is_none() || wanted.is_none(),
+        (Access::Block, Access::Mount(_)) | (Access::Mount(_), Access::Block) => false,
+    })
+}
+
+/// The other node that keeps the volume from being used with this mode here.
+fn conflicting(volume: &Volume, mode: AccessMode) -> Option<NodeName> {
+    let publications = volume.spec.publications.iter();
+    let mut others = publications
+        .filter(|(_, other)| mode != AccessMode::MultiNodeReader || other.mode != AccessMode::MultiNodeReader);
+    others.next().map(|(node, _)| node.clone())
+}

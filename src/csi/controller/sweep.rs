@@ -1,0 +1,107 @@
+//! What is done at start about what was left half done and nobody repeats.
+//!
+//! Invariants: a deletion that was begun is finished; a wish that was written down is made true, or taken back where the
+//! replica refuses it. What is half made holds a promise of space, but no caller knows its id: it is taken back, and a
+//! repeated call begins anew. Only a copy from another source is kept, because it may have taken hours: it goes on, is
+//! the answer to the repeated call, and `tandem volume list` shows it for as long as nobody repeats it.
+
+use super::Controller;
+use super::snapshot::transient;
+use crate::catalog::{GroupSnapshot, GroupStatus, Snapshot, SnapshotStatus, Stored, Volume, VolumePhase};
+use crate::csi::control::ControlError;
+use crate::csi::errors::{DeleteVolumeError, ExpandError, ModifyError, Transient};
+use crate::csi::operations::Subject;
+use crate::rpc::control::GetVolumeRequest;
+
+impl Controller {
+    /// Finishes everything that an earlier process left. Stops at the first thing that cannot be done now; the caller
+    /// tries again later.
+    pub async fn sweep(&self) -> Result<(), Transient> {
+        for stored in self.all::<Volume>().await? {
+            self.sweep_volume(stored).await?;
+        }
+        for stored in self.all::<GroupSnapshot>().await? {
+            if stored.object.deleted || stored.object.status == GroupStatus::Creating {
+                let Ok(_name) = self.start(Subject::GroupName(stored.object.name.clone())) else { continue };
+                let Ok(_group) = self.start(Subject::Group(stored.object.id)) else { continue };
+                self.same(&stored).await?;
+                self.erase_group(stored).await?;
+            }
+        }
+        for stored in self.all::<Snapshot>().await? {
+            if stored.object.group.is_none()
+                && (stored.object.deleted || stored.object.status == SnapshotStatus::Creating)
+            {
+                let name = stored.object.name.clone().unwrap_or_default();
+                let Ok(_name) = self.start(Subject::SnapshotName(name)) else { continue };
+                let Ok(_snapshot) = self.start(Subject::Snapshot(stored.object.id)) else { continue };
+                self.same(&stored).await?;
+                self.erase_snapshot(stored).await.map_err(transient)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn sweep_volume(&self, stored: Stored<Volume>) -> Result<(), Transient> {
+        let volume = &stored.object;
+        let (wanted, is) = (&volume.spec, &volume.status);
+        let half_made = is.phase == VolumePhase::Creating;
+        let half_changed = wanted.size != is.size || wanted.verify_reads != is.verify_reads;
+        if !(wanted.deleted || half_made || half_changed) {
+            return Ok(());
+        }
+        // Whoever holds these is doing it now.
+        let Ok(_name) = self.start(Subject::VolumeName(volume.request.name.clone())) else { return Ok(()) };
+        let Ok(_volume) = self.start(Subject::Volume(volume.id)) else { return Ok(()) };
+        self.same(&stored).await?;
+        let id = stored.object.id;
+        if stored.object.spec.deleted || (half_made && !self.is_copying(&stored.object).await?) {
+            return match self.erase_volume(stored).await {
+                Ok(()) => Ok(()),
+                Err(DeleteVolumeError::Transient(error)) => Err(error),
+                Err(error @ (DeleteVolumeError::InUse { .. } | DeleteVolumeError::Argument(_))) => {
+                    tracing::warn!(volume = %id, %error, "a deletion that was begun is taken back");
+                    Ok(())
+                }
+            };
+        }
+        if half_made { Ok(()) } else { self.finish_changes(stored).await }
+    }
+
+    /// Whether the volume has a source and the replica works on it.
+    async fn is_copying(&self, volume: &Volume) -> Result<bool, Transient> {
+        if volume.request.source.is_none() {
+            return Ok(false);
+        }
+        let request = GetVolumeRequest { volume_id: volume.id.to_string() };
+        match self.control.client().get_volume(request).await.map_err(ControlError::from) {
+            Ok(_) => Ok(true),
+            Err(ControlError::NotFound(_)) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn finish_changes(&self, stored: Stored<Volume>) -> Result<(), Transient> {
+        let (id, wanted) = (stored.object.id, stored.object.spec.clone());
+        let mut stored = stored;
+        if wanted.size > stored.object.status.size {
+            match self.grow(stored, wanted.size).await {
+                Ok(_) => {}
+                Err(ExpandError::Transient(error)) => return Err(error),
+                Err(error) => tracing::warn!(volume = %id, %error, "growth that was begun is taken back"),
+            }
+            match self.get::<Volume>(id).await? {
+                Some(now) => stored = now,
+                None => return Ok(()),
+            }
+        }
+        match self.set_verify_reads(stored, wanted.verify_reads).await {
+            Ok(()) => Ok(()),
+            Err(ModifyError::Transient(error)) => Err(error),
+            Err(error) => {
+                tracing::warn!(volume = %id, %error, "a change that was begun is taken back");
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! The Container Storage Interface: all services of it on one Unix socket.
+
+pub mod capability;
+pub mod control;
+pub mod controller;
+pub mod errors;
+pub mod group;
+pub mod handler;
+pub mod identity;
+pub mod node;
+pub mod operations;
+pub mod parameters;
+pub mod server;
+pub mod snapshot_metadata;
+pub mod status;
+
+pub use node::TOPOLOGY_KEY;
+pub use server::{CsiConfig, ServeError, serve};

@@ -1,0 +1,88 @@
+//! What the node asks of the replica: the control socket for callers that block.
+
+use crate::catalog::{Descriptor, FsType};
+use crate::csi::control::{Control, ControlError};
+use crate::mount::Origin;
+use crate::rpc::control;
+use crate::volume::VolumeId;
+use std::path::PathBuf;
+use tokio::runtime::Handle;
+
+/// A volume as far as a node cares.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Bytes.
+    pub size: u64,
+    /// Whether its contents are all here; if not, bytes copied and bytes to copy.
+    pub copying: Option<(u64, u64)>,
+    /// Its device, if it is attached.
+    pub device: Option<PathBuf>,
+    /// Whether blank means new.
+    pub origin: Origin,
+    /// The filesystem of its StorageClass.
+    pub fs_type: Option<FsType>,
+    /// What is wrong with it.
+    pub health: Vec<control::Health>,
+}
+
+impl From<control::Volume> for Facts {
+    fn from(volume: control::Volume) -> Self {
+        let (origin, fs_type) = match Descriptor::decode(&volume.descriptor) {
+            Some(Descriptor::Volume { request }) if request.source.is_none() => (Origin::Empty, request.fs_type),
+            Some(Descriptor::Volume { request }) => (Origin::Source, request.fs_type),
+            // Where it came from is not known: then it is never formatted.
+            Some(Descriptor::Snapshot { .. }) | None => (Origin::Source, None),
+        };
+        Self {
+            size: volume.size_bytes,
+            copying: (!volume.ready).then_some((volume.copied_bytes, volume.to_copy_bytes)),
+            device: Some(volume.device).filter(|device| !device.is_empty()).map(PathBuf::from),
+            origin,
+            fs_type,
+            health: volume.health,
+        }
+    }
+}
+
+/// Blocking calls to the replica. Never use it on a thread of the runtime.
+#[derive(Debug)]
+pub struct Replica {
+    control: Control,
+    runtime: Handle,
+}
+
+impl Replica {
+    /// Calls are driven by `runtime`.
+    pub fn new(control: Control, runtime: Handle) -> Self {
+        Self { control, runtime }
+    }
+
+    /// A volume as it is now.
+    pub fn volume(&self, id: VolumeId) -> Result<Facts, ControlError> {
+        let request = control::GetVolumeRequest { volume_id: id.to_string() };
+        let answer = self.runtime.block_on(self.control.client().get_volume(request))?;
+        Ok(answer.into_inner().into())
+    }
+
+    /// The volume's device, made or found again.
+    pub fn attach(&self, id: VolumeId) -> Result<PathBuf, ControlError> {
+        let request = control::AttachVolumeRequest { volume_id: id.to_string() };
+        let answer = self.runtime.block_on(self.control.client().attach_volume(request))?;
+        Ok(answer.into_inner().device.into())
+    }
+
+    /// Takes the device away; none is fine.
+    pub fn detach(&self, id: VolumeId) -> Result<(), ControlError> {
+        let request = control::DetachVolumeRequest { volume_id: id.to_string() };
+        match self.runtime.block_on(self.control.client().detach_volume(request)).map_err(ControlError::from) {
+            Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All pools.
+    pub fn pools(&self) -> Result<Vec<control::Pool>, ControlError> {
+        let answer = self.runtime.block_on(self.control.client().list_pools(control::ListPoolsRequest {}))?;
+        Ok(answer.into_inner().pools)
+    }
+}

@@ -1,0 +1,88 @@
+//! What is under way: at most one operation per volume, snapshot, group or name at a time.
+//!
+//! Invariant: an [`Operation`] ends when it is dropped, and handlers run to their end even if the caller goes away, so
+//! "under way" is always true when it is said.
+
+use crate::volume::{GroupSnapshotId, SnapshotId, VolumeId};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What an operation changes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Subject {
+    /// A volume that may not have an id yet.
+    VolumeName(String),
+    /// A volume.
+    Volume(VolumeId),
+    /// A snapshot that may not have an id yet.
+    SnapshotName(String),
+    /// A snapshot.
+    Snapshot(SnapshotId),
+    /// A group that may not have an id yet.
+    GroupName(String),
+    /// A group of snapshots.
+    Group(GroupSnapshotId),
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::VolumeName(name) => write!(f, "the volume named {name:?}"),
+            Self::Volume(id) => write!(f, "volume {id}"),
+            Self::SnapshotName(name) => write!(f, "the snapshot named {name:?}"),
+            Self::Snapshot(id) => write!(f, "snapshot {id}"),
+            Self::GroupName(name) => write!(f, "the group snapshot named {name:?}"),
+            Self::Group(id) => write!(f, "group snapshot {id}"),
+        }
+    }
+}
+
+/// The operations that are under way; clones are the same list.
+#[derive(Clone, Debug, Default)]
+pub struct Operations(Arc<Mutex<BTreeSet<Subject>>>);
+
+/// One operation; dropping it ends it.
+#[derive(Debug)]
+#[must_use = "the operation ends when this is dropped"]
+pub struct Operation {
+    subject: Subject,
+    all: Operations,
+}
+
+/// Another call works on it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("another call for {0} is under way; repeat this one later")]
+pub struct UnderWay(pub Subject);
+
+impl Operations {
+    /// Starts an operation, unless there is one.
+    pub fn start(&self, subject: Subject) -> Result<Operation, UnderWay> {
+        let mut under_way = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !under_way.insert(subject.clone()) {
+            return Err(UnderWay(subject));
+        }
+        Ok(Operation { subject, all: self.clone() })
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        self.all.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.subject);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_operation_waits_for_the_end_of_the_first() {
+        let (all, id) = (Operations::default(), VolumeId::random());
+        let first = all.start(Subject::Volume(id)).expect("the first");
+        assert_eq!(all.start(Subject::Volume(id)).err(), Some(UnderWay(Subject::Volume(id))));
+        let _other = all.start(Subject::Volume(VolumeId::random())).expect("another volume");
+        drop(first);
+        let _second = all.start(Subject::Volume(id)).expect("the second");
+    }
+}

@@ -1,0 +1,195 @@
+//! The SnapshotMetadata service: which blocks of a snapshot hold data, or differ from an older one.
+//!
+//! Invariants: a stream that ends well is complete; every failure, also half way, ends it as an error. At most
+//! [`WAITING_MESSAGES`] messages wait for a slow reader, then the replica's stream waits too.
+
+use super::control::ControlError;
+use super::controller::Controller;
+use super::controller::request::present;
+use super::controller::response::bytes;
+use super::errors::{ArgumentError, GetSnapshotError, MetadataError, Transient};
+use super::status::failed;
+use crate::catalog::{Snapshot, SnapshotStatus};
+use crate::rpc::control::{Extent, GetExtentsRequest, GetExtentsResponse};
+use crate::rpc::csi;
+use crate::rpc::csi::snapshot_metadata_server::SnapshotMetadata;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Messages of one stream in memory.
+const WAITING_MESSAGES: usize = 4;
+/// Most extents of one message, also if more are allowed: 100 KiB on the wire.
+const MESSAGE_EXTENTS: usize = 4096;
+
+/// Which extents of what.
+struct Wanted {
+    base: Option<String>,
+    target: String,
+    offset: i64,
+    /// Most extents of one message.
+    results: usize,
+}
+
+fn results(max_results: i32) -> Result<usize, ArgumentError> {
+    match usize::try_from(max_results) {
+        Err(_) => Err(ArgumentError::Negative("max_results")),
+        Ok(0) => Ok(MESSAGE_EXTENTS),
+        Ok(results) => Ok(results.min(MESSAGE_EXTENTS)),
+    }
+}
+
+impl TryFrom<csi::GetMetadataAllocatedRequest> for Wanted {
+    type Error = ArgumentError;
+    fn try_from(request: csi::GetMetadataAllocatedRequest) -> Result<Self, ArgumentError> {
+        let target = present("snapshot_id", request.snapshot_id)?;
+        Ok(Self { base: None, target, offset: request.starting_offset, results: results(request.max_results)? })
+    }
+}
+
+impl TryFrom<csi::GetMetadataDeltaRequest> for Wanted {
+    type Error = ArgumentError;
+    fn try_from(request: csi::GetMetadataDeltaRequest) -> Result<Self, ArgumentError> {
+        let base = Some(present("base_snapshot_id", request.base_snapshot_id)?);
+        let target = present("target_snapshot_id", request.target_snapshot_id)?;
+        Ok(Self { base, target, offset: request.starting_offset, results: results(request.max_results)? })
+    }
+}
+
+/// Serves the extents of a [`Controller`]'s snapshots.
+pub struct SnapshotMetadataService(pub Arc<Controller>);
+
+impl SnapshotMetadataService {
+    async fn extents<T: From<Block> + Send + 'static>(
+        &self,
+        call: &'static str,
+        wanted: Result<Wanted, ArgumentError>,
+    ) -> Result<Response<ReceiverStream<Result<T, Status>>>, Status> {
+        let wanted = wanted.map_err(|error| failed(call, &error))?;
+        let results = wanted.results;
+        let stream = open(&self.0, wanted).await.map_err(|error| failed(call, &error))?;
+        let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);
+        tokio::spawn(async move {
+            if let Err(error) = forward(stream, results, &sender).await {
+                // A reader that is gone needs no error.
+                let _ = sender.send(Err(failed(call, &error))).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+/// Checks what can be checked here and starts the replica's stream.
+async fn open(controller: &Controller, wanted: Wanted) -> Result<Streaming<GetExtentsResponse>, MetadataError> {
+    let (target, size) = find(controller, &wanted.target).await?;
+    if let Some(base) = &wanted.base {
+        let (base, _) = find(controller, base).await?;
+        if base.volume != target.volume {
+            return Err(MetadataError::OtherVolume { base: base.id, target: target.id });
+        }
+    }
+    let starting_offset = u64::try_from(wanted.offset).ok().filter(|offset| *offset <= size);
+    let starting_offset = starting_offset.ok_or(MetadataError::Offset { offset: wanted.offset, size })?;
+    let request = GetExtentsRequest {
+        target_snapshot_id: wanted.target,
+        base_snapshot_id: wanted.base.unwrap_or_default(),
+        starting_offset,
+    };
+    let answer = controller.control.client().get_extents(request).await;
+    Ok(answer.map_err(|status| refused(status.into()))?.into_inner())
+}
+
+async fn find(controller: &Controller, id: &str) -> Result<(Snapshot, u64), MetadataError> {
+    let snapshot = controller.snapshot(id).await.map_err(|error| match error {
+        GetSnapshotError::NotFound(id) => MetadataError::NotFound(id),
+        GetSnapshotError::Argument(error) => error.into(),
+        GetSnapshotError::Transient(error) => error.into(),
+    })?;
+    let size = match snapshot.status {
+        SnapshotStatus::Ready { size, .. } => size.bytes(),
+        SnapshotStatus::Creating => 0,
+    };
+    Ok((snapshot, size))
+}
+
+fn refused(error: ControlError) -> MetadataError {
+    match error {
+        ControlError::NotFound(text) => MetadataError::NotFound(text),
+        ControlError::Refused(text) => MetadataError::Refused(text),
+        error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::InUse(_)) => {
+            Transient::Replica(error).into()
+        }
+    }
+}
+
+/// The common content of both services' messages.
+struct Block {
+    size: u64,
+    extents: Vec<Extent>,
+}
+
+impl From<Block> for csi::GetMetadataAllocatedResponse {
+    fn from(block: Block) -> Self {
+        Self {
+            block_metadata_type: csi::BlockMetadataType::VariableLength.into(),
+            volume_capacity_bytes: bytes(block.size),
+            block_metadata: block.extents.into_iter().map(metadata).collect(),
+        }
+    }
+}
+
+impl From<Block> for csi::GetMetadataDeltaResponse {
+    fn from(block: Block) -> Self {
+        Self {
+            block_metadata_type: csi::BlockMetadataType::VariableLength.into(),
+            volume_capacity_bytes: bytes(block.size),
+            block_metadata: block.extents.into_iter().map(metadata).collect(),
+        }
+    }
+}
+
+fn metadata(extent: Extent) -> csi::BlockMetadata {
+    csi::BlockMetadata { byte_offset: bytes(extent.offset), size_bytes: bytes(extent.length) }
+}
+
+/// Cuts the replica's messages into ones of at most `results` extents.
+async fn forward<T: From<Block>>(
+    mut stream: Streaming<GetExtentsResponse>,
+    results: usize,
+    sender: &mpsc::Sender<Result<T, Status>>,
+) -> Result<(), MetadataError> {
+    loop {
+        let message = stream.message().await.map_err(|status| refused(status.into()))?;
+        let Some(GetExtentsResponse { size_bytes: size, mut extents }) = message else { return Ok(()) };
+        while !extents.is_empty() {
+            let rest = extents.split_off(results.min(extents.len()));
+            let message = T::from(Block { size, extents });
+            if sender.send(Ok(message)).await.is_err() {
+                // The reader went away; dropping the stream tells the replica.
+                return Ok(());
+            }
+            extents = rest;
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl SnapshotMetadata for SnapshotMetadataService {
+    type GetMetadataAllocatedStream = ReceiverStream<Result<csi::GetMetadataAllocatedResponse, Status>>;
+    type GetMetadataDeltaStream = ReceiverStream<Result<csi::GetMetadataDeltaResponse, Status>>;
+
+    async fn get_metadata_allocated(
+        &self,
+        request: Request<csi::GetMetadataAllocatedRequest>,
+    ) -> Result<Response<Self::GetMetadataAllocatedStream>, Status> {
+        self.extents("GetMetadataAllocated", request.into_inner().try_into()).await
+    }
+
+    async fn get_metadata_delta(
+        &self,
+        request: Request<csi::GetMetadataDeltaRequest>,
+    ) -> Result<Response<Self::GetMetadataDeltaStream>, Status> {
+        self.extents("GetMetadataDelta", request.into_inner().try_into()).await
+    }
+}

@@ -1,0 +1,108 @@
+//! What copies say to each other. Plain data, ready for a wire codec.
+//!
+//! Invariants: every frame of a session names the configuration and the receiver's or sender's incarnation, so nothing
+//! sent under an older configuration or to a process that has died is ever executed. Frames may be lost, repeated and
+//! reordered: the core repeats and recognises them by serial number.
+
+use super::configuration::{Configuration, Stamp};
+use super::hot::Extent;
+use super::{DiskError, Now, OperationId, Request, Tag};
+
+/// One start of one copy's core: the transport makes it (never the same twice for a copy).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Incarnation(pub u64);
+
+/// Place of a mutation, flush, seal or copied range in a primary's term.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SerialNumber(pub u64);
+
+impl SerialNumber {
+    /// The one that follows.
+    pub fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+/// What every frame of a session carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Frame {
+    /// The configuration it belongs to.
+    pub stamp: Stamp,
+    /// Of the copy that is not primary.
+    pub incarnation: Incarnation,
+}
+
+/// Whose bytes go with a message: the engine finds them, the core never sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Buffer {
+    /// No bytes.
+    None,
+    /// The buffer of a device request.
+    Request(Tag),
+    /// What this operation read; valid until the next message of the core that names it is sent.
+    Operation(OperationId),
+}
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Message {
+    /// The primary shows a committed configuration and asks for an answer under it.
+    Invite(Box<Configuration>),
+    /// The copy has made that configuration durable, with nothing older in flight. Also the answer of a restarted copy
+    /// to a frame for its former incarnation.
+    Joined {
+        /// The answer's session.
+        frame: Frame,
+        /// It holds every acknowledged write: a member that lost nothing.
+        intact: bool,
+        /// Its hot extents.
+        hot: Box<[Extent]>,
+    },
+    /// Execute this. A read is the primary's way to fetch a range; its bytes come with [`Message::Prepared`].
+    Prepare {
+        /// Session.
+        frame: Frame,
+        /// Its place.
+        serial: SerialNumber,
+        /// Everything below was answered by everybody.
+        floor: SerialNumber,
+        /// What.
+        request: Request,
+    },
+    /// Executed: in the cache of this copy, or on stable media for a flush.
+    Prepared {
+        /// Session.
+        frame: Frame,
+        /// Which.
+        serial: SerialNumber,
+        /// How.
+        result: Result<(), DiskError>,
+    },
+    /// The primary asks for its lease.
+    Renew {
+        /// Session.
+        frame: Frame,
+        /// By the primary's clock.
+        sent: Now,
+    },
+    /// This secondary promotes nobody, itself included, for lease + margin from when it says so.
+    Granted {
+        /// Session.
+        frame: Frame,
+        /// Of the request.
+        sent: Now,
+    },
+    /// This copy is equal to the primary's now: it is promotable, and its old marks mean nothing any more.
+    Reconciled(Frame),
+    /// That is durable.
+    Settled(Frame),
+    /// A flush on every copy covers everything below this serial: marks last used before it may go.
+    Clear {
+        /// Session.
+        frame: Frame,
+        /// The first serial that is not covered.
+        below: SerialNumber,
+    },
+    /// The receiver's configuration is older than this one: it must read the catalogue.
+    Refused(Stamp),
+}

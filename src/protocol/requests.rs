@@ -1,0 +1,280 @@
+//! The requests of the device and the operator, at the copy that serves them.
+//!
+//! ```text
+//!   Request ─> Queued ──────> Started ──all answered──> Completed ──Replied──> gone
+//!                ^ (no earlier  │ │ superseded
+//!                │  conflict)   │ └─> Draining ─> Queued, or Fenced
+//!                └──SpaceFreed── NoSpace
+//! ```
+//! Invariants: nothing starts unless this copy serves; a read starts and is answered only under the lease of every
+//! secondary; a write starts only when the marks of its extents are durable, if anybody else has the volume too; a
+//! request that another primary's term has overtaken is never executed again.
+
+use super::admission::{Awaits, COPY, FLUSH, Phase};
+use super::interface::{Output, Primary, Role};
+use super::message::{Buffer, Message};
+use super::replica::Replica;
+use super::term::Guard;
+use super::{DiskError, OperationId, Request, Tag};
+
+impl Replica {
+    pub(super) fn requested(&mut self, tag: Tag, request: Request, outputs: &mut Vec<Output>) {
+        let position = self.admission.push(tag, request, self.now);
+        self.start_if_clear(position, outputs);
+        if self.role != Role::Primary(Primary::Serving) {
+            self.fence_what_waits(outputs);
+        }
+    }
+
+    pub(super) fn start_what_is_clear(&mut self, outputs: &mut Vec<Output>) {
+        for position in 0..self.admission.entries().len() {
+            if self.admission.entries()[position].phase == Phase::Queued {
+                self.start_if_clear(position, outputs);
+            }
+        }
+    }
+
+    fn start_if_clear(&mut self, position: usize, outputs: &mut Vec<Output>) {
+        if !self.may_start(position) {
+            return;
+        }
+        if self.admission.entries()[position].tag == COPY {
+            return self.start_copying(position, outputs);
+        }
+        let operation = self.operation();
+        let awaits = self.awaits();
+        let (serial, covers) = (self.next_serial, self.lowest_unanswered());
+        let entry = self.admission.at(position);
+        entry.phase = Phase::Started(operation);
+        entry.awaits = Awaits::LOCAL;
+        if !matches!(entry.request, Request::Read(_)) {
+            (entry.serial, entry.covers, entry.awaits) = (serial, covers, awaits.with(Awaits::LOCAL));
+            self.next_serial = serial.next();
+        }
+        let (tag, request) = (entry.tag, entry.request);
+        outputs.push(Output::Disk { operation, tag, request });
+        self.send_prepares(position, None, outputs);
+    }
+
+    /// Whether nothing is in the way; marks what must be marked.
+    fn may_start(&mut self, position: usize) -> bool {
+        let entry = self.admission.entries()[position];
+        let serves = match (self.role, entry.tag) {
+            (Role::Primary(Primary::Serving), COPY | FLUSH) => true,
+            (Role::Primary(Primary::Serving), _) => !self.failed && !self.leaves(),
+            (Role::Primary(Primary::Reconciling), COPY) => true,
+            (Role::Primary(_) | Role::Secondary | Role::Candidate | Role::Outdated, _) => false,
+        };
+        serves && self.is_clear(position) && self.may_read(entry.request) && self.marked(entry.request, entry.tag)
+    }
+
+    /// Nobody can have written elsewhere: a read returns what every later read will return or overwrite.
+    pub(super) fn may_read(&self, request: Request) -> bool {
+        !matches!(request, Request::Read(_)) || planted!(self, ReadWithoutLease) || self.has_lease()
+    }
+
+    fn is_clear(&self, position: usize) -> bool {
+        if planted!(self, StartOverlapping) {
+            return true;
+        }
+        let copies = self.admission.entries()[position].tag == COPY;
+        if copies && planted!(self, ResyncBesideWrites) {
+            return true;
+        }
+        if copies && self.role == Role::Primary(Primary::Reconciling) {
+            // What is queued starts when the copies are equal: waiting for it would be for ever.
+            return self.admission.is_clear_of_disk(position);
+        }
+        #[cfg(test)]
+        if planted!(self, ReleaseAtComplete) {
+            return self.admission.is_clear_of_running(position);
+        }
+        if self.peers.is_empty() { self.admission.is_clear(position) } else { self.admission.is_clear_on_all(position) }
+    }
+
+    fn marked(&mut self, request: Request, tag: Tag) -> bool {
+        if self.peers.is_empty() || !request.is_mutation() {
+            return true;
+        }
+        let limit = if tag == COPY { super::MAX_MARKS } else { self.hot_limit };
+        request.range().is_none_or(|range| self.is_marked(range, self.next_serial, limit))
+    }
+
+    /// The store finished something.
+    pub(super) fn completed(
+        &mut self,
+        operation: OperationId,
+        result: Result<(), DiskError>,
+        outputs: &mut Vec<Output>,
+    ) {
+        let Some(position) = self.admission.running(operation) else {
+            return self.completed_in_background(operation, result, outputs);
+        };
+        let entry = self.admission.entries()[position];
+        if entry.phase == Phase::Draining(operation) {
+            self.admission.at(position).phase = Phase::Queued;
+            return self.fence_what_waits(outputs);
+        }
+        if entry.tag == COPY {
+            return self.copied_here(position, result, outputs);
+        }
+        if result == Err(DiskError::NoSpace) && waits_for_space(entry.request) {
+            self.admission.at(position).phase = Phase::NoSpace;
+            return;
+        }
+        let superseded = !self.may_read(entry.request);
+        let fails = matches!(result, Err(DiskError::Failed | DiskError::Corrupt)) && self.has_secondaries();
+        let entry = self.admission.at(position);
+        entry.result = result;
+        entry.awaits = entry.awaits.without(Awaits::LOCAL);
+        if fails {
+            // Never guess: the request stays unanswered until another copy is primary.
+            entry.phase = Phase::Queued;
+            self.failed = true;
+        } else if superseded {
+            entry.phase = Phase::Queued;
+        } else {
+            self.answer_if_all_did(position, outputs);
+        }
+    }
+
+    fn completed_in_background(
+        &mut self,
+        operation: OperationId,
+        result: Result<(), DiskError>,
+        outputs: &mut Vec<Output>,
+    ) {
+        if let Some(at) = self.orphans.iter().position(|orphan| *orphan == operation) {
+            self.orphans.swap_remove(at);
+        } else if self.guard == Guard::Flushing(operation) {
+            self.failed |= result.is_err();
+            self.guard = if result.is_ok() { Guard::Flushed } else { Guard::Open };
+        } else if self.hot.is_writing(operation) {
+            // A copy that cannot mark starts no write any more.
+            self.failed |= result.is_err();
+            self.hot.written(result.is_ok());
+            self.start_what_is_clear(outputs);
+            self.start_applies(outputs);
+        } else if self.persisting.as_ref().is_some_and(|persisting| persisting.operation == operation) {
+            self.persisted(result, outputs);
+        } else {
+            self.applied(operation, result, outputs);
+        }
+    }
+
+    /// Completes an entry that waits for nobody any more.
+    pub(super) fn answer_if_all_did(&mut self, position: usize, outputs: &mut Vec<Output>) {
+        let entry = self.admission.entries()[position];
+        let mut missing = entry.awaits;
+        if planted!(self, AnswerBeforePeers) && entry.request.is_mutation() {
+            missing.0 &= Awaits::LOCAL.0;
+        }
+        if planted!(self, FlushHereOnly) && entry.request == Request::Flush {
+            missing.0 &= Awaits::LOCAL.0;
+        }
+        // Persist, then promise: acks under a configuration count only when it is durable here.
+        if !matches!(entry.phase, Phase::Started(_)) || !missing.is_empty() {
+            return;
+        }
+        if entry.tag == COPY {
+            return self.copied_there(position, outputs);
+        }
+        if entry.request == Request::Flush && entry.result.is_ok() {
+            self.flushed_on_all(entry.covers, outputs);
+        } else if planted!(self, ClearAtAnswer) {
+            self.flushed_on_all(entry.serial.next(), outputs);
+        }
+        if entry.tag == FLUSH {
+            self.admission.remove_own(FLUSH);
+            self.own_flush_done(entry.result);
+            return;
+        }
+        self.admission.at(position).phase = Phase::Completed;
+        outputs.push(Output::Complete { tag: entry.tag, result: entry.result });
+        if !self.peers.is_empty() || planted!(self, ReleaseAtComplete) {
+            self.start_what_is_clear(outputs);
+        }
+    }
+
+    /// Tries again what the pool had no space for, here only: the peers have it.
+    pub(super) fn space_freed(&mut self, outputs: &mut Vec<Output>) {
+        for position in 0..self.admission.entries().len() {
+            if self.admission.entries()[position].phase == Phase::NoSpace {
+                let operation = self.operation();
+                let entry = self.admission.at(position);
+                entry.phase = Phase::Started(operation);
+                outputs.push(Output::Disk { operation, tag: entry.tag, request: entry.request });
+            }
+        }
+    }
+
+    /// This copy stops being primary, or begins anew: what the disk still executes must end first.
+    pub(super) fn suspend_requests(&mut self, overtaken: bool) {
+        self.abandon_copying();
+        if let Some(at) = self.admission.own(FLUSH) {
+            self.orphans.extend(self.admission.entries()[at].running());
+            self.admission.remove_own(FLUSH);
+        }
+        let overtaken = overtaken && !planted!(self, ForgetFence);
+        let again = planted!(self, RequeueCompleted);
+        for entry in self.admission.iter_mut() {
+            match entry.phase {
+                Phase::Completed if again => entry.phase = Phase::Queued,
+                Phase::Started(operation) if entry.awaits.contains(Awaits::LOCAL) => {
+                    entry.phase = Phase::Draining(operation);
+                }
+                Phase::Started(_) | Phase::NoSpace => entry.phase = Phase::Queued,
+                Phase::Queued | Phase::Draining(_) | Phase::Completed => {}
+            }
+            entry.fenced |= overtaken;
+        }
+    }
+
+    /// Answers what another primary has overtaken, and what nobody will ever ask this copy to serve.
+    pub(super) fn fence_what_waits(&mut self, outputs: &mut Vec<Output>) {
+        let here = self.may_serve_later();
+        for entry in self.admission.iter_mut() {
+            if entry.phase == Phase::Queued && entry.tag != COPY && entry.tag != FLUSH && (entry.fenced || !here) {
+                entry.phase = Phase::Completed;
+                outputs.push(Output::Complete { tag: entry.tag, result: Err(DiskError::Fenced) });
+            }
+        }
+    }
+
+    /// This copy is primary, may become it, or does not know yet.
+    fn may_serve_later(&self) -> bool {
+        let me = Some(self.me);
+        let wished = self.wish.as_ref().is_none_or(|wish| wish.primary == me);
+        wished || self.record.configuration.primary == me
+    }
+
+    pub(super) fn buffer(request: Request, tag: Tag) -> Buffer {
+        if matches!(request, Request::Write(_)) { Buffer::Request(tag) } else { Buffer::None }
+    }
+
+    /// Sends what an entry waits for to the peers that have joined, or only to one of them.
+    pub(super) fn send_prepares(&self, position: usize, only: Option<usize>, outputs: &mut Vec<Output>) {
+        let entry = self.admission.entries()[position];
+        let floor = self.lowest_unanswered();
+        for (index, peer) in self.peers.iter().enumerate() {
+            let (Some(frame), None | Some(true)) = (self.link(peer), only.map(|only| only == index)) else { continue };
+            if !entry.awaits.contains(Awaits::peer(index)) {
+                continue;
+            }
+            let (request, buffer) = match entry.tag {
+                COPY => self.copying_sends(entry.request),
+                tag => (entry.request, Self::buffer(entry.request, tag)),
+            };
+            let message = Message::Prepare { frame, serial: entry.serial, floor, request };
+            outputs.push(Output::Send { to: peer.copy, message, buffer });
+        }
+    }
+}
+
+/// No space is never an error of the device: only an operator's seal is refused for want of it.
+fn waits_for_space(request: Request) -> bool {
+    match request {
+        Request::Read(_) | Request::Write(_) | Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) => true,
+        Request::Seal(_) => false,
+    }
+}

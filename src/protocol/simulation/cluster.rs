@@ -1,0 +1,441 @@
+//! A cluster in simulated time: one queue of events, and what the shipped cores ask for.
+
+use super::disk::{Disk, Payload};
+use super::network::Network;
+use super::node::{Node, Operation, Process};
+use super::oracle::Oracle;
+use super::random::Random;
+use crate::protocol::tests::Planted;
+use crate::protocol::*;
+use crate::volume::InstanceId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// What happens at a moment.
+#[derive(Debug)]
+pub enum Event {
+    /// A disk operation ends.
+    Done(usize, u64, OperationId),
+    /// A frame arrives over a connection.
+    Frame {
+        to: usize,
+        from: usize,
+        connection: u64,
+        sender: InstanceId,
+        receiver: InstanceId,
+        message: Message,
+        payload: Payload,
+    },
+    /// A heartbeat of the transport arrives.
+    Sign {
+        to: usize,
+        from: usize,
+        connection: u64,
+    },
+    /// A connection comes up.
+    Connect(usize, usize),
+    Tick(usize, u64),
+    /// A proposal reaches the catalogue: of which engine, its number.
+    Decide {
+        node: usize,
+        life: u64,
+        number: u64,
+        expected: Stamp,
+        next: Configuration,
+    },
+    /// The answer reaches the proposer; nothing: it waits no more.
+    Decided {
+        node: usize,
+        life: u64,
+        number: u64,
+        stamp: Stamp,
+        outcome: Outcome,
+    },
+    /// The catalogue is read.
+    Read(usize, u64),
+    Told(usize, u64, Configuration),
+    Wished(usize, u64),
+    Application(usize, u64),
+    Start(usize),
+    Controller,
+    Fault,
+    Heal(super::faults::Fault),
+}
+
+/// What is wanted, as the catalogue keeps it.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    pub primary: Option<InstanceId>,
+    pub copies: BTreeSet<InstanceId>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Cluster {
+    pub random: Random,
+    pub now: Duration,
+    queue: BTreeMap<(Duration, u64), Event>,
+    numbers: u64,
+    pub nodes: Vec<Node>,
+    pub network: Network,
+    pub catalogue: Configuration,
+    pub spec: Spec,
+    pub oracle: Oracle,
+    pub planted: Option<Planted>,
+    pub healing: bool,
+    pub instances: u8,
+    pub seals: u32,
+    pub tally: super::Tally,
+    pub trace: Option<Vec<String>>,
+}
+
+type Checked = Result<(), String>;
+
+impl Cluster {
+    pub fn new(seed: u64, planted: Option<Planted>, trace: bool) -> Self {
+        let mut random = Random::new(seed);
+        let count = if random.percent(60) { 2 } else { 3 };
+        let instances: Vec<InstanceId> = (1..=count).map(|n| InstanceId::from_bytes([n; 16])).collect();
+        let copies: BTreeSet<_> = instances.iter().copied().collect();
+        let secondaries = copies.iter().copied().filter(|copy| *copy != instances[0]).collect();
+        let catalogue = Configuration::first(Generation(1), instances[0], secondaries);
+        let spare = usize::from(random.percent(30));
+        let all = (1..=count + spare as u8).map(|n| InstanceId::from_bytes([n; 16]));
+        let nodes: Vec<Node> = all
+            .map(|instance| {
+                let disk = Disk::blank(instance, catalogue.clone());
+                Node::new(disk, random.below(2000) as i64 - 1000)
+            })
+            .collect();
+        let network = Network::new(nodes.len(), &mut random);
+        let mut cluster = Self {
+            random,
+            now: Duration::ZERO,
+            queue: BTreeMap::new(),
+            numbers: 0,
+            network,
+            catalogue,
+            spec: Spec { primary: Some(instances[0]), copies },
+            oracle: Oracle::default(),
+            planted,
+            healing: false,
+            instances: count + spare as u8,
+            seals: 0,
+            tally: super::Tally::default(),
+            trace: trace.then(Vec::new),
+            nodes,
+        };
+        for node in 0..cluster.nodes.len() {
+            cluster.at(Duration::ZERO, Event::Start(node));
+        }
+        cluster.open_application(0);
+        cluster.at(Duration::from_secs(1), Event::Controller);
+        cluster
+    }
+
+    pub fn note(&mut self, text: impl FnOnce() -> String) {
+        let now = self.now;
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{:>12.6} {}", now.as_secs_f64(), text()));
+        }
+    }
+
+    pub fn number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    /// Something shall happen after a while.
+    pub fn at(&mut self, delay: Duration, event: Event) {
+        let number = self.number();
+        self.queue.insert((self.now + delay, number), event);
+    }
+
+    /// Lets time pass until `end`.
+    pub fn run_until(&mut self, end: Duration) -> Checked {
+        while let Some(entry) = self.queue.first_entry().filter(|entry| entry.key().0 < end) {
+            let ((time, _), event) = entry.remove_entry();
+            self.now = time;
+            self.tally.events += 1;
+            self.happen(event)?;
+        }
+        self.now = end;
+        Ok(())
+    }
+
+    /// The node that an event belongs to, if that node may sleep through it.
+    fn sleeper(event: &Event) -> Option<usize> {
+        match event {
+            Event::Done(node, ..) | Event::Tick(node, _) | Event::Told(node, ..) | Event::Wished(node, _) => {
+                Some(*node)
+            }
+            Event::Decided { node, .. } => Some(*node),
+            Event::Frame { to, .. } | Event::Sign { to, .. } => Some(*to),
+            _ => None,
+        }
+    }
+
+    fn happen(&mut self, event: Event) -> Checked {
+        if let Some(node) = Self::sleeper(&event).filter(|node| self.nodes[*node].paused) {
+            // It is all there when the process goes on.
+            self.nodes[node].backlog.push(event);
+            return Ok(());
+        }
+        match event {
+            Event::Done(node, life, operation) => self.done(node, life, operation),
+            Event::Frame { .. } | Event::Sign { .. } => self.arrive(event),
+            Event::Connect(a, b) => self.connect(a, b),
+            Event::Tick(node, life) => self.tick(node, life),
+            Event::Decide { .. } | Event::Decided { .. } | Event::Read(..) | Event::Told(..) | Event::Wished(..) => {
+                self.catalogue_event(event)
+            }
+            Event::Controller => {
+                self.controller();
+                Ok(())
+            }
+            Event::Application(node, number) => self.application(node, number),
+            Event::Start(node) => self.start(node),
+            Event::Fault => self.fault(),
+            Event::Heal(fault) => self.heal(fault),
+        }
+    }
+
+    /// Opens the copy: what is on disk, then the catalogue.
+    fn start(&mut self, node: usize) -> Checked {
+        let (planted, others, now) = (self.planted, self.nodes.len(), self.now);
+        let n = &mut self.nodes[node];
+        if n.process.is_some() || !n.powered {
+            return Ok(());
+        }
+        self.network.disconnect_all(node);
+        n.lives += 1;
+        let (life, local) = (n.lives, n.now(now));
+        let member = Member {
+            copy: n.disk.instance,
+            incarnation: Incarnation(life),
+            record: n.disk.record.clone(),
+            hot: n.disk.hot.iter().copied().collect(),
+            memory: if n.disk.boot == n.boot { Memory::Kept } else { Memory::Lost },
+        };
+        let mut replica = Replica::open(local, member);
+        replica.planted = planted;
+        replica.hot_limit = 3;
+        n.process = Some(Process {
+            life,
+            replica,
+            operations: BTreeMap::new(),
+            plan: Default::default(),
+            read: BTreeMap::new(),
+            brought: BTreeMap::new(),
+            informed: false,
+            behind: false,
+            proposing: None,
+            heard: vec![(now, false); others],
+            failed: false,
+        });
+        self.note(|| format!("node {node} starts, life {life}"));
+        self.ask_catalogue(node, life);
+        let phase = self.random.millis(0, 500);
+        self.at(phase, Event::Tick(node, life));
+        Ok(())
+    }
+
+    /// Gives the core of a node an input and does what it wants.
+    pub fn step(&mut self, node: usize, input: Input) -> Checked {
+        let now = self.now;
+        let local = self.nodes[node].now(now);
+        let Some(process) = &mut self.nodes[node].process else { return Ok(()) };
+        let life = process.life;
+        let before = process.replica.role();
+        let mut outputs = vec![];
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{:>12.6} node {node} <- {input:?}", now.as_secs_f64()));
+        }
+        process.replica.step(local, input, &mut outputs);
+        let after = process.replica.role();
+        if before != after {
+            self.note(|| format!("node {node}: {before:?} -> {after:?}"));
+            self.tally.role(after);
+        }
+        for output in outputs {
+            self.note(|| format!("node {node} -> {output:?}"));
+            self.output(node, life, output)?;
+        }
+        Ok(())
+    }
+
+    fn output(&mut self, node: usize, life: u64, output: Output) -> Checked {
+        let Some(process) = self.nodes[node].life(life) else { return Ok(()) };
+        match output {
+            Output::Disk { operation, tag, request } => {
+                let payload = self.payload_of(node, tag);
+                if let Some(slot) = self.nodes[node].slots.get(&tag.0).filter(|_| request.is_mutation()) {
+                    if self.oracle.is_acknowledged(slot.write) {
+                        return Err(format!("I10: the acknowledged write {} is executed again", slot.write));
+                    }
+                    self.oracle.start(slot.write);
+                }
+                self.run(node, life, operation, request, payload, Some(tag))
+            }
+            Output::Apply { operation, from, serial, request } => {
+                let stamp = process.replica.record().configuration.stamp;
+                let payload = process.brought.get(&(from, stamp, serial)).cloned().unwrap_or_default();
+                self.run(node, life, operation, request, payload, None)
+            }
+            Output::ReadRange { operation, range } => {
+                self.begin(node, life, operation, Operation::Read { range, tag: None })
+            }
+            Output::FlushHere { operation } => self.run(node, life, operation, Request::Flush, vec![], None),
+            Output::Persist { operation, record } => self.begin(node, life, operation, Operation::Persist(record)),
+            Output::WriteHot { operation, extents } => self.begin(node, life, operation, Operation::WriteHot(extents)),
+            Output::Plan { operation, lacks, hot } => {
+                process.operations.retain(|_, what| !matches!(what, Operation::NextRange));
+                let plan = self.nodes[node].disk.plan(lacks, &hot);
+                self.tally.resyncs += u64::from(lacks.is_some());
+                if let Some(process) = self.nodes[node].life(life) {
+                    process.plan = plan;
+                }
+                self.begin(node, life, operation, Operation::NextRange)
+            }
+            Output::NextRange { operation } => self.begin(node, life, operation, Operation::NextRange),
+            Output::Complete { tag, result } => self.complete(node, tag, result),
+            Output::Send { to, message, buffer } => {
+                let payload = match buffer {
+                    Buffer::None => vec![],
+                    Buffer::Request(tag) => self.payload_of(node, tag),
+                    Buffer::Operation(read) => process.read.get(&read).cloned().unwrap_or_default(),
+                };
+                self.send(node, to, message, payload);
+                Ok(())
+            }
+            Output::Propose { expected, next } => {
+                self.propose(node, life, expected, *next);
+                Ok(())
+            }
+            Output::ReadConfiguration => {
+                self.ask_catalogue(node, life);
+                Ok(())
+            }
+        }
+    }
+
+    /// What a device's write puts into each of its blocks.
+    fn payload_of(&self, node: usize, tag: Tag) -> Payload {
+        let Some(slot) = self.nodes[node].slots.get(&tag.0) else { return vec![] };
+        let Request::Write(range) = slot.request else { return vec![] };
+        (range.start()..range.end()).map(|block| (block, slot.write)).collect()
+    }
+
+    fn run(
+        &mut self,
+        node: usize,
+        life: u64,
+        id: OperationId,
+        request: Request,
+        payload: Payload,
+        tag: Option<Tag>,
+    ) -> Checked {
+        let operation = match request {
+            Request::Read(range) => Operation::Read { range, tag },
+            Request::Write(range) => Operation::Write { range, payload },
+            Request::Discard(range) | Request::WriteZeroes(range) => Operation::Write { range, payload: vec![] },
+            Request::Flush => Operation::Flush(self.nodes[node].disk.capture()),
+            Request::Seal(SealName(name)) => Operation::Seal { name, contents: self.nodes[node].disk.contents() },
+        };
+        self.begin(node, life, id, operation)
+    }
+
+    /// Begins a disk operation.
+    fn begin(&mut self, node: usize, life: u64, id: OperationId, operation: Operation) -> Checked {
+        let slow = self.nodes[node].slow;
+        let delay = if slow { self.random.millis(50, 2500) } else { self.random.micros(50, 3000) };
+        let Some(process) = self.nodes[node].life(life) else { return Ok(()) };
+        let writes = |operation: &Operation| matches!(operation, Operation::Write { .. });
+        let orphans = &process.replica.orphans;
+        let conflict = |(id, other): &(&OperationId, &Operation)| match (other.range(), operation.range()) {
+            // Nobody looks at what a read that was given up will find.
+            (Some(a), Some(b)) if writes(other) || !orphans.contains(id) => {
+                a.overlaps(b) && (writes(other) || writes(&operation))
+            }
+            _ => false,
+        };
+        if let Some((_, other)) = process.operations.iter().find(conflict) {
+            return Err(format!("I7: {operation:?} runs beside {other:?} at node {node}"));
+        }
+        process.operations.insert(id, operation);
+        self.at(delay, Event::Done(node, life, id));
+        Ok(())
+    }
+
+    fn done(&mut self, node: usize, life: u64, id: OperationId) -> Checked {
+        let failure = self.failure(node, life, id);
+        let n = &mut self.nodes[node];
+        let Some(operation) = n.life(life).and_then(|process| process.operations.remove(&id)) else { return Ok(()) };
+        if let Operation::NextRange = operation {
+            let range = n.life(life).and_then(|process| process.plan.pop_front());
+            return self.step(node, Input::Planned { operation: id, range: Ok(range) });
+        }
+        if failure != Some(DiskError::NoSpace)
+            && (failure.is_none() || !matches!(operation, Operation::Persist(_) | Operation::WriteHot(_)))
+        {
+            let reader = match &operation {
+                Operation::Read { tag, .. } => Some(*tag),
+                _ => None,
+            };
+            let lost = failure.is_some() && self.random.percent(50);
+            let read = if lost { None } else { self.nodes[node].effect(operation) };
+            if let (Some(payload), Some(tag)) = (read, reader) {
+                self.keep_read(node, life, id, tag, payload);
+            }
+        }
+        let result = failure.map_or(Ok(()), Err);
+        self.step(node, Input::Completed { operation: id, result })
+    }
+
+    fn keep_read(&mut self, node: usize, life: u64, id: OperationId, tag: Option<Tag>, payload: Payload) {
+        let n = &mut self.nodes[node];
+        match tag.and_then(|tag| n.slots.get_mut(&tag.0)) {
+            Some(slot) => slot.read = payload,
+            None => {
+                if let Some(process) = n.life(life) {
+                    process.read.insert(id, payload);
+                }
+            }
+        }
+    }
+
+    /// How the disk fails an operation now, if it does.
+    fn failure(&mut self, node: usize, life: u64, id: OperationId) -> Option<DiskError> {
+        let n = &mut self.nodes[node];
+        let (broken, full) = (n.broken, n.full);
+        let process = n.life(life)?;
+        let operation = process.operations.get(&id)?;
+        let takes_space = matches!(operation, Operation::Write { .. });
+        let fails = broken && !matches!(operation, Operation::NextRange | Operation::Seal { .. });
+        if fails && self.random.percent(50) {
+            process.failed = true;
+            self.tally.disk_errors += 1;
+            return Some(DiskError::Failed);
+        }
+        let waits = full && takes_space && self.random.percent(50);
+        waits.then_some(DiskError::NoSpace)
+    }
+
+    /// A copy's engine ends (power cut or not); the disk may or may not have done what it was doing.
+    pub fn kill(&mut self, node: usize) {
+        let Some(process) = self.nodes[node].process.take() else { return };
+        for operation in process.operations.into_values() {
+            if self.random.percent(50) {
+                self.nodes[node].effect(operation);
+            }
+        }
+        self.nodes[node].paused = false;
+        self.nodes[node].backlog.clear();
+        self.note(|| format!("node {node}: its engine is dead"));
+    }
+
+    /// The node that has this copy.
+    pub fn node_of(&self, copy: InstanceId) -> Option<usize> {
+        self.nodes.iter().position(|node| node.disk.instance == copy)
+    }
+}

@@ -1,0 +1,150 @@
+//! A node: its disk, its device with the slots that outlive the engine, and the engine while it runs.
+
+use super::cluster::Event;
+use super::disk::{Captured, Disk, Payload};
+use super::oracle::WriteId;
+use crate::protocol::*;
+use crate::volume::{BlockRange, InstanceId};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+/// A disk operation that is not done.
+#[derive(Debug)]
+pub enum Operation {
+    Write { range: BlockRange, payload: Payload },
+    Read { range: BlockRange, tag: Option<Tag> },
+    Flush(Captured),
+    Seal { name: u32, contents: Payload },
+    Persist(Box<Record>),
+    WriteHot(Box<[Extent]>),
+    NextRange,
+}
+
+impl Operation {
+    pub fn range(&self) -> Option<BlockRange> {
+        match self {
+            Self::Write { range, .. } | Self::Read { range, .. } => Some(*range),
+            Self::Flush(_) | Self::Seal { .. } | Self::Persist(_) | Self::WriteHot(_) | Self::NextRange => None,
+        }
+    }
+}
+
+/// A request of the device that is not answered: it outlives the engine.
+#[derive(Debug)]
+pub struct Slot {
+    pub request: Request,
+    /// Number of a write, or zero.
+    pub write: WriteId,
+    /// What a flush must put on the media.
+    pub covered: Vec<(u64, WriteId)>,
+    pub read: Payload,
+}
+
+/// An engine that runs.
+#[derive(Debug)]
+pub struct Process {
+    pub life: u64,
+    pub replica: Replica,
+    pub operations: BTreeMap<OperationId, Operation>,
+    pub plan: VecDeque<BlockRange>,
+    /// Bytes by the operation that read them, and by the frame that brought them.
+    pub read: BTreeMap<OperationId, Payload>,
+    pub brought: BTreeMap<(InstanceId, Stamp, SerialNumber), Payload>,
+    /// The catalogue was read: requests may be given to the core.
+    pub informed: bool,
+    /// It could not reach the catalogue when it wanted to.
+    pub behind: bool,
+    /// The proposal that waits for an answer, by its number.
+    pub proposing: Option<u64>,
+    /// When each other node was heard last, and whether that was too long ago.
+    pub heard: Vec<(Duration, bool)>,
+    /// A disk operation failed.
+    pub failed: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Node {
+    pub disk: Disk,
+    pub process: Option<Process>,
+    /// Of the node and of its engines.
+    pub boot: u64,
+    pub lives: u64,
+    pub booted: Duration,
+    /// Parts in a million by which its clock is fast.
+    pub drift: i64,
+    pub powered: bool,
+    pub paused: bool,
+    pub broken: bool,
+    pub full: bool,
+    pub slow: bool,
+    /// It cannot reach the catalogue.
+    pub isolated: bool,
+    pub slots: BTreeMap<u32, Slot>,
+    pub next_tag: u32,
+    /// Requests that its application has in flight at most; zero: there is none.
+    pub depth: usize,
+    /// Number of that application.
+    pub application: u64,
+    /// What arrives while the process is paused.
+    pub backlog: Vec<Event>,
+}
+
+impl Node {
+    pub fn new(disk: Disk, drift: i64) -> Self {
+        Self {
+            disk,
+            process: None,
+            boot: 1,
+            lives: 0,
+            booted: Duration::ZERO,
+            drift,
+            powered: true,
+            paused: false,
+            broken: false,
+            full: false,
+            slow: false,
+            isolated: false,
+            slots: BTreeMap::new(),
+            next_tag: 0,
+            depth: 0,
+            application: 0,
+            backlog: vec![],
+        }
+    }
+
+    /// By this node's own clock.
+    pub fn now(&self, time: Duration) -> Now {
+        let since = (time - self.booted).as_micros() as i64;
+        Now(Duration::from_micros((since + since / 1_000_000 * self.drift) as u64))
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.process.is_some() && !self.paused
+    }
+
+    /// The engine, if it is this one.
+    pub fn life(&mut self, life: u64) -> Option<&mut Process> {
+        self.process.as_mut().filter(|process| process.life == life)
+    }
+
+    /// Its caches have everything that it ever acknowledged.
+    pub fn is_kept(&self) -> bool {
+        self.disk.boot == self.boot && self.disk.record.intact
+    }
+
+    /// What an operation does to the disk; the bytes that it read, if any.
+    pub fn effect(&mut self, operation: Operation) -> Option<Payload> {
+        let disk = &mut self.disk;
+        match operation {
+            Operation::Write { range, payload } => disk.write(range, &payload),
+            Operation::Read { range, .. } => return Some(disk.read(range)),
+            Operation::Flush(captured) => disk.flushed(&captured),
+            Operation::Seal { name, contents } => _ = disk.seals.entry(name).or_insert(contents),
+            Operation::Persist(record) => disk.persist(*record, self.boot),
+            Operation::WriteHot(extents) => disk.hot = extents.iter().copied().collect(),
+            Operation::NextRange => {}
+        }
+        None
+    }
+}

@@ -1,0 +1,325 @@
+//! How a copy proposes, learns and adopts configurations: who decides.
+//!
+//! # Invariants
+//! * A proposal is one version above what is durable here, and there is one at a time. Until it is resolved it counts as
+//!   committed and as not committed: acks are awaited from the members of both.
+//! * An ambiguous answer is read back; if the catalogue still has the old version, the very same proposal is repeated,
+//!   because the first one may still arrive.
+//! * A copy is primary only under a term that it committed itself since it was started: an older proposal of its own
+//!   that is committed late makes nobody primary, and serial numbers are unique in a term.
+//! * A configuration is durable before anything is done or answered under it, and nothing that was started under the
+//!   one before runs any more, unless both are this primary's own.
+//! * Only members propose; only the primary drops, admits and adds copies. A primary that may lack acknowledged writes
+//!   drops nobody.
+
+use super::OperationId;
+use super::configuration::{Configuration, Lacks, MAX_COPIES, Stamp};
+use super::interface::{Output, Primary, Record, Role};
+use super::message::{Buffer, Message, SerialNumber};
+use super::primary::Peer;
+use super::replica::Replica;
+use crate::volume::InstanceId;
+
+/// What became of a proposal.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// It is the configuration now.
+    Committed,
+    /// Another one was committed before; this is the one in the catalogue.
+    Lost(Box<Configuration>),
+    /// No answer: it may be committed, be committed later, or never.
+    Ambiguous,
+}
+
+/// A configuration that is committed and not yet durable here.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Adoption {
+    configuration: Configuration,
+    /// This copy proposed it since it was started.
+    mine: bool,
+}
+
+impl Adoption {
+    pub fn configuration(&self) -> &Configuration {
+        &self.configuration
+    }
+}
+
+/// Before a primary proposes to go on without a member, everything that it acknowledged is on its own stable media, and
+/// nothing is acknowledged meanwhile: the proposal may be committed after it has lost power.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Guard {
+    /// Requests may be acknowledged.
+    Open,
+    /// Its disk is being flushed.
+    Flushing(OperationId),
+    /// It may drop the members that are out.
+    Flushed,
+}
+
+/// A record on its way to stable media.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Persisting {
+    pub operation: OperationId,
+    record: Record,
+}
+
+impl Replica {
+    /// The newest configuration that this copy knows.
+    fn known(&self) -> Stamp {
+        self.adoption.as_ref().map_or(self.record.configuration.stamp, |adoption| adoption.configuration.stamp)
+    }
+
+    pub(super) fn proposed(&mut self, stamp: Stamp, outcome: Outcome, outputs: &mut Vec<Output>) {
+        let Some(next) = self.proposal.as_ref().filter(|next| next.stamp == stamp).cloned() else { return };
+        match outcome {
+            Outcome::Committed => {
+                self.proposal = None;
+                self.learn(next, true, outputs);
+            }
+            Outcome::Lost(current) => self.resolve(next, *current, outputs),
+            Outcome::Ambiguous if planted!(self, AmbiguousIsLost) => self.proposal = None,
+            Outcome::Ambiguous => outputs.push(Output::ReadConfiguration),
+        }
+    }
+
+    /// The catalogue said what is committed.
+    pub(super) fn configuration_read(&mut self, current: Configuration, outputs: &mut Vec<Output>) {
+        self.informed = true;
+        match self.proposal.clone() {
+            Some(next) if current.stamp < next.stamp => {
+                let expected = self.record.configuration.stamp;
+                outputs.push(Output::Propose { expected, next: Box::new(next) });
+            }
+            Some(next) => self.resolve(next, current, outputs),
+            None => self.learn(current, false, outputs),
+        }
+    }
+
+    /// The version that was proposed is taken, by `next` itself or by another one.
+    fn resolve(&mut self, next: Configuration, current: Configuration, outputs: &mut Vec<Output>) {
+        self.proposal = None;
+        if planted!(self, LostIsCommitted) {
+            return self.learn(next, true, outputs);
+        }
+        let mine = current == next;
+        self.learn(current, mine, outputs);
+    }
+
+    /// Takes in a committed configuration.
+    pub(super) fn learn(&mut self, configuration: Configuration, mine: bool, outputs: &mut Vec<Output>) {
+        if configuration.stamp <= self.known() {
+            return;
+        }
+        if self.proposal.as_ref().is_some_and(|next| next.stamp <= configuration.stamp) {
+            self.proposal = None;
+        }
+        let continues = mine
+            && self.is_primary()
+            && configuration.term == self.record.configuration.term
+            && configuration.primary == Some(self.me);
+        if !continues {
+            // Whoever else was primary in between may have acknowledged what these requests would overwrite.
+            let (me, was) = (Some(self.me), self.record.configuration.primary);
+            self.suspend_requests(was == me && configuration.primary != me);
+            self.peers.clear();
+            self.role = Self::follower(&self.record.configuration, self.me);
+        }
+        self.adoption = Some(Adoption { configuration, mine });
+        self.adopt_if_drained(outputs);
+        self.fence_what_waits(outputs);
+    }
+
+    /// Makes what was learned durable, when nothing of the one before runs any more.
+    pub(super) fn adopt_if_drained(&mut self, outputs: &mut Vec<Output>) {
+        let Some(adoption) = &self.adoption else { return };
+        if self.persisting.is_some() || !(self.is_primary() || self.is_drained()) {
+            return;
+        }
+        let configuration = adoption.configuration.clone();
+        let alone = configuration.primary == Some(self.me) && configuration.secondaries.is_empty();
+        let intact = configuration.is_member(self.me) && (self.record.intact || alone);
+        self.persist(Record { configuration, intact }, outputs);
+    }
+
+    fn is_drained(&self) -> bool {
+        let idle = self.admission.entries().iter().all(|entry| entry.running().is_none());
+        let guarded = matches!(self.guard, Guard::Flushing(_));
+        idle && !guarded && self.orphans.is_empty() && !self.applies.iter().any(super::secondary::Apply::is_running)
+    }
+
+    pub(super) fn persist(&mut self, record: Record, outputs: &mut Vec<Output>) {
+        self.unsaved = false;
+        let operation = self.operation();
+        outputs.push(Output::Persist { operation, record: Box::new(record.clone()) });
+        self.persisting = Some(Persisting { operation, record });
+    }
+
+    /// A record is durable: from here on this copy acts under it.
+    pub(super) fn persisted(&mut self, result: Result<(), super::DiskError>, outputs: &mut Vec<Output>) {
+        let Some(Persisting { record, .. }) = self.persisting.take() else { return };
+        if result.is_err() {
+            // Nothing was promised under it, and nothing will be before another attempt succeeds.
+            self.failed = true;
+            return;
+        }
+        let before = std::mem::replace(&mut self.record, record);
+        if before.configuration.stamp == self.record.configuration.stamp {
+            return self.intact_is_durable(outputs);
+        }
+        if self.record.configuration.term != before.configuration.term {
+            (self.applies, self.floor, self.settled) = (Vec::new(), SerialNumber::default(), false);
+            self.hot.new_term();
+        }
+        self.open_guard();
+        let Some(adoption) = self.adoption.take_if(|a| a.configuration.stamp == self.record.configuration.stamp) else {
+            return;
+        };
+        // What had not started belongs to the version before; the primary says it again if it still matters.
+        self.applies.retain(super::secondary::Apply::is_done);
+        if adoption.mine && self.record.configuration.primary == Some(self.me) {
+            self.begin_or_continue(outputs);
+        } else {
+            self.role = Self::follower(&self.record.configuration, self.me);
+            self.answer_primary(outputs);
+        }
+        self.fence_what_waits(outputs);
+        self.start_what_is_clear(outputs);
+    }
+
+    /// This copy's own configuration is durable: it begins its term, or goes on under the next version.
+    fn begin_or_continue(&mut self, outputs: &mut Vec<Output>) {
+        let configuration = self.record.configuration.clone();
+        if !self.is_primary() {
+            self.role = Role::Primary(Primary::Reconciling);
+            self.next_serial = SerialNumber(1);
+            self.peers.clear();
+        }
+        self.abandon_copying();
+        let others = configuration.copies().filter(|copy| *copy != self.me);
+        let peers = others.map(|copy| self.next_peer(copy, &configuration)).collect();
+        let before = std::mem::replace(&mut self.peers, peers);
+        self.renumber(&before);
+        if self.role == Role::Primary(Primary::Settling) {
+            self.role = Role::Primary(Primary::Reconciling);
+        }
+        for peer in &self.peers {
+            let message = Message::Invite(Box::new(configuration.clone()));
+            outputs.push(Output::Send { to: peer.copy, message, buffer: Buffer::None });
+        }
+        self.answer_what_all_did(outputs);
+    }
+
+    fn next_peer(&self, copy: InstanceId, configuration: &Configuration) -> Peer {
+        let member = configuration.is_member(copy);
+        let known = self.peers.iter().find(|peer| peer.copy == copy);
+        match known {
+            // A member stays one, or a candidate was admitted: its session goes on under the next version.
+            Some(peer) if member => Peer { member, joined: false, sync: super::copying::Sync::Idle, ..peer.clone() },
+            Some(_) | None => Peer::new(copy, member, member && self.silent.contains(&copy)),
+        }
+    }
+
+    /// Shows what the volume needs to the catalogue.
+    pub(super) fn propose(&mut self, outputs: &mut Vec<Output>) {
+        self.guard_drops(outputs);
+        let busy = self.proposal.is_some() || self.adoption.is_some() || self.persisting.is_some();
+        if busy || !self.informed {
+            return;
+        }
+        let Some(next) = self.wanted() else { return };
+        let expected = self.record.configuration.stamp;
+        outputs.push(Output::Propose { expected, next: Box::new(next.clone()) });
+        if planted!(self, DropBeforeCommit) {
+            let out = self.bits(|peer| peer.out);
+            self.stop_awaiting(out, outputs);
+        }
+        self.proposal = Some(next);
+    }
+
+    /// The configuration that this copy would commit now.
+    fn wanted(&self) -> Option<Configuration> {
+        let current = &self.record.configuration;
+        let me = Some(self.me);
+        match self.role {
+            Role::Primary(_) if self.leaves() => self.may_leave().then(|| {
+                let mut next = current.next();
+                next.secondaries.extend(next.primary.take());
+                next
+            }),
+            Role::Primary(_) => self.wanted_copies(),
+            Role::Secondary if current.primary == me => Some(current.with_primary(self.me)),
+            Role::Outdated | Role::Candidate if !planted!(self, PromoteOutdated) => None,
+            Role::Secondary | Role::Outdated | Role::Candidate => {
+                let wished = self.wish.as_ref().is_some_and(|wish| wish.primary == me);
+                let waited =
+                    planted!(self, PromoteUnderLease) || current.primary.is_none() || self.now >= self.granted_until;
+                (wished && waited && !self.failed).then(|| {
+                    let mut next = current.with_primary(self.me);
+                    next.candidates.remove(&self.me);
+                    next
+                })
+            }
+        }
+    }
+
+    fn wanted_copies(&self) -> Option<Configuration> {
+        let current = &self.record.configuration;
+        let mut next = current.next();
+        for peer in &self.peers {
+            if peer.out && peer.member && self.may_drop() {
+                next.drop_member(peer.copy);
+            } else if peer.is_equal() && !peer.out {
+                next.admit(peer.copy);
+            }
+        }
+        if let Some(wish) = self.wish.as_ref().filter(|_| self.record.intact) {
+            next.candidates.retain(|copy, _| wish.copies.contains(copy));
+            for copy in &wish.copies {
+                if !next.copies().any(|known| known == *copy) && next.copies().count() < MAX_COPIES {
+                    next.candidates.insert(*copy, Lacks::Everything);
+                }
+            }
+        }
+        (next.secondaries != current.secondaries || next.candidates != current.candidates).then_some(next)
+    }
+
+    fn may_drop(&self) -> bool {
+        self.record.intact && (self.guard == Guard::Flushed || planted!(self, DropUnflushed))
+    }
+
+    /// What is acknowledged from now on is covered by no flush that has begun before.
+    fn open_guard(&mut self) {
+        if let Guard::Flushing(operation) = self.guard {
+            self.orphans.push(operation);
+        }
+        self.guard = Guard::Open;
+    }
+
+    /// Flushes this copy before it goes on without a member: one that is out, or that the spec does not want any more.
+    fn guard_drops(&mut self, outputs: &mut Vec<Output>) {
+        // A primary that may lack acknowledged writes still needs those whom nobody wants any more.
+        if let Some(wish) = self.wish.as_ref().filter(|_| self.is_primary() && self.record.intact) {
+            let unwanted = |peer: &&mut Peer| peer.member && !wish.copies.contains(&peer.copy);
+            self.peers.iter_mut().filter(unwanted).for_each(|peer| peer.out = true);
+        }
+        let drops = self.is_primary() && self.record.intact && self.peers.iter().any(|peer| peer.member && peer.out);
+        if !drops {
+            self.open_guard();
+        }
+        if drops && self.guard == Guard::Open {
+            let operation = self.operation();
+            self.guard = Guard::Flushing(operation);
+            outputs.push(Output::FlushHere { operation });
+        }
+    }
+
+    pub(super) fn is_primary(&self) -> bool {
+        matches!(self.role, Role::Primary(_))
+    }
+
+    /// The spec wants no primary, or another one.
+    pub(super) fn leaves(&self) -> bool {
+        self.wish.as_ref().is_some_and(|wish| wish.primary != Some(self.me))
+    }
+}

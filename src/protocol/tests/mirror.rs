@@ -1,0 +1,227 @@
+//! The core of a mirror by hand: one copy, scripted inputs. Each test is a counterexample that the model once found.
+
+#![allow(clippy::wildcard_enum_match_arm, reason = "a script names the outputs that it is about")]
+
+use super::super::*;
+use crate::volume::{BlockRange, InstanceId};
+use std::collections::BTreeSet;
+
+const WRITER: Tag = Tag(1);
+const OTHER: Tag = Tag(2);
+/// The lives of the other copy.
+const FIRST: Incarnation = Incarnation(1);
+const SECOND: Incarnation = Incarnation(2);
+
+fn copy(number: u8) -> InstanceId {
+    InstanceId::from_bytes([number; 16])
+}
+
+fn extent(number: u64) -> BlockRange {
+    BlockRange::new(number * EXTENT_BLOCKS, 1).expect("not empty")
+}
+
+fn version(version: u64) -> Stamp {
+    Stamp { generation: Generation(1), version: ConfigurationVersion(version) }
+}
+
+/// Copy 1 of a volume, and what its last input made it want.
+struct Script {
+    replica: Replica,
+    outputs: Vec<Output>,
+}
+
+impl Script {
+    /// Copy 1 has committed its term as version 2; nobody has answered yet.
+    fn new(secondary: bool, hot: &[Extent], memory: Memory) -> Self {
+        let others = if secondary { BTreeSet::from([copy(2)]) } else { BTreeSet::new() };
+        let mut configuration = Configuration::first(Generation(1), copy(1), others);
+        if !secondary {
+            configuration.candidates.insert(copy(2), Lacks::Everything);
+        }
+        let record = Record { configuration, intact: true };
+        let member = Member { copy: copy(1), incarnation: FIRST, record, hot: hot.to_vec(), memory };
+        Self { replica: Replica::open(Now::default(), member), outputs: vec![] }
+    }
+
+    /// The same, as primary of version 2.
+    fn primary(secondary: bool) -> Self {
+        let mut script = Self::new(secondary, &[], Memory::Kept);
+        let current = script.replica.record().configuration.clone();
+        script.give(Input::Configuration(Box::new(current)));
+        script.commit();
+        script
+    }
+
+    /// The same, serving, with its secondary equal.
+    fn serving() -> Self {
+        let mut script = Self::primary(true);
+        script.hear(Script::joined(FIRST, &[]));
+        script.hear(Message::Settled(Frame { stamp: version(2), incarnation: FIRST }));
+        assert_eq!(script.replica.role(), Role::Primary(Primary::Serving));
+        script
+    }
+
+    fn joined(incarnation: Incarnation, hot: &[Extent]) -> Message {
+        Message::Joined { frame: Frame { stamp: version(2), incarnation }, intact: true, hot: hot.into() }
+    }
+
+    fn give(&mut self, input: Input) {
+        self.outputs.clear();
+        self.replica.step(Now::default(), input, &mut self.outputs);
+    }
+
+    fn hear(&mut self, message: Message) {
+        self.give(Input::Received { from: copy(2), message });
+    }
+
+    /// The other copy has executed what it was sent as this serial.
+    fn hear_prepared(&mut self, serial: u64) {
+        let frame = Frame { stamp: self.replica.record().configuration.stamp, incarnation: FIRST };
+        self.hear(Message::Prepared { frame, serial: SerialNumber(serial), result: Ok(()) });
+    }
+
+    /// The disk has done the only operation among the outputs.
+    fn finish(&mut self) {
+        let operations = self.outputs.iter().filter_map(|output| match output {
+            Output::Disk { operation, .. }
+            | Output::FlushHere { operation }
+            | Output::Persist { operation, .. }
+            | Output::WriteHot { operation, .. } => Some(*operation),
+            _ => None,
+        });
+        let operations: Vec<OperationId> = operations.collect();
+        assert_eq!(operations.len(), 1, "{:?}", self.outputs);
+        self.give(Input::Completed { operation: operations[0], result: Ok(()) });
+    }
+
+    fn proposal(&self) -> Option<Configuration> {
+        self.outputs.iter().find_map(|output| match output {
+            Output::Propose { next, .. } => Some((**next).clone()),
+            _ => None,
+        })
+    }
+
+    /// The catalogue executes the proposal among the outputs, and its record becomes durable.
+    fn commit(&mut self) {
+        let stamp = self.proposal().expect("something is proposed").stamp;
+        self.give(Input::Proposed { stamp, outcome: Outcome::Committed });
+        self.finish();
+    }
+
+    /// A write of an extent that is not marked yet is on this copy's disk.
+    fn write(&mut self, tag: Tag, number: u64) {
+        self.give(Input::Request { tag, request: Request::Write(extent(number)) });
+        self.finish();
+        self.finish();
+    }
+
+    fn completes(&self, tag: Tag) -> bool {
+        self.outputs.contains(&Output::Complete { tag, result: Ok(()) })
+    }
+
+    fn wants(&self, what: fn(&Output) -> bool) -> bool {
+        self.outputs.iter().any(what)
+    }
+}
+
+/// It was proposed at once; committed late, it left a primary alone that had lost what the dropped member still had.
+#[test]
+fn a_member_is_dropped_only_after_a_flush_of_this_copy() {
+    let mut script = Script::serving();
+    script.write(WRITER, 0);
+    script.give(Input::Silent(copy(2)));
+    assert!(script.wants(|output| matches!(output, Output::FlushHere { .. })));
+    assert_eq!(script.proposal(), None);
+    let flush = script.outputs.clone();
+    script.hear_prepared(1);
+    assert!(!script.completes(WRITER), "the flush does not cover what is acknowledged now");
+    script.outputs = flush;
+    script.finish();
+    let next = script.proposal().expect("now it may go on alone");
+    assert_eq!((next.secondaries.len(), next.candidates[&copy(2)]), (0, Lacks::Since(version(3))));
+    assert!(!script.completes(WRITER));
+    script.commit();
+    assert!(script.completes(WRITER));
+}
+
+/// Its record still said that it was intact; an engine killed a moment later counted on it.
+#[test]
+fn a_copy_that_lost_its_caches_records_that_before_anything_else() {
+    for (hot, intact) in [(vec![Extent(0)], false), (vec![], true)] {
+        let mut script = Script::new(true, &hot, Memory::Lost);
+        let current = script.replica.record().configuration.clone();
+        script.give(Input::Configuration(Box::new(current)));
+        let [Output::Persist { record, .. }] = &script.outputs[..] else { panic!("{:?}", script.outputs) };
+        assert_eq!(record.intact, intact, "a node without marks has lost nothing");
+    }
+}
+
+/// It was begun anew and not awaited meanwhile, and its admission was committed.
+#[test]
+fn a_candidate_that_restarts_during_its_admission_stays_awaited() {
+    let mut script = Script::primary(false);
+    script.hear(Script::joined(FIRST, &[]));
+    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    script.give(Input::Planned { operation, range: Ok(None) });
+    script.finish();
+    script.hear_prepared(1);
+    let admission = script.outputs.clone();
+    assert!(script.proposal().is_some_and(|next| next.is_member(copy(2))));
+    script.write(WRITER, 0);
+    script.hear(Script::joined(SECOND, &[]));
+    assert_eq!(script.outputs, [], "neither answered nor begun anew");
+    script.outputs = admission;
+    script.commit();
+    assert!(!script.completes(WRITER));
+    script.finish();
+    assert!(script.proposal().is_some_and(|next| !next.is_member(copy(2))), "it goes again");
+    assert!(!script.completes(WRITER));
+    script.commit();
+    assert!(script.completes(WRITER));
+}
+
+/// Whoever connects says so twice: the plan began anew each time, and a primary that served stopped.
+#[test]
+fn a_repeated_answer_does_not_restart_a_reconcile() {
+    let mut script = Script::primary(true);
+    script.hear(Script::joined(FIRST, &[Extent(0)]));
+    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    script.hear(Script::joined(FIRST, &[Extent(0)]));
+    assert_eq!(script.outputs, []);
+    script.give(Input::Planned { operation, range: Ok(None) });
+    assert_eq!(script.replica.role(), Role::Primary(Primary::Settling));
+    script.hear(Script::joined(FIRST, &[Extent(0)]));
+    assert_eq!(script.replica.role(), Role::Primary(Primary::Settling));
+}
+
+/// The write that waited for room asked for a flush, which made none, and so on.
+#[test]
+fn a_flush_for_room_begins_only_when_it_makes_some() {
+    let mut script = Script::serving();
+    script.replica.hot_limit = 1;
+    script.write(WRITER, 0);
+    script.give(Input::Request { tag: OTHER, request: Request::Write(extent(1)) });
+    assert_eq!(script.outputs, [], "the only mark is that of a write under way");
+    script.hear_prepared(1);
+    assert!(script.completes(WRITER));
+    let flushes = |output: &Output| matches!(output, Output::Disk { request: Request::Flush, .. });
+    assert!(script.wants(flushes));
+    script.finish();
+    script.hear_prepared(2);
+    assert!(script.wants(|output| matches!(output, Output::Send { message: Message::Clear { .. }, .. })));
+    assert!(!script.wants(flushes));
+}
+
+/// Requests that were under way when the engine died come back before the copy serves, and lie in hot extents.
+#[test]
+fn a_request_that_waits_for_this_copy_to_serve_does_not_hold_up_the_reconcile() {
+    let mut script = Script::new(true, &[Extent(0)], Memory::Kept);
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    let current = script.replica.record().configuration.clone();
+    script.give(Input::Configuration(Box::new(current)));
+    script.commit();
+    script.hear(Script::joined(FIRST, &[Extent(0)]));
+    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    script.give(Input::Planned { operation, range: Ok(Some(extent(0))) });
+    assert!(script.wants(|output| matches!(output, Output::ReadRange { .. })), "{:?}", script.outputs);
+}

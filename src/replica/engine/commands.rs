@@ -1,0 +1,347 @@
+//! What the handles ask the engine's thread for, and how it does it.
+//!
+//! Invariants: a command is executed whole, between two turns of the data path, and never blocks; whoever gives up waiting
+//! for the answer changes nothing.
+
+use super::files::TreeFiles;
+use super::operations::Purpose;
+use super::tree::{Phase as TreePhase, Tree, TreeKey};
+use super::turn::Engine;
+use super::volume::{Phase, TICKETS, Ticket, Volume, VolumeKey};
+use super::{ControlError, EngineError};
+use crate::protocol::{DiskError, Input, OperationId, Replica, Request, SealName, Tag};
+use crate::replica::device::FuseLoop;
+use crate::replica::device::loop_device::LoopDevice;
+use crate::replica::device::slots::RESERVED_SLOTS;
+use crate::replica::io::WatchKey;
+use crate::store::{Control, ControlError as Refusal, Store};
+use crate::volume::{InstanceId, VolumeId, VolumeSize};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+pub(super) type Reply<T> = oneshot::Sender<T>;
+
+/// An attached volume, for those who do what blocks.
+pub(super) struct Found {
+    pub size: VolumeSize,
+    pub device: Option<LoopDevice>,
+    pub control: Result<crate::replica::device::Control, crate::replica::device::DeviceError>,
+    pub broken: bool,
+}
+
+/// A request of an operator, and who waits for the answer.
+pub(super) type ControlItem = (InstanceId, Control, Reply<Result<(), ControlError>>);
+
+pub(super) enum Command {
+    OpenTree {
+        tree: InstanceId,
+        store: Box<Store>,
+        files: TreeFiles,
+        pending: OwnedFd,
+        reply: Reply<Result<(), EngineError>>,
+    },
+    CloseTree {
+        tree: InstanceId,
+        reply: Reply<Result<(), EngineError>>,
+    },
+    /// All of them before anything else happens: several seals are one point in time.
+    Control(Vec<ControlItem>),
+    Inspect {
+        tree: InstanceId,
+        look: Box<dyn FnOnce(&mut Store) + Send>,
+    },
+    Find {
+        volume: VolumeId,
+        reply: Reply<Option<Found>>,
+    },
+    AddVolume {
+        tree: InstanceId,
+        device: Box<FuseLoop>,
+        reply: Reply<Result<(), EngineError>>,
+    },
+    SetDevice {
+        volume: VolumeId,
+        device: LoopDevice,
+    },
+    RemoveVolume {
+        volume: VolumeId,
+        reply: Reply<()>,
+    },
+    Reattach {
+        reply: Reply<Vec<VolumeId>>,
+    },
+}
+
+impl Engine {
+    pub fn command(&mut self, command: Command) {
+        match command {
+            Command::OpenTree { tree, store, files, pending, reply } => {
+                let opened = self.open_tree(tree, store, files, pending);
+                drop(reply.send(opened));
+            }
+            Command::CloseTree { tree, reply } => self.close_tree(tree, reply),
+            Command::Control(items) => {
+                for (tree, control, reply) in items {
+                    self.control(tree, control, reply);
+                }
+            }
+            Command::Inspect { tree, look } => {
+                if let Some(key) = self.tree_of(tree) {
+                    if let Some(tree) = self.tree_mut(key) {
+                        look(&mut tree.store);
+                    }
+                    self.collect_actions(key);
+                }
+            }
+            Command::Find { volume, reply } => drop(reply.send(self.find(volume))),
+            Command::AddVolume { tree, device, reply } => {
+                let added = self.tree_of(tree).ok_or(EngineError::UnknownTree(tree));
+                let added = added.and_then(|tree| self.add_volume(tree, *device, None)).map(drop);
+                drop(reply.send(added));
+            }
+            Command::SetDevice { volume, device } => {
+                if let Some(key) = self.volume_of(volume)
+                    && let Some(volume) = self.volume_mut(key)
+                {
+                    volume.device = Some(device);
+                }
+            }
+            Command::RemoveVolume { volume, reply } => self.remove_volume(volume, reply),
+            Command::Reattach { reply } => {
+                self.reattached = true;
+                drop(reply.send(self.revive()));
+            }
+        }
+    }
+
+    fn open_tree(
+        &mut self,
+        id: InstanceId,
+        store: Box<Store>,
+        files: TreeFiles,
+        pending: OwnedFd,
+    ) -> Result<(), EngineError> {
+        if self.tree_of(id).is_some() {
+            return Err(EngineError::TreeIsOpen(id));
+        }
+        let key = TreeKey(self.trees.len() as u32);
+        let phase = TreePhase::Open;
+        self.trees.push(Some(Tree {
+            id,
+            store,
+            files,
+            _pending: pending,
+            under_way: 0,
+            last_tick: Duration::ZERO,
+            next_tick: None,
+            phase,
+        }));
+        self.collect_actions(key);
+        if self.reattached {
+            self.revive();
+        }
+        Ok(())
+    }
+
+    /// What is acknowledged and not in the log is written before the memory that holds it may be forgotten.
+    fn close_tree(&mut self, id: InstanceId, reply: Reply<Result<(), EngineError>>) {
+        let Some(key) = self.tree_of(id) else {
+            drop(reply.send(Ok(())));
+            return;
+        };
+        if let Some(volume) = self.volumes.iter().flatten().find(|v| v.tree == key) {
+            drop(reply.send(Err(EngineError::VolumeAttached(volume.fuse.volume))));
+            return;
+        }
+        if let Some(parked) = self.parked.iter().find(|p| p.tree == id) {
+            drop(reply.send(Err(EngineError::VolumeAttached(parked.fuse.volume))));
+            return;
+        }
+        let Self { trees, operations, actions, .. } = self;
+        let Some(tree) = trees[key.0 as usize].as_mut() else { return };
+        if !tree.is_open() {
+            drop(reply.send(Err(EngineError::TreeIsClosing(id))));
+            return;
+        }
+        tree.phase = TreePhase::Closing(reply);
+        if let Some(volume) = tree.store.volumes().first() {
+            tree.under_way += 1;
+            let operation = operations.add(key, Purpose::LastFlushOfTree);
+            tree.store.start(operation, volume.volume, Request::Flush, actions);
+        }
+        self.collect_actions(key);
+        self.pump();
+        self.close_if_quiet(key);
+    }
+
+    pub fn close_if_quiet(&mut self, key: TreeKey) {
+        let Some(tree) = self.tree_mut(key) else { return };
+        if tree.is_open() || tree.under_way > 0 {
+            return;
+        }
+        self.ticking.retain(|k| *k != key);
+        if let Some(tree) = self.trees[key.0 as usize].take()
+            && let TreePhase::Closing(reply) = tree.phase
+        {
+            drop(tree.store);
+            drop(reply.send(Ok(())));
+        }
+    }
+
+    fn control(&mut self, id: InstanceId, control: Control, reply: Reply<Result<(), ControlError>>) {
+        let Some(key) = self.tree_of(id) else {
+            drop(reply.send(Err(EngineError::UnknownTree(id).into())));
+            return;
+        };
+        if let Control::Seal { volume, .. } = control
+            && let Some(attached) = self.volume_of(volume)
+        {
+            return self.seal(attached, control, reply);
+        }
+        if let Control::DeleteVolume(volume) = control
+            && self.volume_of(volume).is_some()
+        {
+            drop(reply.send(Err(EngineError::VolumeAttached(volume).into())));
+            return;
+        }
+        let resized = match control {
+            Control::Resize { volume, size } => Some((volume, size)),
+            _ => None,
+        };
+        let Self { trees, operations, actions, .. } = self;
+        let Some(tree) = trees[key.0 as usize].as_mut().filter(|t| t.is_open()) else {
+            drop(reply.send(Err(EngineError::TreeIsClosing(id).into())));
+            return;
+        };
+        tree.under_way += 1;
+        let operation = operations.add(key, Purpose::Control { reply, resized });
+        tree.store.control(operation, control, actions);
+        self.collect_actions(key);
+        self.pump();
+    }
+
+    /// A seal of an attached volume takes its place among the device's requests.
+    fn seal(&mut self, key: VolumeKey, control: Control, reply: Reply<Result<(), ControlError>>) {
+        let first = self.arena.slots.count() + RESERVED_SLOTS;
+        let Some(volume) = self.volume_mut(key) else { return };
+        let Some(index) = volume.tickets.iter().position(Option::is_none) else {
+            drop(reply.send(Err(Refusal::Busy.into())));
+            return;
+        };
+        volume.tickets[index] = Some(Ticket { control, reply, refusal: None });
+        let request = Request::Seal(SealName(index as u32));
+        self.step(key, Input::Request { tag: Tag(first + index as u32), request });
+        self.pump();
+    }
+
+    /// The store says more of a seal than the core needs to know.
+    pub fn note_seal(&mut self, key: VolumeKey, operation: OperationId, result: Result<(), Refusal>) {
+        let first = self.arena.slots.count() + RESERVED_SLOTS;
+        let Some(volume) = self.volume_mut(key) else { return };
+        let tag = volume.replica.tag_of(operation);
+        if let Some(ticket) = tag.and_then(|tag| volume.tickets.get_mut((tag.0 - first) as usize)?.as_mut()) {
+            ticket.refusal = result.err();
+        }
+    }
+
+    pub fn answer_operator(&mut self, key: VolumeKey, tag: Tag, result: Result<(), DiskError>) {
+        let first = self.arena.slots.count() + RESERVED_SLOTS;
+        let Some(volume) = self.volume_mut(key) else { return };
+        if let Some(ticket) = volume.tickets.get_mut((tag.0 - first) as usize).and_then(Option::take) {
+            let refused = |error| ticket.refusal.unwrap_or(Refusal::Disk(error));
+            drop(ticket.reply.send(result.map_err(|error| refused(error).into())));
+        }
+    }
+
+    fn find(&self, id: VolumeId) -> Option<Found> {
+        let volume = self.volumes[self.volume_of(id)?.0 as usize].as_deref()?;
+        Some(Found {
+            size: volume.size,
+            device: volume.device,
+            control: volume.fuse.control(),
+            broken: matches!(volume.phase, Phase::Broken),
+        })
+    }
+
+    /// Serves a device from now on.
+    pub fn add_volume(
+        &mut self,
+        tree_key: TreeKey,
+        fuse: FuseLoop,
+        device: Option<LoopDevice>,
+    ) -> Result<VolumeKey, EngineError> {
+        let id = fuse.volume;
+        if self.volume_of(id).is_some() {
+            return Err(EngineError::VolumeAttached(id));
+        }
+        let tree = self.tree_mut(tree_key).filter(|t| t.is_open()).ok_or(EngineError::UnknownVolume(id))?;
+        let copy = tree.id;
+        let info = tree.store.volumes().into_iter().find(|info| info.volume == id);
+        let size = info.ok_or(EngineError::UnknownVolume(id))?.size;
+        let key = VolumeKey(self.volumes.len() as u32);
+        let tags = (self.arena.slots.count() + fuse.slots.count()) as usize;
+        let watched = self.io.watch(WatchKey(key.0), fuse.connection().as_raw_fd());
+        watched.map_err(|error| EngineError::Watch { volume: id, error })?;
+        self.volumes.push(Some(Box::new(Volume {
+            tree: tree_key,
+            size,
+            device,
+            replica: Replica::sole(copy),
+            pending: vec![None; tags],
+            tickets: [const { None }; TICKETS],
+            arena_used: 0,
+            own_free: (0..fuse.slots.count()).collect(),
+            fuse,
+            ready: false,
+            flushing: false,
+            phase: Phase::Serving,
+            statistics: self.statistics.add(id),
+        })));
+        // Requests may be there already, from before the watch.
+        self.make_ready(key);
+        Ok(key)
+    }
+
+    /// The loop device is gone, so nothing new comes; what was written is put on stable media.
+    fn remove_volume(&mut self, id: VolumeId, reply: Reply<()>) {
+        let Some(key) = self.volume_of(id) else {
+            let _ = reply.send(());
+            return;
+        };
+        let Self { volumes, trees, operations, actions, .. } = self;
+        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
+        let phase = std::mem::replace(&mut volume.phase, Phase::Broken);
+        let fd = volume.fuse.connection().as_raw_fd();
+        let is_watched = matches!(phase, Phase::Serving);
+        if let Phase::Leaving(mut replies) = phase {
+            replies.push(reply);
+            volume.phase = Phase::Leaving(replies);
+            return;
+        }
+        volume.phase = Phase::Leaving(vec![reply]);
+        let tree_key = volume.tree;
+        if let Some(tree) = trees[tree_key.0 as usize].as_mut() {
+            volume.flushing = true;
+            tree.under_way += 1;
+            let operation = operations.add(tree_key, Purpose::LastFlushOfVolume(key));
+            tree.store.start(operation, id, Request::Flush, actions);
+        }
+        if is_watched {
+            self.io.unwatch(WatchKey(key.0), fd);
+        }
+        self.collect_actions(tree_key);
+        self.pump();
+        self.let_go(key);
+    }
+
+    pub fn flushed_for_good(&mut self, key: VolumeKey, result: Result<(), DiskError>) {
+        if let Some(volume) = self.volume_mut(key) {
+            volume.flushing = false;
+            if let Err(error) = result {
+                tracing::error!(volume = %volume.fuse.volume, %error, "the last flush before its device went failed");
+            }
+        }
+        self.let_go(key);
+    }
+}

@@ -1,0 +1,189 @@
+//! Between the stores and the disks: starts operations, executes what the stores want, hands completions back.
+//!
+//! Invariants: a pointer into a slot is used only while its operation runs, and the slot is busy as long; what a store
+//! appends is executed in its order.
+#![allow(unsafe_code, reason = "operations point into the slots of their requests")]
+
+use super::operations::Purpose;
+use super::requests::slot_of;
+use super::tree::TreeKey;
+use super::turn::{Engine, TICK, Work};
+use super::volume::VolumeKey;
+use crate::protocol::{DiskError, Input, OperationId, Request, Tag};
+use crate::replica::device::fuse::MAX_PAYLOAD;
+use crate::replica::device::slots::RESERVED_SLOTS;
+use crate::replica::io::{Operation, Token};
+use crate::store::{Action, Buffer, ControlError as Refusal, File, Io, IoId, Job, JobOutcome};
+use crate::volume::BLOCK_SIZE;
+use std::sync::atomic::Ordering::Relaxed;
+
+impl Engine {
+    /// Starts what the core wants done on this node's copy.
+    pub fn start(&mut self, key: VolumeKey, operation: OperationId, tag: Tag, request: Request) {
+        let Self { volumes, trees, arena, operations, actions, .. } = self;
+        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
+        let tree_key = volume.tree;
+        let Some(tree) = trees[tree_key.0 as usize].as_mut() else { return };
+        tree.under_way += 1;
+        let memory = slot_of(arena, volume, tag).map_or(std::ptr::null_mut(), |slot| slot.payload());
+        let id = operations.add(tree_key, Purpose::Core { volume: key, operation, memory, corrupt: false });
+        match request {
+            Request::Seal(_) => {
+                let index = (tag.0 - arena.slots.count() - RESERVED_SLOTS) as usize;
+                if let Some(ticket) = volume.tickets[index].as_ref() {
+                    tree.store.control(id, ticket.control, actions);
+                }
+            }
+            Request::Read(_) | Request::Write(_) | Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) => {
+                tree.store.start(id, volume.fuse.volume, request, actions);
+            }
+        }
+        self.collect_actions(tree_key);
+    }
+
+    /// Puts what a store appended into the queue, and the tree into the list of those that want ticks.
+    pub fn collect_actions(&mut self, key: TreeKey) {
+        let Self { work, actions, trees, ticking, next_tick, .. } = self;
+        work.extend(actions.drain(..).map(|action| Work::Action(key, action)));
+        let Some(tree) = trees[key.0 as usize].as_mut() else { return };
+        let wanted = tree.wanted_tick(TICK);
+        if let Some(due) = wanted {
+            *next_tick = if ticking.is_empty() { due } else { due.min(*next_tick) };
+            if tree.next_tick.is_none() {
+                ticking.push(key);
+            }
+            tree.next_tick = wanted;
+        }
+    }
+
+    pub fn act(&mut self, key: TreeKey, action: Action<Job>) {
+        match action {
+            Action::Io { io, file, what } => self.submit_io(key, io, file, what),
+            Action::Zero { operation, offset, length } => {
+                let memory = self.memory(operation, offset, length);
+                // SAFETY: inside the slot of a request that waits for this operation.
+                unsafe { std::ptr::write_bytes(memory, 0, length as usize) };
+            }
+            Action::Check { operation, offset, crc } => {
+                let memory = self.memory(operation, offset, BLOCK_SIZE as u32);
+                // SAFETY: as above, and the store says that the data is there.
+                let block = unsafe { std::slice::from_raw_parts(memory, BLOCK_SIZE as usize) };
+                let is_damaged = crc32c::crc32c(block) != crc;
+                if let Some(Purpose::Core { corrupt, .. }) = self.operations.get(operation).map(|o| &mut o.purpose) {
+                    *corrupt |= is_damaged;
+                }
+            }
+            Action::Done { operation, result } => self.done(key, operation, result),
+            Action::ControlDone { operation, result } => self.control_done(key, operation, result),
+            Action::Job(job) => {
+                if let Some(tree) = self.tree_mut(key) {
+                    tree.under_way += 1;
+                }
+                self.jobs.start(key, job);
+            }
+        }
+    }
+
+    /// A part of the buffer of the request that started `operation`.
+    fn memory(&mut self, operation: OperationId, offset: u32, length: u32) -> *mut u8 {
+        assert!(offset as usize + length as usize <= MAX_PAYLOAD, "{length} bytes at {offset} of a request's buffer");
+        match self.operations.get(operation).map(|o| &o.purpose) {
+            // SAFETY: the payload of a slot is MAX_PAYLOAD long.
+            Some(Purpose::Core { memory, .. }) if !memory.is_null() => unsafe { memory.add(offset as usize) },
+            _ => panic!("{operation:?} has no buffer"),
+        }
+    }
+
+    fn submit_io(&mut self, key: TreeKey, io: IoId, file: File, what: Io) {
+        let mut address = |buffer: Buffer, length: u32| match buffer {
+            Buffer::Request { operation, offset } => self.memory(operation, offset, length),
+            Buffer::Store(memory) => memory.cast_mut(),
+        };
+        let operation = match what {
+            Io::Read { offset, length, buffer } => Operation::Read { memory: address(buffer, length), length, offset },
+            Io::Write { offset, length, buffer } => {
+                let memory = address(buffer, length).cast_const();
+                self.statistics.disk_bytes_written.fetch_add(u64::from(length), Relaxed);
+                Operation::Write { memory, length, offset }
+            }
+            Io::Sync => Operation::Sync,
+            Io::Punch { offset, length } => Operation::Punch { offset, length },
+        };
+        self.statistics.disk_operations.fetch_add(1, Relaxed);
+        let Some(tree) = self.trees[key.0 as usize].as_mut() else { return };
+        tree.under_way += 1;
+        self.io.submit(Token((u64::from(key.0) << 32) | u64::from(io.0)), tree.files.fd(file), operation);
+    }
+
+    pub fn disk_done(&mut self, token: Token, result: Result<(), DiskError>) {
+        let key = TreeKey((token.0 >> 32) as u32);
+        let Self { trees, actions, .. } = self;
+        let Some(tree) = trees[key.0 as usize].as_mut() else { return };
+        tree.under_way -= 1;
+        tree.store.completed(IoId(token.0 as u32), result, actions);
+        self.collect_actions(key);
+        // One completion's answers go out before the next one is looked at: at depth 1 that is the latency.
+        self.pump();
+        self.close_if_quiet(key);
+    }
+
+    pub fn job_done(&mut self, key: TreeKey, outcome: JobOutcome) {
+        let Self { trees, actions, .. } = self;
+        let Some(tree) = trees[key.0 as usize].as_mut() else { return };
+        tree.under_way -= 1;
+        tree.store.job_done(outcome, actions);
+        self.collect_actions(key);
+        self.pump();
+        self.close_if_quiet(key);
+    }
+
+    fn done(&mut self, key: TreeKey, id: OperationId, result: Result<(), DiskError>) {
+        let operation = self.operations.remove(id);
+        let operation = operation.unwrap_or_else(|| panic!("the store finished {id:?}, which does not run"));
+        assert_eq!(operation.tree, key, "the store finished an operation of another tree");
+        if let Some(tree) = self.tree_mut(key) {
+            tree.under_way -= 1;
+        }
+        match operation.purpose {
+            Purpose::Core { volume, operation, corrupt, .. } => {
+                let result = if corrupt { result.and(Err(DiskError::Corrupt)) } else { result };
+                self.step(volume, Input::Completed { operation, result });
+            }
+            Purpose::LastFlushOfVolume(volume) => self.flushed_for_good(volume, result),
+            Purpose::LastFlushOfTree => {
+                if let Err(error) = result {
+                    tracing::error!(%error, "the last flush of a tree failed; what was not flushed waits in memory");
+                }
+            }
+            Purpose::Control { reply, .. } => drop(reply.send(result.map_err(|e| Refusal::Disk(e).into()))),
+        }
+    }
+
+    fn control_done(&mut self, key: TreeKey, id: OperationId, result: Result<(), Refusal>) {
+        let operation = self.operations.remove(id);
+        let operation = operation.unwrap_or_else(|| panic!("the store finished {id:?}, which does not run"));
+        if let Some(tree) = self.tree_mut(key) {
+            tree.under_way -= 1;
+        }
+        match operation.purpose {
+            Purpose::Core { volume, operation, .. } => {
+                self.note_seal(volume, operation, result);
+                let result = result.map_err(|refusal| match refusal {
+                    Refusal::Disk(error) => error,
+                    _ => DiskError::Failed,
+                });
+                self.step(volume, Input::Completed { operation, result });
+            }
+            Purpose::Control { reply, resized } => {
+                if let (Ok(()), Some((volume, size))) = (result, resized)
+                    && let Some(key) = self.volume_of(volume)
+                    && let Some(volume) = self.volume_mut(key)
+                {
+                    volume.size = volume.size.max(size);
+                }
+                drop(reply.send(result.map_err(Into::into)));
+            }
+            Purpose::LastFlushOfVolume(_) | Purpose::LastFlushOfTree => {}
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! The way to the engine for everybody else: asks its thread, and does what blocks in threads of its own.
+//!
+//! Invariants: a method that is dropped half way leaves what the same call repeated goes on from; the holder has a
+//! device's descriptors before the device exists.
+
+use super::commands::{Command, Found, Reply};
+use super::files::TreeFiles;
+use super::jobs::Bell;
+use super::statistics::Statistics;
+use super::{
+    AttachError, ControlError, DetachError, EngineError, EngineStatus, Recovered, VolumeHealth, pending_key,
+    volume_key, volume_meta,
+};
+use crate::crash::crash_point;
+use crate::replica::device::loop_device::{LoopDevice, LoopError};
+use crate::replica::device::{Control as DeviceControl, FuseLoop};
+use crate::replica::holder::{Holder, HolderError};
+use crate::store::{Control, Store};
+use crate::volume::{InstanceId, SnapshotId, VolumeId};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use tokio::sync::{mpsc, oneshot};
+
+/// Commands that wait for the engine's next turn; more callers wait for a place.
+pub(super) const COMMANDS: usize = 128;
+
+/// Rings when the last handle is gone, so that the engine looks and ends.
+pub(super) struct LastRing(pub Arc<Bell>);
+
+impl Drop for LastRing {
+    fn drop(&mut self) {
+        self.0.ring();
+    }
+}
+
+pub(super) struct Shared {
+    // Dropped in this order: the bell must ring when the channel is closed already.
+    pub commands: mpsc::Sender<Command>,
+    pub bell: LastRing,
+    pub statistics: Arc<Statistics>,
+    pub holder: Holder,
+    pub holder_connected: AtomicBool,
+    pub io: &'static str,
+}
+
+impl Shared {
+    fn hold(&self, what: impl FnOnce(&Holder) -> Result<(), HolderError>) -> Result<(), HolderError> {
+        let result = what(&self.holder);
+        if let Err(HolderError::Gone { .. }) = result
+            && self.holder_connected.swap(false, Relaxed)
+        {
+            tracing::error!("the holder is gone: if the engine dies now, every device gets I/O errors; restart tandem");
+        }
+        result
+    }
+}
+
+/// The engine, from outside. Cheap to clone; the engine's thread ends with the last one.
+#[derive(Clone)]
+pub struct EngineHandle {
+    pub(super) shared: Arc<Shared>,
+}
+
+impl EngineHandle {
+    /// Hands an open tree to the engine. `pending` is the memory that the store keeps its acknowledged changes in.
+    ///
+    /// # Errors
+    /// The tree is open already, or the holder does not take the memory.
+    pub async fn open_tree(
+        &self,
+        tree: InstanceId,
+        store: Box<Store>,
+        files: TreeFiles,
+        pending: OwnedFd,
+    ) -> Result<(), EngineError> {
+        // Before the first change is acknowledged: it must survive this process.
+        let pending = self
+            .blocking(move |shared| {
+                shared.hold(|holder| holder.put(&pending_key(tree), b"", &[pending.as_fd()]))?;
+                Ok::<_, HolderError>(pending)
+            })
+            .await??;
+        self.ask(|reply| Command::OpenTree { tree, store, files, pending, reply }).await?
+    }
+
+    /// Flushes, ends the use of a tree and forgets its memory; a tree that is not open is fine.
+    ///
+    /// # Errors
+    /// A volume of it is attached, or the engine or the holder is gone.
+    pub async fn close_tree(&self, tree: InstanceId) -> Result<(), EngineError> {
+        self.ask(|reply| Command::CloseTree { tree, reply }).await??;
+        self.blocking(move |shared| shared.hold(|holder| holder.remove(&pending_key(tree)))).await??;
+        Ok(())
+    }
+
+    /// Executes an operator's request; returns when it is durable. Idempotent by id. A resize of an attached volume is
+    /// complete after [`Self::resized`].
+    ///
+    /// # Errors
+    /// The store refuses, the disk fails, or the tree is not open.
+    pub async fn control(&self, tree: InstanceId, control: Control) -> Result<(), ControlError> {
+        self.ask(|reply| Command::Control(vec![(tree, control, reply)])).await?
+    }
+
+    /// Seals several volumes at one point in time: no request is executed between the first and the last seal.
+    ///
+    /// # Errors
+    /// The first refusal; the other seals may have happened.
+    pub async fn seal_group(
+        &self,
+        items: Vec<(InstanceId, VolumeId, SnapshotId)>,
+        created_ms: u64,
+    ) -> Result<(), ControlError> {
+        let mut answers = Vec::with_capacity(items.len());
+        let mut controls = Vec::with_capacity(items.len());
+        for (tree, volume, snapshot) in items {
+            let (reply, answer) = oneshot::channel();
+            controls.push((tree, Control::Seal { volume, snapshot, created_ms }, reply));
+            answers.push(answer);
+        }
+        self.send(Command::Control(controls)).await?;
+        let mut first = Ok(());
+        for answer in answers {
+            let result = answer.await.unwrap_or(Err(EngineError::Stopped.into()));
+            first = first.and(result);
+        }
+        first
+    }
+
+    /// Makes the block device of a volume, or finds the one that is there.
+    ///
+    /// # Errors
+    /// The kernel refuses a mount or loop device, or the tree is not open.
+    pub async fn attach(&self, tree: InstanceId, volume: VolumeId) -> Result<PathBuf, AttachError> {
+        let mut found = self.find(volume).await?;
+        if found.as_ref().is_some_and(|found| found.broken) {
+            self.detach(volume).await.map_err(|error| AttachError::Broken { volume, error: Box::new(error) })?;
+            found = None;
+        }
+        let control = match found {
+            Some(Found { device: Some(device), .. }) => return Ok(device.path()),
+            Some(found) => found.control?,
+            None => self.make_device(tree, volume).await?,
+        };
+        crash_point("device.attach");
+        match self.blocking(move |_| control.attach()).await? {
+            Ok((device, untuned)) => {
+                for (setting, error) in untuned {
+                    tracing::debug!(%volume, setting, %error, "a queue setting of the loop device stays as it is");
+                }
+                crash_point("device.attached");
+                self.send(Command::SetDevice { volume, device }).await?;
+                Ok(device.path())
+            }
+            Err(error) => {
+                // Nobody has the device: take it back, so that a repeated call begins anew.
+                if let Err(left) = self.detach(volume).await {
+                    tracing::warn!(%volume, error = %left, "a device that could not be set up is still there");
+                }
+                Err(AttachError::Loop(error))
+            }
+        }
+    }
+
+    /// A served connection without loop device.
+    async fn make_device(&self, tree: InstanceId, volume: VolumeId) -> Result<DeviceControl, AttachError> {
+        let (device, control) = self
+            .blocking(move |shared| {
+                let device = FuseLoop::create(volume)?;
+                let control = device.control()?;
+                // Before anything can be asked: a request that was read must outlive this process.
+                crash_point("device.hold");
+                shared.hold(|holder| holder.put(&volume_key(volume), &volume_meta(tree), &device.descriptors()))?;
+                crash_point("device.held");
+                Ok::<_, AttachError>((Box::new(device), control))
+            })
+            .await??;
+        let added = self.ask(|reply| Command::AddVolume { tree, device, reply }).await?;
+        if let Err(error) = added {
+            self.blocking(move |shared| shared.hold(|holder| holder.remove(&volume_key(volume)))).await??;
+            return Err(error.into());
+        }
+        Ok(control)
+    }
+
+    /// Removes the block device of a volume; none is fine too. What was written is on stable media afterwards.
+    ///
+    /// # Errors
+    /// Something has the device open, or the kernel refuses.
+    pub async fn detach(&self, volume: VolumeId) -> Result<(), DetachError> {
+        let Some(found) = self.find(volume).await? else { return Ok(()) };
+        let (control, broken) = (found.control?, found.broken);
+        crash_point("device.detach");
+        let detached = self.blocking(move |_| control.detach()).await?;
+        match detached {
+            Ok(()) => {}
+            Err(error @ LoopError::Busy { .. }) => return Err(DetachError::Busy(error)),
+            // The loop device of an aborted connection goes at its last close.
+            Err(error) if broken => tracing::warn!(%volume, %error, "the loop device of a broken connection stays"),
+            Err(error) => return Err(DetachError::Loop(error)),
+        }
+        crash_point("device.detached");
+        self.ask(|reply| Command::RemoveVolume { volume, reply }).await?;
+        crash_point("device.release");
+        self.blocking(move |shared| shared.hold(|holder| holder.remove(&volume_key(volume)))).await??;
+        Ok(())
+    }
+
+    /// Makes a grown volume's size known to its device; none is fine.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn resized(&self, volume: VolumeId) -> Result<(), EngineError> {
+        let Some(found) = self.find(volume).await? else { return Ok(()) };
+        if found.device.is_none() {
+            return Ok(());
+        }
+        let (control, size) = (found.control?, found.size);
+        Ok(self.blocking(move |_| control.resized(size)).await??)
+    }
+
+    /// Looks into a store between two requests. Short: every device of the node waits meanwhile.
+    ///
+    /// # Errors
+    /// The tree is not open.
+    pub async fn inspect<R: Send + 'static>(
+        &self,
+        tree: InstanceId,
+        look: impl FnOnce(&mut Store) -> R + Send + 'static,
+    ) -> Result<R, EngineError> {
+        let (reply, answer) = oneshot::channel();
+        let look = Box::new(move |store: &mut Store| drop(reply.send(look(store))));
+        self.send(Command::Inspect { tree, look }).await?;
+        answer.await.map_err(|_| EngineError::UnknownTree(tree))
+    }
+
+    /// Goes on with the devices that a killed engine left and whose trees are open. Those of trees that are opened later go
+    /// on then. Returns the devices that are served.
+    pub async fn reattach(&self, recovered: Recovered) -> Vec<(VolumeId, PathBuf)> {
+        let waiting = match self.ask(|reply| Command::Reattach { reply }).await {
+            Ok(waiting) => waiting,
+            Err(error) => {
+                tracing::error!(%error, "devices cannot go on");
+                return vec![];
+            }
+        };
+        for volume in &waiting {
+            tracing::error!(%volume, "its device waits: its copy is not open");
+        }
+        let served = recovered.devices.into_iter().filter(|(volume, _)| !waiting.contains(volume));
+        served.filter_map(|(volume, device)| Some((volume, device.map(LoopDevice::path)?))).collect()
+    }
+
+    /// How an attached volume does; all is well for others.
+    pub fn health(&self, volume: VolumeId) -> VolumeHealth {
+        let Some(found) = self.shared.statistics.volume(volume) else { return VolumeHealth::default() };
+        VolumeHealth {
+            waiting_for_space: found.waiting_for_space.load(Relaxed) > 0,
+            disk_failed: found.disk_failed.load(Relaxed),
+            corrupt: found.corrupt.load(Relaxed),
+            stalled_requests: found.stalled.load(Relaxed),
+        }
+    }
+
+    /// What the engine counts.
+    pub fn statistics(&self) -> Arc<Statistics> {
+        self.shared.statistics.clone()
+    }
+
+    /// What the engine is.
+    pub fn status(&self) -> EngineStatus {
+        EngineStatus {
+            io: self.shared.io,
+            recovered_requests: self.shared.statistics.recovered.load(Relaxed),
+            holder_connected: self.shared.holder_connected.load(Relaxed),
+        }
+    }
+
+    /// Lets go of the memory of requests, so that a holder without devices may end. For the end of the process, when no
+    /// volume is attached.
+    ///
+    /// # Errors
+    /// The holder does not answer.
+    pub async fn release_arena(&self) -> Result<(), EngineError> {
+        self.blocking(|shared| shared.hold(|holder| holder.remove(super::ARENA))).await??;
+        Ok(())
+    }
+
+    async fn find(&self, volume: VolumeId) -> Result<Option<Found>, EngineError> {
+        self.ask(|reply| Command::Find { volume, reply }).await
+    }
+
+    async fn send(&self, command: Command) -> Result<(), EngineError> {
+        self.shared.commands.send(command).await.map_err(|_| EngineError::Stopped)?;
+        self.shared.bell.0.ring();
+        Ok(())
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, EngineError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(command(reply)).await?;
+        answer.await.map_err(|_| EngineError::Stopped)
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared) -> T + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let shared = self.shared.clone();
+        tokio::task::spawn_blocking(move || work(&shared)).await.map_err(|_| EngineError::Stopped)
+    }
+}

@@ -1,0 +1,117 @@
+//! What a killed engine left: takes the devices over, repeats answers, executes again what was not answered.
+//!
+//! # Invariants
+//! * A filled slot of a known volume is never discarded: its volume waits (parked) until its tree is open.
+//! * A done slot's answer is repeated (the kernel says ENOENT if it had it) and the request is not executed again.
+//! * Filled slots are executed in their first order of arrival, before anything new is read.
+
+use super::requests::{slot_of, write_reply};
+use super::turn::{Arena, Engine};
+use super::volume::VolumeKey;
+use crate::protocol::Tag;
+use crate::replica::device::FuseLoop;
+use crate::replica::device::loop_device::LoopDevice;
+use crate::replica::device::slots::{SlotState, Slots};
+use crate::volume::{InstanceId, VolumeId};
+use std::sync::atomic::Ordering::Relaxed;
+
+/// A device that a killed engine served and this one does not yet.
+pub(super) struct Parked {
+    pub tree: InstanceId,
+    pub fuse: FuseLoop,
+    pub device: Option<LoopDevice>,
+}
+
+/// Sorts the arena of a killed engine: slots of known volumes stay as they are, others are free. Also the first sequence
+/// number that no slot has.
+pub(super) fn sort_arena(slots: Slots, parked: &[Parked]) -> (Arena, u64) {
+    let is_known = |volume: VolumeId| parked.iter().any(|p| p.fuse.volume == volume);
+    let mut sequence = 0;
+    let mut free = vec![];
+    for index in (0..slots.count()).rev() {
+        let slot = slots.slot(index);
+        if slot.state() != SlotState::Free {
+            if is_known(slot.volume()) {
+                sequence = sequence.max(slot.sequence());
+                continue;
+            }
+            tracing::warn!(volume = %slot.volume(), "a request of a volume that no device of this node belongs to is dropped");
+            slot.free();
+        }
+        free.push(index);
+    }
+    let own = parked.iter().flat_map(|p| (0..p.fuse.slots.count()).map(|index| p.fuse.slots.slot(index).sequence()));
+    let sequence = own.fold(sequence, u64::max);
+    (Arena { slots, free }, sequence + 1)
+}
+
+impl Engine {
+    /// Goes on with every parked device whose tree is open. Returns those that still wait.
+    pub fn revive(&mut self) -> Vec<VolumeId> {
+        for parked in std::mem::take(&mut self.parked) {
+            let volume = parked.fuse.volume;
+            let Some(tree) = self.tree_of(parked.tree) else {
+                self.parked.push(parked);
+                continue;
+            };
+            let known = self.tree_mut(tree).is_some_and(|t| t.store.volumes().iter().any(|info| info.volume == volume));
+            if !known {
+                tracing::error!(%volume, tree = %parked.tree, "its device waits, but its copy does not know it");
+                self.parked.push(parked);
+                continue;
+            }
+            match self.add_volume(tree, parked.fuse, parked.device) {
+                Ok(key) => self.replay(key),
+                // The device is gone from here; the holder keeps it, and the next engine tries again.
+                Err(error) => tracing::error!(%volume, %error, "its device cannot be served"),
+            }
+        }
+        self.parked.iter().map(|p| p.fuse.volume).collect()
+    }
+
+    /// Ends what a killed engine began on this volume.
+    fn replay(&mut self, key: VolumeKey) {
+        let mut filled = vec![];
+        let shared = self.arena.slots.count();
+        let Some(volume) = self.volumes[key.0 as usize].as_deref_mut() else { return };
+        let id = volume.fuse.volume;
+        let tags = (0..shared + volume.fuse.slots.count()).map(Tag);
+        let mut repeated = vec![];
+        for tag in tags {
+            let Some(slot) = slot_of(&self.arena, volume, tag) else { continue };
+            if slot.volume() != id {
+                continue;
+            }
+            match slot.state() {
+                SlotState::Done(result) => {
+                    if let Ok(message) = slot.message() {
+                        write_reply(volume, slot, &message.completion(result));
+                    }
+                    repeated.push(tag);
+                }
+                SlotState::Filled => filled.push((slot.sequence(), tag)),
+                SlotState::Free => {}
+            }
+        }
+        for tag in repeated.iter().chain(filled.iter().map(|(_, tag)| tag)) {
+            match tag.0.checked_sub(shared) {
+                None => volume.arena_used += 1,
+                Some(index) => volume.own_free.retain(|free| *free != index),
+            }
+        }
+        let count = (repeated.len() + filled.len()) as u64;
+        volume.statistics.recovered.fetch_add(count, Relaxed);
+        self.statistics.recovered.fetch_add(count, Relaxed);
+        for tag in repeated {
+            self.free(key, tag);
+        }
+        filled.sort_unstable();
+        if count > 0 {
+            tracing::info!(volume = %id, requests = count, "requests that a killed engine left are finished");
+        }
+        for (_, tag) in filled {
+            self.admit(key, tag);
+            self.pump();
+        }
+    }
+}

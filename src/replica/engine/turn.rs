@@ -1,0 +1,252 @@
+//! The engine's thread: one loop for all volumes of the node.
+//!
+//! ```text
+//!   ┌─> read requests of ready devices ─> core ─> store ─> submit ─┐
+//!   └── answer, free slots <─ core <─ store <─ completions <─ wait <┘
+//! ```
+//! # Invariants
+//! * The only place that waits is [`Io::wait`]; nothing else in this thread blocks, but short reads and writes of FUSE.
+//! * With nothing under way it sleeps without a limit: an idle volume costs no wake-up.
+//! * A turn allocates nothing: its queues keep their memory.
+
+use super::commands::Command;
+use super::jobs::{Bell, Jobs};
+use super::operations::Operations;
+use super::recover::Parked;
+use super::statistics::{STALL, Statistics};
+use super::tree::{Tree, TreeKey};
+use super::volume::{Phase, Volume, VolumeKey};
+use crate::protocol::{Input, Now, Output};
+use crate::replica::device::slots::Slots;
+use crate::replica::io::{Event, Io, Sleep, WatchKey};
+use crate::store::{Action, Job};
+use crate::volume::{InstanceId, VolumeId};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// How often a store may do a step in the background: one takes some 100 us, so requests keep most of the time.
+pub(super) const TICK: Duration = Duration::from_millis(1);
+/// How often requests that wait are looked at: for space in the pool, and for counting stalls.
+pub(super) const PATROL: Duration = Duration::from_millis(250);
+/// The watched descriptor that is no volume's.
+const BELL: WatchKey = WatchKey(0);
+
+/// What is to be done in this turn.
+pub(super) enum Work {
+    Action(TreeKey, Action<Job>),
+    Output(VolumeKey, Output),
+}
+
+/// The slots that all volumes share.
+pub(super) struct Arena {
+    pub slots: Slots,
+    /// The last one freed is the next one used: its memory is in the cache.
+    pub free: Vec<u32>,
+}
+
+pub(super) struct Engine {
+    pub io: Io,
+    pub jobs: Jobs,
+    pub bell: Arc<Bell>,
+    pub commands: mpsc::Receiver<Command>,
+    pub statistics: Arc<Statistics>,
+    pub trees: Vec<Option<Tree>>,
+    /// Trees whose store has something to do in the background.
+    pub ticking: Vec<TreeKey>,
+    /// By key; key 0 is the bell.
+    pub volumes: Vec<Option<Box<Volume>>>,
+    pub parked: Vec<Parked>,
+    /// Parked devices go on as soon as their tree is open.
+    pub reattached: bool,
+    pub arena: Arena,
+    pub operations: Operations,
+    /// Volumes with requests to read.
+    pub ready: VecDeque<VolumeKey>,
+    /// Volumes with requests to read for which there was no slot.
+    pub starving: Vec<VolumeKey>,
+    pub work: VecDeque<Work>,
+    pub actions: Vec<Action<Job>>,
+    pub outputs: Vec<Output>,
+    pub began: Instant,
+    pub now: Now,
+    pub next_tick: Duration,
+    pub next_patrol: Duration,
+    /// Device requests that are not answered.
+    pub in_flight: usize,
+    /// The next request's place in the order of arrival.
+    pub sequence: u64,
+    pub stopping: bool,
+}
+
+impl Engine {
+    /// Runs until all handles are gone.
+    pub fn run(mut self) {
+        if let Err(error) = self.io.watch(BELL, std::os::fd::AsRawFd::as_raw_fd(self.bell.descriptor())) {
+            tracing::error!(%error, "the engine cannot wait for commands; it stops");
+            return;
+        }
+        let mut events = Vec::with_capacity(256);
+        while !self.stopping {
+            self.tell_time();
+            for _ in 0..self.ready.len() {
+                if let Some(key) = self.ready.pop_front() {
+                    self.read_requests(key);
+                }
+            }
+            self.pump();
+            events.clear();
+            let sleep = self.sleep();
+            if let Err(error) = self.io.wait(sleep, &mut events) {
+                tracing::error!(%error, "the engine cannot wait for its disks; it stops and devices freeze until the next one");
+                std::process::abort();
+            }
+            self.tell_time();
+            for event in &events {
+                match *event {
+                    Event::Done { token, result } => self.disk_done(token, result),
+                    Event::Ready(BELL) => self.bell_rang(),
+                    Event::Ready(key) => self.make_ready(VolumeKey(key.0)),
+                }
+            }
+            self.pump();
+            self.tick();
+            self.patrol();
+            let (turns, sleeps) = self.io.counters();
+            self.statistics.turns.store(turns, Relaxed);
+            self.statistics.sleeps.store(sleeps, Relaxed);
+        }
+    }
+
+    fn tell_time(&mut self) {
+        self.now = Now(self.began.elapsed());
+    }
+
+    /// How long nothing happens by itself.
+    fn sleep(&self) -> Sleep {
+        if !self.ready.is_empty() {
+            return Sleep::No;
+        }
+        let tick = (!self.ticking.is_empty()).then_some(self.next_tick);
+        let patrol = (self.in_flight > 0).then_some(self.next_patrol);
+        match tick.into_iter().chain(patrol).min() {
+            Some(due) => Sleep::AtMost(due.saturating_sub(self.now.0)),
+            None => Sleep::Long,
+        }
+    }
+
+    /// Does everything that follows from what happened, before the next wait.
+    pub fn pump(&mut self) {
+        while let Some(work) = self.work.pop_front() {
+            match work {
+                Work::Action(tree, action) => self.act(tree, action),
+                Work::Output(volume, output) => self.output(volume, output),
+            }
+        }
+    }
+
+    pub fn make_ready(&mut self, key: VolumeKey) {
+        if let Some(volume) = self.volume_mut(key)
+            && !volume.ready
+        {
+            volume.ready = true;
+            self.ready.push_back(key);
+        }
+    }
+
+    fn bell_rang(&mut self) {
+        self.bell.quiet();
+        for (tree, outcome) in self.jobs.finished() {
+            self.job_done(tree, outcome);
+        }
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => {
+                    self.command(command);
+                    self.pump();
+                }
+                Err(mpsc::error::TryRecvError::Empty) => return,
+                Err(mpsc::error::TryRecvError::Disconnected) => {
+                    self.stopping = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        if self.ticking.is_empty() || self.now.0 < self.next_tick {
+            return;
+        }
+        let now = self.now.0;
+        for key in std::mem::take(&mut self.ticking) {
+            let Self { trees, actions, .. } = self;
+            let Some(tree) = trees[key.0 as usize].as_mut() else { continue };
+            if tree.is_open() && tree.next_tick.is_some_and(|due| due <= now) {
+                tree.store.tick(now, actions);
+                tree.last_tick = now;
+            }
+            // Back into the list, if there is more to do.
+            tree.next_tick = None;
+            self.collect_actions(key);
+        }
+        self.pump();
+    }
+
+    /// Tries again what waits for space, and counts what waits for too long.
+    fn patrol(&mut self) {
+        if self.in_flight == 0 || self.now.0 < self.next_patrol {
+            return;
+        }
+        self.next_patrol = self.now.0 + PATROL;
+        let now = self.now;
+        for index in 0..self.volumes.len() {
+            let Some(volume) = self.volumes[index].as_mut() else { continue };
+            let stalled = volume.pending.iter().flatten().filter(|p| now.0.saturating_sub(p.since.0) > STALL).count();
+            volume.statistics.stalled.store(stalled as u64, Relaxed);
+            if volume.replica.waiting_for_space() > 0 {
+                self.step(VolumeKey(index as u32), Input::SpaceFreed);
+            }
+        }
+        self.pump();
+    }
+
+    pub fn tree_mut(&mut self, key: TreeKey) -> Option<&mut Tree> {
+        self.trees.get_mut(key.0 as usize)?.as_mut()
+    }
+
+    pub fn volume_mut(&mut self, key: VolumeKey) -> Option<&mut Volume> {
+        self.volumes.get_mut(key.0 as usize)?.as_deref_mut()
+    }
+
+    /// Rare (operators' requests), so a scan is good enough.
+    pub fn tree_of(&self, id: InstanceId) -> Option<TreeKey> {
+        let position = self.trees.iter().position(|t| t.as_ref().is_some_and(|t| t.id == id))?;
+        Some(TreeKey(position as u32))
+    }
+
+    /// The attached volume with this id. Rare, as above.
+    pub fn volume_of(&self, id: VolumeId) -> Option<VolumeKey> {
+        let position = self.volumes.iter().position(|v| v.as_ref().is_some_and(|v| v.fuse.volume == id))?;
+        Some(VolumeKey(position as u32))
+    }
+
+    /// Lets a volume go when it is leaving and nothing of it is under way.
+    pub fn let_go(&mut self, key: VolumeKey) {
+        let Some(volume) = self.volume_mut(key) else { return };
+        if !matches!(volume.phase, Phase::Leaving(_)) || !volume.is_quiet() {
+            return;
+        }
+        let Some(volume) = self.volumes[key.0 as usize].take() else { return };
+        self.ready.retain(|k| *k != key);
+        self.starving.retain(|k| *k != key);
+        self.statistics.remove(volume.fuse.volume);
+        if let Phase::Leaving(replies) = volume.phase {
+            for reply in replies {
+                let _ = reply.send(());
+            }
+        }
+    }
+}

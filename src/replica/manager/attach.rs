@@ -1,0 +1,65 @@
+//! Devices: made, found again, taken away.
+
+use super::Manager;
+use super::errors::AttachFailure as Failure;
+use crate::replica::engine::EngineError;
+use crate::volume::VolumeId;
+use std::path::PathBuf;
+
+impl Manager {
+    /// The block device of the volume.
+    pub async fn attach(&self, volume: VolumeId) -> Result<PathBuf, Failure> {
+        let place = self.place(volume).ok_or(Failure::NoVolume(volume))?;
+        let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+        if place.copy.is_some() {
+            return Err(Failure::NotReady(volume));
+        }
+        if let Some(device) = self.place(volume).and_then(|p| p.device) {
+            return Ok(device);
+        }
+        let attached = self.engine().attach(place.tree, volume).await;
+        let device = attached.map_err(|error| Failure::Attach { volume, error })?;
+        if let Some(place) = self.index().volumes.get_mut(&volume) {
+            place.device = Some(device.clone());
+        }
+        Ok(device)
+    }
+
+    /// The volume has no device any more. Unknown volumes have none.
+    pub async fn detach(&self, volume: VolumeId) -> Result<(), Failure> {
+        if self.place(volume).is_none() {
+            return Ok(());
+        }
+        let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+        // Also without a device: a call that was cut off may have left the connection that it was made on.
+        self.engine().detach(volume).await.map_err(|error| Failure::Detach { volume, error })?;
+        if let Some(place) = self.index().volumes.get_mut(&volume) {
+            place.device = None;
+        }
+        Ok(())
+    }
+
+    /// The end of the process: copies without devices are closed, so that the holder keeps nothing for them.
+    pub async fn close(&self) {
+        self.inner.operations.idle().await;
+        let pools: Vec<_> = self.index().pools.values().cloned().collect();
+        // From the disk, not from the index: also a copy whose last name is gone may be open.
+        let trees = pools.iter().flat_map(|pool| pool.pool.trees().unwrap_or_default());
+        for tree in trees {
+            match self.engine().close_tree(tree).await {
+                Ok(()) | Err(EngineError::VolumeAttached(_)) => {}
+                Err(error) => tracing::warn!(%tree, %error, "a copy was not closed; the next start repairs it"),
+            }
+        }
+        if self.attached().is_empty()
+            && let Err(error) = self.engine().release_arena().await
+        {
+            tracing::warn!(%error, "the holder keeps memory that nobody needs");
+        }
+    }
+
+    /// Volumes that have a device now.
+    pub fn attached(&self) -> Vec<VolumeId> {
+        self.index().volumes.iter().filter(|(_, p)| p.device.is_some()).map(|(v, _)| *v).collect()
+    }
+}

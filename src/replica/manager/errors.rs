@@ -1,0 +1,184 @@
+//! What can go wrong, one enum per kind of operation, each with its gRPC code in one exhaustive match.
+
+use crate::replica::engine::{AttachError, ControlError, DetachError, EngineError};
+use crate::replica::operations::Busy;
+use crate::replica::pool::promises::NotEnough;
+use crate::replica::pool::{PoolError, PoolName};
+use crate::replica::records::RecordError;
+use crate::store::{ControlError as Refusal, CreateError, Inconsistent, OpenError};
+use crate::volume::{SnapshotId, VolumeId};
+use std::io;
+use tonic::{Code, Status};
+
+/// A volume could not be made, changed or deleted.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's sentence is its documentation")]
+pub enum VolumeFailure {
+    #[error("there is no pool {0}; `tandem pool list` shows the pools of this node")]
+    NoPool(PoolName),
+    #[error("there is no volume {0} on this node")]
+    NoVolume(VolumeId),
+    #[error("there is no snapshot {0} on this node")]
+    NoSnapshot(SnapshotId),
+    #[error("volume {volume} exists with {found} bytes in pool {pool}")]
+    Different { volume: VolumeId, found: u64, pool: PoolName },
+    #[error("volume {volume}: {wanted} bytes are less than the {source_bytes} of its source")]
+    SmallerThanSource { volume: VolumeId, wanted: u64, source_bytes: u64 },
+    #[error("pool {pool} is full: {error}; delete volumes or snapshots, or add a larger pool")]
+    PoolFull { pool: PoolName, error: NotEnough },
+    #[error("volume {0} is attached to this node; unpublish it first")]
+    Attached(VolumeId),
+    #[error("volume {0} is still being copied")]
+    NotReady(VolumeId),
+    #[error("volume {volume}: {error}")]
+    Busy { volume: VolumeId, error: Busy },
+    #[error("volume {volume}: {error}")]
+    Control { volume: VolumeId, error: ControlError },
+    #[error("volume {volume}: {error}")]
+    Engine { volume: VolumeId, error: EngineError },
+    #[error("volume {volume}: {error}")]
+    Create { volume: VolumeId, error: CreateError },
+    #[error("volume {volume}: {error}")]
+    Open { volume: VolumeId, error: OpenError },
+    #[error("volume {volume}: {error}")]
+    Record { volume: VolumeId, error: RecordError },
+    #[error("volume {volume}: {what}: {error}")]
+    Io { volume: VolumeId, what: &'static str, error: io::Error },
+}
+
+impl From<VolumeFailure> for Status {
+    fn from(failure: VolumeFailure) -> Self {
+        use VolumeFailure as F;
+        let code = match &failure {
+            F::NoPool(_) | F::NoVolume(_) | F::NoSnapshot(_) => Code::NotFound,
+            F::Different { .. } => Code::AlreadyExists,
+            F::SmallerThanSource { .. } => Code::OutOfRange,
+            F::PoolFull { .. } => Code::ResourceExhausted,
+            F::Attached(_) => Code::FailedPrecondition,
+            F::NotReady(_) | F::Busy { .. } => Code::Aborted,
+            F::Control { error, .. } => control_code(error),
+            // Something may be half made: the caller shall come again, not give up.
+            F::Engine { .. } | F::Create { .. } | F::Record { .. } | F::Io { .. } => Code::Unavailable,
+            F::Open { .. } => Code::DataLoss,
+        };
+        Status::new(code, failure.to_string())
+    }
+}
+
+/// What the store's refusal means to a caller.
+fn control_code(error: &ControlError) -> Code {
+    match error {
+        ControlError::Store(Refusal::UnknownVolume(_) | Refusal::UnknownSnapshot(_)) => Code::NotFound,
+        ControlError::Store(Refusal::TooManySnapshots(_)) => Code::ResourceExhausted,
+        ControlError::Store(Refusal::SizeSmaller(_)) => Code::OutOfRange,
+        ControlError::Store(Refusal::Exists) => Code::AlreadyExists,
+        ControlError::Store(Refusal::Busy) => Code::Aborted,
+        ControlError::Engine(EngineError::VolumeAttached(_)) => Code::FailedPrecondition,
+        ControlError::Store(Refusal::Disk(_)) | ControlError::Engine(_) => Code::Unavailable,
+    }
+}
+
+/// A snapshot could not be made or deleted.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's sentence is its documentation")]
+pub enum SnapshotFailure {
+    #[error("there is no volume {0} on this node")]
+    NoVolume(VolumeId),
+    #[error("there is no snapshot {0} on this node")]
+    NoSnapshot(SnapshotId),
+    #[error("snapshot {0} exists and is of another volume")]
+    Different(SnapshotId),
+    #[error("snapshots {base} and {target} are not an older and a newer one of the same volume")]
+    NotOfOneVolume { base: SnapshotId, target: SnapshotId },
+    #[error("pool {pool} cannot hold a full overwrite after this snapshot: {error}; delete snapshots or volumes")]
+    PoolFull { pool: PoolName, error: NotEnough },
+    #[error("volume {0} is still being copied")]
+    NotReady(VolumeId),
+    #[error("snapshot {snapshot}: its map is inconsistent: {what}; run `tandem verify`")]
+    Damaged { snapshot: SnapshotId, what: Inconsistent },
+    #[error("{0}")]
+    Busy(#[from] Busy),
+    #[error("{0}")]
+    Control(#[from] ControlError),
+    #[error("{0}")]
+    Engine(#[from] EngineError),
+    #[error("{0}")]
+    Record(#[from] RecordError),
+}
+
+impl From<SnapshotFailure> for Status {
+    fn from(failure: SnapshotFailure) -> Self {
+        use SnapshotFailure as F;
+        let code = match &failure {
+            F::NoVolume(_) | F::NoSnapshot(_) => Code::NotFound,
+            F::Different(_) => Code::AlreadyExists,
+            F::NotOfOneVolume { .. } => Code::InvalidArgument,
+            F::PoolFull { .. } => Code::ResourceExhausted,
+            F::NotReady(_) | F::Busy(_) => Code::Aborted,
+            F::Control(error) => control_code(error),
+            F::Damaged { .. } => Code::DataLoss,
+            F::Engine(_) | F::Record(_) => Code::Unavailable,
+        };
+        Status::new(code, failure.to_string())
+    }
+}
+
+/// A device could not be made or taken away.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's sentence is its documentation")]
+pub enum AttachFailure {
+    #[error("there is no volume {0} on this node")]
+    NoVolume(VolumeId),
+    #[error("volume {0} is still being copied")]
+    NotReady(VolumeId),
+    #[error("{0}")]
+    Busy(#[from] Busy),
+    #[error("volume {volume}: {error}")]
+    Attach { volume: VolumeId, error: AttachError },
+    #[error("volume {volume}: {error}")]
+    Detach { volume: VolumeId, error: DetachError },
+}
+
+impl From<AttachFailure> for Status {
+    fn from(failure: AttachFailure) -> Self {
+        use AttachFailure as F;
+        let code = match &failure {
+            F::NoVolume(_) => Code::NotFound,
+            F::NotReady(_) | F::Busy(_) => Code::Aborted,
+            F::Attach { .. } => Code::Unavailable,
+            F::Detach { error: DetachError::Busy(_), .. } => Code::FailedPrecondition,
+            F::Detach { .. } => Code::Unavailable,
+        };
+        Status::new(code, failure.to_string())
+    }
+}
+
+/// A pool could not be added.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's sentence is its documentation")]
+pub enum PoolFailure {
+    #[error("{0}")]
+    Name(#[from] crate::replica::pool::BadPoolName),
+    #[error("pool {0} exists already with another path")]
+    Exists(PoolName),
+    #[error("{0}")]
+    Pool(#[from] PoolError),
+    #[error("the list of pools cannot be written: {0}")]
+    List(io::Error),
+    #[error("{0}")]
+    Busy(#[from] Busy),
+}
+
+impl From<PoolFailure> for Status {
+    fn from(failure: PoolFailure) -> Self {
+        use PoolFailure as F;
+        let code = match &failure {
+            F::Name(_) => Code::InvalidArgument,
+            F::Exists(_) => Code::AlreadyExists,
+            F::Pool(_) => Code::FailedPrecondition,
+            F::List(_) => Code::Unavailable,
+            F::Busy(_) => Code::Aborted,
+        };
+        Status::new(code, failure.to_string())
+    }
+}

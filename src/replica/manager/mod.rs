@@ -1,0 +1,212 @@
+//! Makes true what the controller asks for: volumes, snapshots and devices on this node's pools.
+//!
+//! ```text
+//!   control socket ─> service.rs ─> Manager ─┬─> pools, promises, records     (what is promised and written beside copies)
+//!                                            └─> EngineHandle ─> owner thread  (maps, devices, I/O)
+//! ```
+//! # Invariants
+//! * A byte is promised before anything is made ([`Promises`]); the promise follows what the store says afterwards.
+//! * Every operation is idempotent by id and converges when it is repeated after a crash at any step: the map log of the
+//!   tree is the truth, the index here is only read off it.
+//! * One operation at a time per object ([`Operations`]).
+
+use super::engine::EngineHandle;
+use super::operations::Operations;
+use super::pool::{Pool, PoolName, Promises};
+use crate::store::{SnapshotInfo, VolumeInfo, spare_blocks};
+use crate::volume::{BLOCK_SIZE, InstanceId, SnapshotId, VolumeId, VolumeSize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+mod attach;
+mod copy;
+mod errors;
+mod measure;
+mod open;
+mod pools;
+mod snapshots;
+mod status;
+mod volumes;
+
+pub use errors::{AttachFailure, PoolFailure, SnapshotFailure, VolumeFailure};
+pub use open::{OpenFailure, OpenSettings};
+pub use pools::{AddPool, PoolView};
+pub use snapshots::{ExtentStream, NewSnapshot};
+pub use status::{HealthEntry, HealthKind, VolumeView};
+pub use volumes::{NewVolume, Source};
+
+/// Space of a tree beside its blocks: two map logs, superblock, records (the logs are 4 MiB each).
+const TREE_OVERHEAD_BYTES: u64 = 12 << 20;
+/// Map and checksums of a block at rest: 16 + 4 bytes in the worst case, rounded up to a 128th.
+const OVERHEAD_SHARE: u64 = 128;
+/// Part of the filesystem that is never promised (a 50th): its own metadata and the page of an unlucky neighbour.
+const HEADROOM_SHARE: u64 = 50;
+/// Below a 20th of free space a pool is reported as nearly full.
+const HIGH_WATER_SHARE: u64 = 20;
+
+/// An open pool with its promises.
+pub(super) struct PoolState {
+    pub pool: Pool,
+    pub promises: Promises,
+    pub overcommit: f64,
+}
+
+/// Where a volume is.
+#[derive(Clone, Debug)]
+pub(super) struct VolumePlace {
+    pub pool: PoolName,
+    pub tree: InstanceId,
+    pub descriptor: String,
+    /// The device, while it is attached.
+    pub device: Option<PathBuf>,
+    /// Under way, or failed with a reason.
+    pub copy: Option<CopyState>,
+}
+
+/// A background copy into this volume.
+#[derive(Clone, Debug)]
+pub(super) struct CopyState {
+    /// Of the volume: its store is not open meanwhile.
+    pub size: VolumeSize,
+    pub copied_bytes: u64,
+    pub total_bytes: u64,
+    pub problem: Option<String>,
+}
+
+/// Where a snapshot is.
+#[derive(Clone, Debug)]
+pub(super) struct SnapshotPlace {
+    pub pool: PoolName,
+    pub tree: InstanceId,
+    pub descriptor: String,
+    /// Internal: see [`volumes::base_of`].
+    pub base: bool,
+}
+
+/// What is where. Read off the trees at start, changed only after the store's word.
+#[derive(Default)]
+pub(super) struct Index {
+    pub pools: BTreeMap<PoolName, Arc<PoolState>>,
+    /// Pools that could not be opened, with the sentence that says why.
+    pub broken_pools: BTreeMap<PoolName, (PathBuf, String)>,
+    pub volumes: BTreeMap<VolumeId, VolumePlace>,
+    pub snapshots: BTreeMap<SnapshotId, SnapshotPlace>,
+    /// Copies that could not be opened.
+    pub broken_trees: BTreeMap<InstanceId, (PoolName, String)>,
+    /// Trees whose promise is looked at again while layers are merged, and how often that was asked for.
+    pub merging: BTreeMap<InstanceId, u64>,
+}
+
+/// The manager; cheap to clone.
+#[derive(Clone)]
+pub struct Manager {
+    inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    engine: EngineHandle,
+    index: Mutex<Index>,
+    operations: Operations,
+    settings: OpenSettings,
+}
+
+impl Manager {
+    fn index(&self) -> MutexGuard<'_, Index> {
+        // Changes of the index are single inserts and removes, so a poisoned lock is still usable.
+        self.inner.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn engine(&self) -> &EngineHandle {
+        &self.inner.engine
+    }
+
+    fn pool(&self, name: &PoolName) -> Option<Arc<PoolState>> {
+        self.index().pools.get(name).cloned()
+    }
+
+    fn place(&self, volume: VolumeId) -> Option<VolumePlace> {
+        self.index().volumes.get(&volume).cloned()
+    }
+
+    fn snapshot_place(&self, snapshot: SnapshotId) -> Option<SnapshotPlace> {
+        self.index().snapshots.get(&snapshot).cloned()
+    }
+
+    async fn volume_info(&self, tree: InstanceId, volume: VolumeId) -> Option<VolumeInfo> {
+        let all = self.engine().inspect(tree, |store| store.volumes()).await.ok()?;
+        all.into_iter().find(|v| v.volume == volume)
+    }
+
+    async fn snapshot_info(&self, tree: InstanceId, snapshot: SnapshotId) -> Option<SnapshotInfo> {
+        let all = self.engine().inspect(tree, |store| store.snapshots()).await.ok()?;
+        all.into_iter().find(|s| s.snapshot == snapshot)
+    }
+
+    /// Takes the tree's own figure as its promise. Called after every operation that changes it.
+    async fn promised_bytes(&self, tree: InstanceId) -> u64 {
+        match self.engine().inspect(tree, |store| store.promised_blocks()).await {
+            Ok(blocks) => with_overhead(blocks * BLOCK_SIZE),
+            Err(_) => 0,
+        }
+    }
+}
+
+impl PoolState {
+    /// Bytes that may be promised altogether: what Tandem occupies and what is free, less the headroom, times the ratio.
+    /// Blocking (asks the filesystem).
+    fn limit(&self) -> u64 {
+        let Ok(space) = self.pool.space() else { return 0 };
+        let ours = self.pool.used_bytes().saturating_add(space.free).saturating_sub(space.total / HEADROOM_SHARE);
+        // Precision: f64 is exact to 8 PiB; the cast saturates.
+        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let scaled = (ours as f64 * self.overcommit) as u64;
+        scaled
+    }
+}
+
+/// Bytes that a tree may occupy when its volumes and snapshots occupy `bytes`.
+fn with_overhead(bytes: u64) -> u64 {
+    bytes + bytes / OVERHEAD_SHARE + spare_blocks(bytes / BLOCK_SIZE) * BLOCK_SIZE + TREE_OVERHEAD_BYTES
+}
+
+/// Bytes by which a tree may grow when what its volumes and snapshots occupy grows by `bytes`, whatever it is now.
+fn growth(bytes: u64) -> u64 {
+    with_overhead(bytes) - TREE_OVERHEAD_BYTES + BLOCK_SIZE
+}
+
+/// The largest volume whose tree fits into `bytes`: whole MiB.
+fn largest_volume(bytes: u64) -> u64 {
+    const MIB: u64 = 1 << 20;
+    // `with_overhead` grows with its argument.
+    let (mut fits, mut too_large) = (0, bytes.min(crate::volume::MAX_VOLUME_BYTES) / MIB + 1);
+    while too_large - fits > 1 {
+        let middle = fits.midpoint(too_large);
+        if with_overhead(middle * MIB) <= bytes { fits = middle } else { too_large = middle }
+    }
+    if VolumeSize::try_from(fits * MIB).is_ok() { fits * MIB } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_volume_fits_and_is_a_size() {
+        for bytes in [0, 1 << 20, 13 << 20, 100 << 20, 1 << 40, 12 << 40, u64::MAX / 4] {
+            let largest = largest_volume(bytes);
+            assert!(largest == 0 || with_overhead(largest) <= bytes, "{bytes}");
+            assert!(largest == 0 || VolumeSize::try_from(largest).is_ok());
+        }
+        assert!(largest_volume(1 << 30) > 900 << 20);
+    }
+
+    #[test]
+    fn growth_is_never_less_than_what_is_settled_afterwards() {
+        for before in [0, 4096, 1 << 20, (1 << 30) + 4096, 5 << 30, 1 << 40] {
+            for more in [4096, 63 * 4096, 1 << 20, 3 << 30, 1 << 40] {
+                assert!(with_overhead(before + more) - with_overhead(before) <= growth(more), "{before} {more}");
+            }
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! Snapshots: sealed at one point in time, deleted, and read as extents.
+
+use super::errors::SnapshotFailure as Failure;
+use super::volumes::{now_ms, shared_by_a_seal};
+use super::{Manager, SnapshotPlace, VolumePlace};
+use crate::crash::crash_point;
+use crate::replica::pool::{PoolName, Promise};
+use crate::replica::records::Record;
+use crate::store::{Control, ExtentsError, ExtentsPlan, SnapshotInfo};
+use crate::volume::{InstanceId, SnapshotId, VolumeId};
+
+/// A snapshot to take.
+#[derive(Clone, Debug)]
+pub struct NewSnapshot {
+    /// Its id.
+    pub snapshot: SnapshotId,
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// Kept beside the copy.
+    pub descriptor: String,
+}
+
+/// The extents of a snapshot, or between two, to be walked without holding anything up.
+pub struct ExtentStream {
+    /// Size of the volume at the target, in bytes.
+    pub size_bytes: u64,
+    /// The walk.
+    pub plan: ExtentsPlan,
+}
+
+impl Manager {
+    /// All the snapshots are there, of one point in time; durable when this returns.
+    pub async fn ensure_snapshots(&self, items: &[NewSnapshot]) -> Result<(), Failure> {
+        let places = self.places(items)?;
+        let mut keys: Vec<_> = items.iter().flat_map(|i| [i.snapshot.to_bytes(), i.volume.to_bytes()]).collect();
+        keys.extend(places.iter().map(|p| p.tree.to_bytes()));
+        let _guard = self.inner.operations.begin(keys).await?;
+        let there = self.existing(items).await?;
+        if there == items.len() {
+            return Ok(());
+        }
+        if there > 0 {
+            // A crash between the members' commits: what is there is of another point in time than what is missing.
+            for item in items {
+                self.forget(item.snapshot).await?;
+            }
+        }
+        let promises = self.promise_seals(items, &places).await?;
+        for (item, place) in items.iter().zip(&places) {
+            // The record before the name, as for volumes.
+            self.write_snapshot_record(item, place).await?;
+        }
+        let seals = items.iter().zip(&places).map(|(i, p)| (p.tree, i.volume, i.snapshot)).collect();
+        crash_point("seal");
+        self.engine().seal_group(seals, now_ms()).await?;
+        crash_point("seal.done");
+        for (item, place) in items.iter().zip(&places) {
+            self.note(item, place);
+        }
+        drop(promises);
+        for place in &places {
+            self.settle(&place.pool, place.tree).await;
+        }
+        Ok(())
+    }
+
+    fn places(&self, items: &[NewSnapshot]) -> Result<Vec<VolumePlace>, Failure> {
+        items
+            .iter()
+            .map(|item| {
+                let place = self.place(item.volume).ok_or(Failure::NoVolume(item.volume))?;
+                if place.copy.is_some() { Err(Failure::NotReady(item.volume)) } else { Ok(place) }
+            })
+            .collect()
+    }
+
+    async fn existing(&self, items: &[NewSnapshot]) -> Result<usize, Failure> {
+        let mut there = 0;
+        for item in items {
+            if let Some(info) = self.find_snapshot(item.snapshot).await {
+                if info.volume != item.volume {
+                    return Err(Failure::Different(item.snapshot));
+                }
+                there += 1;
+            }
+        }
+        Ok(there)
+    }
+
+    async fn promise_seals(&self, items: &[NewSnapshot], places: &[VolumePlace]) -> Result<Vec<Promise>, Failure> {
+        let mut promises = Vec::with_capacity(items.len());
+        for (item, place) in items.iter().zip(places) {
+            let info = self.volume_info(place.tree, item.volume).await.ok_or(Failure::NoVolume(item.volume))?;
+            let pool = self.pool(&place.pool).ok_or(Failure::NoVolume(item.volume))?;
+            let promised = self.promise(&place.pool, &pool, shared_by_a_seal(&info)).await;
+            promises.push(promised.map_err(|failure| match failure {
+                super::VolumeFailure::PoolFull { pool, error } => Failure::PoolFull { pool, error },
+                _ => Failure::NoVolume(item.volume),
+            })?);
+        }
+        Ok(promises)
+    }
+
+    async fn write_snapshot_record(&self, item: &NewSnapshot, place: &VolumePlace) -> Result<(), Failure> {
+        let Some(pool) = self.pool(&place.pool) else { return Err(Failure::NoVolume(item.volume)) };
+        let (path, record, id) =
+            (pool.pool.tree(place.tree), Record::new(item.descriptor.clone(), None), item.snapshot.to_string());
+        match tokio::task::spawn_blocking(move || record.write(&path, &id)).await {
+            Ok(result) => Ok(result?),
+            Err(_) => Err(Failure::NoVolume(item.volume)),
+        }
+    }
+
+    fn note(&self, item: &NewSnapshot, place: &VolumePlace) {
+        let noted = SnapshotPlace {
+            pool: place.pool.clone(),
+            tree: place.tree,
+            descriptor: item.descriptor.clone(),
+            base: false,
+        };
+        self.index().snapshots.insert(item.snapshot, noted);
+    }
+
+    /// Makes an internal snapshot findable for a copy.
+    pub(super) fn note_snapshot(&self, snapshot: SnapshotId, pool: &PoolName, tree: InstanceId) {
+        let noted = SnapshotPlace { pool: pool.clone(), tree, descriptor: String::new(), base: true };
+        self.index().snapshots.insert(snapshot, noted);
+    }
+
+    async fn settle(&self, pool: &PoolName, tree: InstanceId) {
+        if let Some(pool) = self.pool(pool) {
+            pool.promises.settle(tree, self.promised_bytes(tree).await);
+        }
+    }
+
+    async fn forget(&self, snapshot: SnapshotId) -> Result<(), Failure> {
+        let Some(place) = self.snapshot_place(snapshot) else { return Ok(()) };
+        crash_point("forget");
+        self.engine().control(place.tree, Control::DeleteSnapshot(snapshot)).await?;
+        crash_point("forget.done");
+        self.index().snapshots.remove(&snapshot);
+        Ok(())
+    }
+
+    /// The snapshot is gone; its layer is merged or freed in the background.
+    pub async fn delete_snapshot(&self, snapshot: SnapshotId) -> Result<(), Failure> {
+        // Behind whoever takes it now: what is not there must not be there a moment later.
+        let _snapshot = self.inner.operations.begin(vec![snapshot.to_bytes()]).await?;
+        let Some(place) = self.snapshot_place(snapshot) else { return Ok(()) };
+        let _tree = self.inner.operations.begin(vec![place.tree.to_bytes()]).await?;
+        self.forget(snapshot).await?;
+        self.remove_record(&place.pool, place.tree, snapshot.to_string()).await;
+        self.tidy_tree(&place.pool, place.tree).await;
+        Ok(())
+    }
+
+    /// A snapshot by id.
+    pub async fn find_snapshot(&self, snapshot: SnapshotId) -> Option<SnapshotInfo> {
+        let place = self.snapshot_place(snapshot)?;
+        self.snapshot_info(place.tree, snapshot).await
+    }
+
+    /// All snapshots that users know, with pool and descriptor, by id.
+    pub async fn list_snapshots(&self) -> Vec<(SnapshotInfo, PoolName, String)> {
+        let places: Vec<_> = self.index().snapshots.iter().map(|(id, place)| (*id, place.clone())).collect();
+        let mut trees: Vec<_> = places.iter().map(|(_, p)| p.tree).collect();
+        trees.sort_unstable();
+        trees.dedup();
+        let mut infos = std::collections::BTreeMap::new();
+        for tree in trees {
+            if let Ok(all) = self.engine().inspect(tree, |store| store.snapshots()).await {
+                infos.extend(all.into_iter().map(|info| (info.snapshot, info)));
+            }
+        }
+        let listed = places.into_iter().filter(|(_, place)| !place.base);
+        listed.filter_map(|(id, p)| infos.remove(&id).map(|info| (info, p.pool, p.descriptor))).collect()
+    }
+
+    /// What is allocated in `target`, or may differ between `base` and `target`.
+    pub async fn extents(&self, target: SnapshotId, base: Option<SnapshotId>) -> Result<ExtentStream, Failure> {
+        let place = self.snapshot_place(target).ok_or(Failure::NoSnapshot(target))?;
+        if let Some(base) = base {
+            let base_place = self.snapshot_place(base).ok_or(Failure::NoSnapshot(base))?;
+            if base_place.tree != place.tree {
+                return Err(Failure::NotOfOneVolume { base, target });
+            }
+        }
+        let info = self.snapshot_info(place.tree, target).await.ok_or(Failure::NoSnapshot(target))?;
+        let plan = self.engine().inspect(place.tree, move |store| store.extents(target, base)).await?;
+        let plan = plan.map_err(|error| match error {
+            ExtentsError::Unknown(snapshot) => Failure::NoSnapshot(snapshot),
+            ExtentsError::Inconsistent(what) => Failure::Damaged { snapshot: target, what },
+            ExtentsError::NotAncestor { .. } => Failure::NotOfOneVolume { base: base.unwrap_or(target), target },
+        })?;
+        Ok(ExtentStream { size_bytes: info.size.bytes(), plan })
+    }
+}

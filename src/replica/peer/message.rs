@@ -1,0 +1,245 @@
+//! Messages of the core as frames.
+//!
+//! Invariants: no bytes make the decoder panic; a message has one encoding only, and anything else is refused, so what a
+//! decoder accepts is encoded to the same bytes.
+
+use super::header::{FrameError, Header, Kind};
+use crate::protocol::{
+    Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Lacks, MAX_COPIES, MAX_MARKS, Message,
+    Now, Request, SealName, SerialNumber, Stamp,
+};
+use crate::store::format::Input;
+use crate::volume::{BLOCK_SIZE, BlockRange, InstanceId, MAX_REQUEST_BLOCKS, VolumeId};
+use std::time::Duration;
+
+/// Header and body of a message with so many blocks of payload; the header lacks the body's checksum.
+pub fn encode(volume: VolumeId, message: &Message, blocks: u32) -> (Header, Vec<u8>) {
+    let mut header = Header { blocks, ..Header::new(kind(message), volume) };
+    let mut body = Vec::new();
+    match message {
+        Message::Invite(configuration) => {
+            header.stamp = configuration.stamp;
+            write_configuration(configuration, &mut body);
+        }
+        Message::Joined { frame, intact, hot } => {
+            frame_into(*frame, &mut header);
+            (header.operation, header.count) = (u8::from(*intact), hot.len() as u32);
+            hot.iter().for_each(|extent| body.extend(extent.0.to_le_bytes()));
+        }
+        Message::Prepare { frame, serial, floor, request } => {
+            frame_into(*frame, &mut header);
+            (header.serial, header.value) = (*serial, floor.0);
+            request_into(*request, &mut header);
+        }
+        Message::Prepared { frame, serial, result } => {
+            frame_into(*frame, &mut header);
+            (header.serial, header.operation) = (*serial, result_number(*result));
+        }
+        Message::Renew { frame, sent } | Message::Granted { frame, sent } => {
+            frame_into(*frame, &mut header);
+            (header.value, header.count) = (sent.0.as_secs(), sent.0.subsec_nanos());
+        }
+        Message::Reconciled(frame) | Message::Settled(frame) => frame_into(*frame, &mut header),
+        Message::Clear { frame, below } => {
+            frame_into(*frame, &mut header);
+            header.serial = *below;
+        }
+        Message::Refused(stamp) => header.stamp = *stamp,
+    }
+    header.body = body.len() as u32;
+    (header, body)
+}
+
+fn kind(message: &Message) -> Kind {
+    match message {
+        Message::Invite(_) => Kind::Invite,
+        Message::Joined { .. } => Kind::Joined,
+        Message::Prepare { .. } => Kind::Prepare,
+        Message::Prepared { .. } => Kind::Prepared,
+        Message::Renew { .. } => Kind::Renew,
+        Message::Granted { .. } => Kind::Granted,
+        Message::Reconciled(_) => Kind::Reconciled,
+        Message::Settled(_) => Kind::Settled,
+        Message::Clear { .. } => Kind::Clear,
+        Message::Refused(_) => Kind::Refused,
+    }
+}
+
+/// The message of a frame whose checksums are right.
+pub fn decode(header: &Header, body: &[u8]) -> Result<Message, FrameError> {
+    let frame = Frame { stamp: header.stamp, incarnation: header.incarnation };
+    let serial = header.serial;
+    let message = match header.kind {
+        Kind::Invite => Message::Invite(Box::new(read_configuration(header.stamp, body)?)),
+        Kind::Joined => Message::Joined { frame, intact: header.operation == 1, hot: read_extents(header, body)? },
+        Kind::Prepare => {
+            let request = read_request(header)?;
+            Message::Prepare { frame, serial, floor: SerialNumber(header.value), request }
+        }
+        Kind::Prepared => Message::Prepared { frame, serial, result: read_result(header.operation)? },
+        Kind::Renew => Message::Renew { frame, sent: read_time(header)? },
+        Kind::Granted => Message::Granted { frame, sent: read_time(header)? },
+        Kind::Reconciled => Message::Reconciled(frame),
+        Kind::Settled => Message::Settled(frame),
+        Kind::Clear => Message::Clear { frame, below: serial },
+        Kind::Refused => Message::Refused(header.stamp),
+        Kind::Hello | Kind::Welcome | Kind::Confirm | Kind::Refuse | Kind::Heartbeat => {
+            return Err(FrameError::Field("kind"));
+        }
+    };
+    if !may_carry(&message, header.blocks) {
+        return Err(FrameError::Field("blocks"));
+    }
+    // What the kind does not use is 0, and a body that says the same in other bytes is none of ours.
+    let (again, bytes) = encode(header.volume, &message, header.blocks);
+    if bytes != body || (Header { body_crc: header.body_crc, ..again }) != *header {
+        return Err(FrameError::Field("unused"));
+    }
+    Ok(message)
+}
+
+/// Whether a message may have a payload of so many blocks: a write, and the answer to a read.
+pub fn may_carry(message: &Message, blocks: u32) -> bool {
+    match message {
+        Message::Prepare { request: Request::Write(range), .. } => range.count() == blocks,
+        Message::Prepared { result: Ok(()), .. } => blocks <= MAX_REQUEST_BLOCKS,
+        Message::Prepare { .. } | Message::Prepared { .. } | Message::Invite(_) | Message::Joined { .. } => blocks == 0,
+        Message::Renew { .. } | Message::Granted { .. } | Message::Reconciled(_) | Message::Settled(_) => blocks == 0,
+        Message::Clear { .. } | Message::Refused(_) => blocks == 0,
+    }
+}
+
+fn frame_into(frame: Frame, header: &mut Header) {
+    (header.stamp, header.incarnation) = (frame.stamp, frame.incarnation);
+}
+
+fn request_into(request: Request, header: &mut Header) {
+    header.operation = match request {
+        Request::Read(_) => 1,
+        Request::Write(_) => 2,
+        Request::Flush => 3,
+        Request::Discard(_) => 4,
+        Request::WriteZeroes(_) => 5,
+        Request::Seal(_) => 6,
+    };
+    if let Some(range) = request.range() {
+        (header.offset, header.count) = (range.offset(), range.count());
+    }
+    if let Request::Seal(name) = request {
+        header.count = name.0;
+    }
+}
+
+fn read_request(header: &Header) -> Result<Request, FrameError> {
+    let range = || {
+        let start = header.offset.is_multiple_of(BLOCK_SIZE).then_some(header.offset / BLOCK_SIZE);
+        start.and_then(|start| BlockRange::new(start, header.count)).ok_or(FrameError::Field("range"))
+    };
+    // One frame carries the data of one request.
+    let small = || {
+        range().and_then(|range| match range.count() {
+            1..=MAX_REQUEST_BLOCKS => Ok(range),
+            _ => Err(FrameError::Field("range")),
+        })
+    };
+    Ok(match header.operation {
+        1 => Request::Read(small()?),
+        2 => Request::Write(small()?),
+        3 => Request::Flush,
+        4 => Request::Discard(range()?),
+        5 => Request::WriteZeroes(range()?),
+        6 => Request::Seal(SealName(header.count)),
+        _ => return Err(FrameError::Field("request")),
+    })
+}
+
+fn result_number(result: Result<(), DiskError>) -> u8 {
+    match result {
+        Ok(()) => 0,
+        Err(DiskError::NoSpace) => 1,
+        Err(DiskError::Failed) => 2,
+        Err(DiskError::Corrupt) => 3,
+        Err(DiskError::Fenced) => 4,
+    }
+}
+
+fn read_result(number: u8) -> Result<Result<(), DiskError>, FrameError> {
+    Ok(match number {
+        0 => Ok(()),
+        1 => Err(DiskError::NoSpace),
+        2 => Err(DiskError::Failed),
+        3 => Err(DiskError::Corrupt),
+        4 => Err(DiskError::Fenced),
+        _ => return Err(FrameError::Field("result")),
+    })
+}
+
+fn read_time(header: &Header) -> Result<Now, FrameError> {
+    if header.count >= 1_000_000_000 {
+        return Err(FrameError::Field("nanoseconds"));
+    }
+    Ok(Now(Duration::new(header.value, header.count)))
+}
+
+fn read_extents(header: &Header, body: &[u8]) -> Result<Box<[Extent]>, FrameError> {
+    let (extents, rest) = body.as_chunks::<4>();
+    if !rest.is_empty() || extents.len() != header.count as usize || extents.len() > MAX_MARKS {
+        return Err(FrameError::Field("extents"));
+    }
+    Ok(extents.iter().map(|extent| Extent(u32::from_le_bytes(*extent))).collect())
+}
+
+/// term (16), primary (1 + 16), secondaries (1 + 16 each), candidates (1 + 33 each: copy, since or everything).
+fn write_configuration(configuration: &Configuration, body: &mut Vec<u8>) {
+    let stamp = |stamp: Stamp, body: &mut Vec<u8>| {
+        body.extend(stamp.generation.0.to_le_bytes());
+        body.extend(stamp.version.0.to_le_bytes());
+    };
+    stamp(configuration.term, body);
+    body.push(u8::from(configuration.primary.is_some()));
+    configuration.primary.iter().for_each(|copy| body.extend(copy.to_bytes()));
+    body.push(configuration.secondaries.len() as u8);
+    configuration.secondaries.iter().for_each(|copy| body.extend(copy.to_bytes()));
+    body.push(configuration.candidates.len() as u8);
+    for (copy, lacks) in &configuration.candidates {
+        body.extend(copy.to_bytes());
+        match lacks {
+            Lacks::Since(since) => {
+                body.push(1);
+                stamp(*since, body);
+            }
+            Lacks::Everything => body.push(0),
+        }
+    }
+}
+
+fn read_configuration(stamp: Stamp, body: &[u8]) -> Result<Configuration, FrameError> {
+    let read = parse_configuration(stamp, &mut Input { bytes: body, at: 0 });
+    let configuration = read.ok_or(FrameError::Field("configuration"))?;
+    let mut copies: Vec<InstanceId> = configuration.copies().collect();
+    let named = copies.len();
+    copies.sort_unstable();
+    copies.dedup();
+    if named != copies.len() || named > MAX_COPIES || configuration.term > stamp {
+        return Err(FrameError::Field("configuration"));
+    }
+    Ok(configuration)
+}
+
+fn parse_configuration(stamp: Stamp, input: &mut Input<'_>) -> Option<Configuration> {
+    let read_stamp = |input: &mut Input<'_>| {
+        Some(Stamp { generation: Generation(input.u64()?), version: ConfigurationVersion(input.u64()?) })
+    };
+    let copy = |input: &mut Input<'_>| input.take().map(InstanceId::from_bytes);
+    let term = read_stamp(input)?;
+    let primary = if input.u8()? == 0 { None } else { Some(copy(input)?) };
+    // A number of copies is one byte: at most 255 rounds.
+    let secondaries = (0..input.u8()?).map(|_| copy(input)).collect::<Option<_>>()?;
+    let candidates = (0..input.u8()?).map(|_| {
+        let copy = copy(input)?;
+        let lacks = if input.u8()? == 0 { Lacks::Everything } else { Lacks::Since(read_stamp(input)?) };
+        Some((copy, lacks))
+    });
+    let candidates = candidates.collect::<Option<_>>()?;
+    Some(Configuration { stamp, term, primary, secondaries, candidates })
+}

@@ -1,0 +1,195 @@
+//! One volume's conversation with one peer: connects, connects again, and says what happens.
+//!
+//! ```text
+//!   waiting --a handshake succeeds--> connected --closed, silent, replaced--> waiting
+//!      |  Silent, once, when nothing was heard for SILENCE         Connected at each beginning
+//! ```
+//! Invariants: of two copies the one with the lower id calls, so that there is one connection; a newer connection of the
+//! same peer replaces the older; after a `Silent` comes a `Connected` before anything else of that peer.
+
+use super::connection::{self, ConnectionError, HANDSHAKE_LIMIT, Stream};
+use super::endpoint::Shared;
+use super::hello::{Copies, Party};
+use super::packet::Packet;
+use super::queue::Queue;
+use super::volume::{Event, Volume};
+use crate::protocol::HEARTBEAT;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{ReadHalf, WriteHalf};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+/// Between two attempts to connect, at first.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// And at last: with the time that an attempt may take, a node that is back is found within seconds.
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// What is known of a peer.
+pub(super) struct Peer {
+    pub party: Party,
+    pub address: SocketAddr,
+    pub queue: Queue,
+    pub arrivals: Arrivals,
+}
+
+/// The newest connection that a peer has opened and nobody has taken; an older one is closed.
+#[derive(Default)]
+pub(super) struct Arrivals {
+    stream: Mutex<Option<Stream>>,
+    arrived: Notify,
+}
+
+impl Arrivals {
+    fn slot(&self) -> std::sync::MutexGuard<'_, Option<Stream>> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn put(&self, stream: Stream) {
+        *self.slot() = Some(stream);
+        self.arrived.notify_one();
+    }
+
+    async fn take(&self) -> Stream {
+        loop {
+            let stream = self.slot().take();
+            if let Some(stream) = stream {
+                return stream;
+            }
+            self.arrived.notified().await;
+        }
+    }
+}
+
+/// When something was heard last, and whether the silence since was reported.
+struct Silence {
+    since: Instant,
+    reported: bool,
+}
+
+/// Until it is aborted.
+pub(super) async fn run(shared: Arc<Shared>, volume: Arc<Volume>, peer: Arc<Peer>) {
+    let copy = peer.party.copy;
+    let mut silence = Silence { since: Instant::now(), reported: false };
+    let mut newer = None;
+    loop {
+        let stream = match newer.take() {
+            Some(stream) => stream,
+            None => next(&shared, &volume, &peer, &mut silence).await,
+        };
+        peer.queue.open();
+        tracing::info!(volume = %volume.id, peer = %peer.party, "connected");
+        volume.tell(Event::Connected(copy)).await;
+        let ended = tokio::select! {
+            ended = exchange(stream, &volume, &peer, shared.silence) => ended,
+            stream = peer.arrivals.take() => {
+                newer = Some(stream);
+                ConnectionError::Replaced
+            }
+        };
+        peer.queue.close();
+        shared.log.warn(&format!("volume {}, {}: the connection has ended: {ended}", volume.id, peer.party));
+        silence = Silence { since: Instant::now(), reported: matches!(ended, ConnectionError::Silent) };
+        if silence.reported {
+            volume.tell(Event::Silent(copy)).await;
+        }
+    }
+}
+
+/// The next connection; reports a silence that lasts until then.
+async fn next(shared: &Shared, volume: &Volume, peer: &Peer, silence: &mut Silence) -> Stream {
+    let connect = async {
+        if volume.here.copy < peer.party.copy {
+            dial_until_connected(shared, volume, peer).await
+        } else {
+            peer.arrivals.take().await
+        }
+    };
+    tokio::pin!(connect);
+    loop {
+        tokio::select! {
+            stream = &mut connect => return stream,
+            () = sleep_until(silence.since + shared.silence), if !silence.reported => {
+                silence.reported = true;
+                volume.tell(Event::Silent(peer.party.copy)).await;
+            }
+        }
+    }
+}
+
+async fn dial_until_connected(shared: &Shared, volume: &Volume, peer: &Peer) -> Stream {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let attempt = timeout(HANDSHAKE_LIMIT, dial(shared, volume, peer)).await;
+        match attempt.unwrap_or(Err(ConnectionError::Slow)) {
+            Ok(stream) => return stream,
+            Err(error) => {
+                let Volume { id, .. } = volume;
+                shared.log.warn(&format!("volume {id}: cannot connect to {} at {}: {error}", peer.party, peer.address));
+            }
+        }
+        sleep(pause).await;
+        pause = LAST_PAUSE.min(pause * 2);
+    }
+}
+
+async fn dial(shared: &Shared, volume: &Volume, peer: &Peer) -> Result<Stream, ConnectionError> {
+    let (mut stream, certificate) = shared.security.connect(peer.address, &peer.party.node).await?;
+    let hello = volume.hello(&shared.identity, peer.party.clone());
+    let copies =
+        Copies { here: &volume.here, peers: std::slice::from_ref(&peer.party), generation: volume.generation() };
+    connection::call(&mut stream, &hello, shared.identity.cluster(certificate.as_ref()), copies).await?;
+    Ok(stream)
+}
+
+/// Both directions until one ends.
+async fn exchange(stream: Stream, volume: &Volume, peer: &Peer, silence: Duration) -> ConnectionError {
+    let (reader, writer) = tokio::io::split(stream);
+    let ended = tokio::select! {
+        ended = receive(reader, volume, peer, silence) => ended,
+        ended = transmit(writer, volume, peer, silence) => ended,
+    };
+    match ended {
+        Err(error) => error,
+        Ok(never) => match never {},
+    }
+}
+
+/// A loop that ends by an error only.
+enum Never {}
+
+async fn receive(
+    mut reader: ReadHalf<Stream>,
+    volume: &Volume,
+    peer: &Peer,
+    silence: Duration,
+) -> Result<Never, ConnectionError> {
+    loop {
+        if let Some((message, payload)) = connection::read(&mut reader, volume.id, silence).await? {
+            // While nobody takes the event nothing is read, and TCP holds the sender back.
+            volume.tell(Event::Received { from: peer.party.copy, message, payload }).await;
+        }
+    }
+}
+
+async fn transmit(
+    mut writer: WriteHalf<Stream>,
+    volume: &Volume,
+    peer: &Peer,
+    silence: Duration,
+) -> Result<Never, ConnectionError> {
+    let heartbeat = [Packet::Heartbeat.encode(volume.id)];
+    loop {
+        match timeout(HEARTBEAT, peer.queue.take()).await {
+            Ok(frames) => {
+                connection::write(&mut writer, &frames, silence).await?;
+                let bytes = frames.iter().map(super::packet::Encoded::bytes).sum();
+                if peer.queue.written(bytes) {
+                    volume.tell(Event::Room(peer.party.copy)).await;
+                }
+            }
+            Err(_) => connection::write(&mut writer, &heartbeat, silence).await?,
+        }
+    }
+}

@@ -1,0 +1,4 @@
+mod codec;
+mod loopback;
+mod refusals;
+mod samples;

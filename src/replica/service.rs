@@ -1,0 +1,343 @@
+//! The control socket: `proto/control.proto` over the manager. Parsing and conversion only.
+
+use super::manager::{
+    AddPool, ExtentStream, HealthKind, Manager, NewSnapshot, NewVolume, PoolView, Source, VolumeFailure, VolumeView,
+};
+use super::pool::PoolName;
+use super::verify;
+use crate::rpc::control as rpc;
+use crate::rpc::control::replica_server::Replica;
+use crate::store::SnapshotInfo;
+use crate::volume::{BLOCK_SIZE, SnapshotId, VolumeId, VolumeSize};
+use std::path::PathBuf;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+/// Messages that a slow reader of a stream may leave unread before the walk waits for it.
+const STREAM_DEPTH: usize = 8;
+/// Extents per message: 16 bytes each, well below the 4 MiB that clients accept.
+const EXTENTS_PER_MESSAGE: usize = 4096;
+
+/// The service.
+#[derive(Clone)]
+pub struct ReplicaService {
+    manager: Manager,
+    node_id: String,
+}
+
+impl ReplicaService {
+    /// Serves `manager` as the node `node_id`.
+    pub fn new(manager: Manager, node_id: String) -> Self {
+        Self { manager, node_id }
+    }
+
+    async fn view(&self, volume: VolumeId) -> Result<Response<rpc::Volume>, Status> {
+        let view = self.manager.volume(volume).await;
+        Ok(Response::new(view.ok_or(VolumeFailure::NoVolume(volume))?.into()))
+    }
+}
+
+/// An id of ours, or "there is none": the shape of an id is never an error by itself.
+fn volume_id(text: &str) -> Result<VolumeId, Status> {
+    text.parse().map_err(|_| Status::not_found(format!("there is no volume {text:?} on this node")))
+}
+
+fn snapshot_id(text: &str) -> Result<SnapshotId, Status> {
+    text.parse().map_err(|_| Status::not_found(format!("there is no snapshot {text:?} on this node")))
+}
+
+/// An id of something to be made: here its shape matters.
+fn new_id<T: std::str::FromStr>(text: &str) -> Result<T, Status> {
+    text.parse().map_err(|_| Status::invalid_argument(format!("{text:?} is no id of Tandem (a random UUID)")))
+}
+
+/// What changes something runs to its end even if the caller goes away: a killed CSI process closes its connection, and
+/// half a creation would be known to nobody until the next start.
+async fn to_the_end<T, E>(work: impl Future<Output = Result<T, E>> + Send + 'static) -> Result<T, Status>
+where
+    T: Send + 'static,
+    E: Send + 'static,
+    Status: From<E>,
+{
+    match tokio::spawn(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => {
+            tracing::error!(%error, "a call ended by a bug");
+            Err(Status::internal("the call ended by a bug of the replica: see its log"))
+        }
+    }
+}
+
+fn size(bytes: u64) -> Result<VolumeSize, Status> {
+    VolumeSize::try_from(bytes).map_err(|e| Status::out_of_range(e.to_string()))
+}
+
+impl TryFrom<rpc::EnsureVolumeRequest> for NewVolume {
+    type Error = Status;
+    fn try_from(r: rpc::EnsureVolumeRequest) -> Result<Self, Status> {
+        use rpc::ensure_volume_request::Source as From;
+        let pool: PoolName = r.pool.parse().map_err(|e| Status::not_found(format!("{e}")))?;
+        let source = match r.source {
+            None => Source::Blank,
+            Some(From::SourceSnapshotId(id)) => Source::Snapshot(snapshot_id(&id)?),
+            Some(From::SourceVolumeId(id)) => Source::Volume(volume_id(&id)?),
+        };
+        Ok(Self {
+            volume: new_id(&r.volume_id)?,
+            pool,
+            size: size(r.size_bytes)?,
+            descriptor: r.descriptor,
+            verify_reads: r.verify_reads,
+            source,
+        })
+    }
+}
+
+impl From<VolumeView> for rpc::Volume {
+    fn from(v: VolumeView) -> Self {
+        let health = v.health.into_iter().map(|h| rpc::Health {
+            kind: match h.kind {
+                HealthKind::Degraded => rpc::health::Kind::Degraded.into(),
+                HealthKind::Inaccessible => rpc::health::Kind::Inaccessible.into(),
+                HealthKind::DataLoss => rpc::health::Kind::DataLoss.into(),
+            },
+            reason: h.reason.to_owned(),
+            message: h.message,
+        });
+        Self {
+            volume_id: v.volume.to_string(),
+            pool: v.pool,
+            size_bytes: v.size,
+            ready: v.copy.is_none(),
+            copied_bytes: v.copy.map_or(0, |c| c.copied),
+            to_copy_bytes: v.copy.map_or(0, |c| c.total),
+            allocated_bytes: v.allocated,
+            device: v.device.map(|d| d.display().to_string()).unwrap_or_default(),
+            descriptor: v.descriptor,
+            verify_reads: v.verify_reads,
+            health: health.collect(),
+            layers: v.layers,
+            unchecked_bytes: v.unchecked,
+            merging_layers: v.merging_layers,
+        }
+    }
+}
+
+impl From<PoolView> for rpc::Pool {
+    fn from(p: PoolView) -> Self {
+        Self {
+            name: p.name.to_string(),
+            path: p.path.display().to_string(),
+            id: p.id,
+            capacity_bytes: p.capacity,
+            promised_bytes: p.promised,
+            used_bytes: p.used,
+            free_bytes: p.free,
+            largest_volume_bytes: p.largest_volume,
+            overcommit: p.overcommit,
+            filesystem: p.filesystem.to_owned(),
+            problem: p.problem,
+        }
+    }
+}
+
+fn snapshot_message(info: SnapshotInfo, pool: String, descriptor: String) -> rpc::Snapshot {
+    rpc::Snapshot {
+        snapshot_id: info.snapshot.to_string(),
+        volume_id: info.volume.to_string(),
+        pool,
+        size_bytes: info.size.bytes(),
+        created_ms: info.created_ms,
+        allocated_bytes: info.allocated_blocks * BLOCK_SIZE,
+        checksummed: info.checksummed,
+        descriptor,
+    }
+}
+
+#[tonic::async_trait]
+impl Replica for ReplicaService {
+    type GetExtentsStream = ReceiverStream<Result<rpc::GetExtentsResponse, Status>>;
+    type VerifyVolumeStream = ReceiverStream<Result<rpc::VerifyVolumeResponse, Status>>;
+
+    async fn get_status(&self, _: Request<rpc::GetStatusRequest>) -> Result<Response<rpc::GetStatusResponse>, Status> {
+        let engine = self.manager.engine_status();
+        Ok(Response::new(rpc::GetStatusResponse {
+            node_id: self.node_id.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            io_engine: engine.io.to_owned(),
+            device: "fuse+loop".to_owned(),
+            pid: u64::from(std::process::id()),
+            recovered_requests: engine.recovered_requests,
+            attached_volumes: self.manager.attached().len() as u64,
+            holder_connected: engine.holder_connected,
+        }))
+    }
+
+    async fn list_pools(&self, _: Request<rpc::ListPoolsRequest>) -> Result<Response<rpc::ListPoolsResponse>, Status> {
+        let pools = self.manager.list_pools().await.into_iter().map(Into::into).collect();
+        Ok(Response::new(rpc::ListPoolsResponse { pools }))
+    }
+
+    async fn add_pool(&self, r: Request<rpc::AddPoolRequest>) -> Result<Response<rpc::AddPoolResponse>, Status> {
+        let r = r.into_inner();
+        let name = r.name.parse().map_err(|e| Status::invalid_argument(format!("{e}")))?;
+        let path = PathBuf::from(r.path);
+        if !path.is_absolute() {
+            return Err(Status::invalid_argument(format!("pool path {} is not absolute", path.display())));
+        }
+        let (manager, add) = (self.manager.clone(), AddPool { name, path, force: r.force });
+        let pool = to_the_end(async move { manager.add_pool(add).await }).await?;
+        Ok(Response::new(rpc::AddPoolResponse { pool: Some(pool.into()) }))
+    }
+
+    async fn ensure_volume(&self, r: Request<rpc::EnsureVolumeRequest>) -> Result<Response<rpc::Volume>, Status> {
+        let new = NewVolume::try_from(r.into_inner())?;
+        let volume = new.volume;
+        let manager = self.manager.clone();
+        to_the_end(async move { manager.ensure_volume(new).await }).await?;
+        self.view(volume).await
+    }
+
+    async fn delete_volume(
+        &self,
+        r: Request<rpc::DeleteVolumeRequest>,
+    ) -> Result<Response<rpc::DeleteVolumeResponse>, Status> {
+        if let Ok(volume) = r.into_inner().volume_id.parse() {
+            let manager = self.manager.clone();
+            to_the_end(async move { manager.delete_volume(volume).await }).await?;
+        }
+        Ok(Response::new(rpc::DeleteVolumeResponse {}))
+    }
+
+    async fn get_volume(&self, r: Request<rpc::GetVolumeRequest>) -> Result<Response<rpc::Volume>, Status> {
+        self.view(volume_id(&r.into_inner().volume_id)?).await
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<rpc::ListVolumesRequest>,
+    ) -> Result<Response<rpc::ListVolumesResponse>, Status> {
+        let volumes = self.manager.volumes().await.into_iter().map(Into::into).collect();
+        Ok(Response::new(rpc::ListVolumesResponse { volumes }))
+    }
+
+    async fn expand_volume(&self, r: Request<rpc::ExpandVolumeRequest>) -> Result<Response<rpc::Volume>, Status> {
+        let r = r.into_inner();
+        let volume = volume_id(&r.volume_id)?;
+        let (manager, size) = (self.manager.clone(), size(r.size_bytes)?);
+        to_the_end(async move { manager.expand_volume(volume, size).await }).await?;
+        self.view(volume).await
+    }
+
+    async fn modify_volume(&self, r: Request<rpc::ModifyVolumeRequest>) -> Result<Response<rpc::Volume>, Status> {
+        let r = r.into_inner();
+        let volume = volume_id(&r.volume_id)?;
+        let manager = self.manager.clone();
+        to_the_end(async move { manager.modify_volume(volume, r.verify_reads, r.descriptor).await }).await?;
+        self.view(volume).await
+    }
+
+    async fn attach_volume(
+        &self,
+        r: Request<rpc::AttachVolumeRequest>,
+    ) -> Result<Response<rpc::AttachVolumeResponse>, Status> {
+        let (manager, volume) = (self.manager.clone(), volume_id(&r.into_inner().volume_id)?);
+        let device = to_the_end(async move { manager.attach(volume).await }).await?;
+        Ok(Response::new(rpc::AttachVolumeResponse { device: device.display().to_string() }))
+    }
+
+    async fn detach_volume(
+        &self,
+        r: Request<rpc::DetachVolumeRequest>,
+    ) -> Result<Response<rpc::DetachVolumeResponse>, Status> {
+        if let Ok(volume) = r.into_inner().volume_id.parse() {
+            let manager = self.manager.clone();
+            to_the_end(async move { manager.detach(volume).await }).await?;
+        }
+        Ok(Response::new(rpc::DetachVolumeResponse {}))
+    }
+
+    async fn ensure_snapshots(
+        &self,
+        r: Request<rpc::EnsureSnapshotsRequest>,
+    ) -> Result<Response<rpc::EnsureSnapshotsResponse>, Status> {
+        let mut items = Vec::new();
+        for item in r.into_inner().items {
+            items.push(NewSnapshot {
+                snapshot: new_id(&item.snapshot_id)?,
+                volume: volume_id(&item.volume_id)?,
+                descriptor: item.descriptor,
+            });
+        }
+        let (manager, wanted) = (self.manager.clone(), items.clone());
+        to_the_end(async move { manager.ensure_snapshots(&wanted).await }).await?;
+        let mut listed = self.manager.list_snapshots().await;
+        listed.retain(|(info, _, _)| items.iter().any(|i| i.snapshot == info.snapshot));
+        let snapshots = listed.into_iter().map(|(info, pool, d)| snapshot_message(info, pool.to_string(), d)).collect();
+        Ok(Response::new(rpc::EnsureSnapshotsResponse { snapshots }))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        r: Request<rpc::DeleteSnapshotRequest>,
+    ) -> Result<Response<rpc::DeleteSnapshotResponse>, Status> {
+        if let Ok(snapshot) = r.into_inner().snapshot_id.parse() {
+            let manager = self.manager.clone();
+            to_the_end(async move { manager.delete_snapshot(snapshot).await }).await?;
+        }
+        Ok(Response::new(rpc::DeleteSnapshotResponse {}))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<rpc::ListSnapshotsRequest>,
+    ) -> Result<Response<rpc::ListSnapshotsResponse>, Status> {
+        let listed = self.manager.list_snapshots().await;
+        let snapshots = listed.into_iter().map(|(info, pool, d)| snapshot_message(info, pool.to_string(), d)).collect();
+        Ok(Response::new(rpc::ListSnapshotsResponse { snapshots }))
+    }
+
+    async fn get_extents(
+        &self,
+        r: Request<rpc::GetExtentsRequest>,
+    ) -> Result<Response<Self::GetExtentsStream>, Status> {
+        let r = r.into_inner();
+        let target = snapshot_id(&r.target_snapshot_id)?;
+        let base = if r.base_snapshot_id.is_empty() { None } else { Some(snapshot_id(&r.base_snapshot_id)?) };
+        let stream = self.manager.extents(target, base).await?;
+        let (send, receive) = mpsc::channel(STREAM_DEPTH);
+        tokio::task::spawn_blocking(move || walk(&stream, r.starting_offset, &send));
+        Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
+    async fn verify_volume(
+        &self,
+        r: Request<rpc::VerifyVolumeRequest>,
+    ) -> Result<Response<Self::VerifyVolumeStream>, Status> {
+        let volume = volume_id(&r.into_inner().volume_id)?;
+        let (send, receive) = mpsc::channel(STREAM_DEPTH);
+        let job = verify::prepare(&self.manager, volume).await?;
+        tokio::task::spawn_blocking(move || job.run(&send));
+        Ok(Response::new(ReceiverStream::new(receive)))
+    }
+}
+
+/// Sends the extents that end after `start`. Blocking; stops when nobody reads any more.
+fn walk(stream: &ExtentStream, start: u64, send: &mpsc::Sender<Result<rpc::GetExtentsResponse, Status>>) {
+    let size_bytes = stream.size_bytes;
+    let mut extents = Vec::with_capacity(EXTENTS_PER_MESSAGE);
+    for run in stream.plan.clone().starting_at(start / BLOCK_SIZE) {
+        let offset = (run.start * BLOCK_SIZE).max(start);
+        let end = (run.start + run.count) * BLOCK_SIZE;
+        extents.push(rpc::Extent { offset, length: end - offset });
+        if extents.len() == EXTENTS_PER_MESSAGE {
+            let full = std::mem::take(&mut extents);
+            if send.blocking_send(Ok(rpc::GetExtentsResponse { size_bytes, extents: full })).is_err() {
+                return;
+            }
+        }
+    }
+    // Always a last message, so that the size is known even if nothing is allocated. A reader that left needs none.
+    let _ = send.blocking_send(Ok(rpc::GetExtentsResponse { size_bytes, extents }));
+}

@@ -1,0 +1,253 @@
+//! A mirrored volume: its record, its marks, and what copies lack.
+
+use super::*;
+use crate::protocol::{
+    Configuration, ConfigurationVersion, EXTENT_BLOCKS, Extent, Generation, Lacks, MAX_MARKS, Record, Stamp,
+};
+use crate::volume::{BootId, MAX_REQUEST_BLOCKS};
+
+fn stamp(version: u64) -> Stamp {
+    Stamp { generation: Generation(1), version: ConfigurationVersion(version) }
+}
+
+fn copy(number: u8) -> InstanceId {
+    InstanceId::from_bytes([number; 16])
+}
+
+/// This copy is primary; the candidates left with those versions.
+fn record(version: u64, candidates: &[(u8, u64)]) -> Record {
+    let mut configuration = Configuration::first(Generation(1), copy(1), Default::default());
+    configuration.stamp = stamp(version);
+    let since = |(number, since): &(u8, u64)| (copy(*number), Lacks::Since(stamp(*since)));
+    configuration.candidates = candidates.iter().map(since).collect();
+    Record { configuration, intact: true }
+}
+
+fn boot() -> BootId {
+    BootId::from_bytes([9; 16])
+}
+
+impl Bench {
+    fn persist_with(&mut self, id: VolumeId, record: Record, reserve: Reserve) -> Result<(), ControlError> {
+        self.next += 1;
+        let (mut out, operation) = (Vec::new(), OperationId(self.next));
+        self.store().persist(operation, id, record, boot(), reserve, &mut out);
+        self.run(out, &mut Memory::zeros(4096).expect("memory")).expect("it ends")
+    }
+
+    fn persist(&mut self, id: VolumeId, version: u64, candidates: &[(u8, u64)]) {
+        assert_eq!(self.persist_with(id, record(version, candidates), Reserve::Promised), Ok(()));
+        assert_eq!(
+            self.store().mirrored(id).map(|mirrored| mirrored.record.clone()),
+            Some(record(version, candidates))
+        );
+    }
+
+    fn mark(&mut self, id: VolumeId, extents: &[Extent]) -> Result<(), ControlError> {
+        self.next += 1;
+        let (mut out, operation) = (Vec::new(), OperationId(self.next));
+        self.store().write_hot(operation, id, extents, &mut out);
+        self.run(out, &mut Memory::zeros(4096).expect("memory")).expect("it ends")
+    }
+
+    fn plan(&mut self, id: VolumeId, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<(u64, u32)> {
+        self.store().plan(id, lacks, hot).expect("a plan");
+        let next = || self.store().next_range(id).map(|range| (range.start(), (range.end() - range.start()) as u32));
+        std::iter::from_fn(next).collect()
+    }
+}
+
+/// A mirrored volume of eight extents and a few blocks more.
+fn mirrored() -> (Bench, VolumeId) {
+    let (mut bench, id) = (Bench::new(), volume(1));
+    let create = Control::CreateVolume { volume: id, size: size(8 * EXTENT_BLOCKS + 10), verify_reads: false };
+    assert_eq!(bench.control(create), Ok(()));
+    assert_eq!(bench.store().mirrored(id), None);
+    bench.persist(id, 1, &[]);
+    (bench, id)
+}
+
+const SINCE_TWO: Option<Lacks> =
+    Some(Lacks::Since(Stamp { generation: Generation(1), version: ConfigurationVersion(2) }));
+
+#[test]
+fn a_copy_lacks_what_was_written_since_it_left_and_what_was_hot_then() {
+    let (mut bench, id) = mirrored();
+    bench.write(id, 5, &[1; 30]);
+    bench.simple(id, Request::Flush);
+    assert_eq!(bench.mark(id, &[Extent(8), Extent(2)]), Ok(()));
+    bench.persist(id, 2, &[(2, 2)]);
+    bench.write(id, 100, &[2; 3]);
+    assert_eq!(bench.mark(id, &[]), Ok(()));
+    assert_eq!(bench.control(Control::Seal { volume: id, snapshot: snapshot(1), created_ms: 5 }), Ok(()));
+    bench.write(id, 103, &[3]);
+    bench.simple(id, Request::Discard(range(10, 2)));
+    let hot = (0..4).map(|part| (2 * EXTENT_BLOCKS + 256 * part, MAX_REQUEST_BLOCKS));
+    let all = [vec![(10, 2), (100, 4)], hot.collect(), vec![(8 * EXTENT_BLOCKS, 10)]].concat();
+    for _ in 0..2 {
+        assert_eq!(bench.plan(id, SINCE_TWO, &[]), all);
+        assert_eq!(bench.plan(id, None, &[Extent(8)]), [(8 * EXTENT_BLOCKS, 10)]);
+        assert_eq!(bench.plan(id, Some(Lacks::Everything), &[]), [(5, 30), (100, 4)]);
+        assert_eq!(bench.store().snapshots().len(), 1, "a base is nobody's snapshot");
+        bench.kill();
+        bench.idle();
+    }
+    bench.simple(id, Request::Flush);
+    assert_eq!(bench.control(Control::DeleteSnapshot(snapshot(1))), Ok(()));
+    bench.idle();
+    bench.lose_pending();
+    let mirrored = bench.store().mirrored(id).map(|mirrored| (mirrored.boot, mirrored.hot.len()));
+    assert_eq!(mirrored, Some((boot(), 0)));
+    assert_eq!(bench.plan(id, SINCE_TWO, &[]), all, "merging and opening change nothing");
+}
+
+#[test]
+fn a_new_plan_is_in_place_of_the_one_before() {
+    let (mut bench, id) = mirrored();
+    bench.store().plan(id, None, &[Extent(0)]).expect("a plan");
+    assert_eq!(bench.store().next_range(id), BlockRange::new(0, 256));
+    assert_eq!(bench.plan(id, None, &[]), []);
+    assert_eq!(bench.store().next_range(id), None);
+    assert_eq!(bench.store().plan(volume(2), None, &[]), Err(DiskError::Failed), "it is not mirrored");
+}
+
+#[test]
+fn who_left_unseen_or_without_a_reserve_lacks_the_whole_volume() {
+    let (mut bench, id) = mirrored();
+    let whole = 8 * EXTENT_BLOCKS + 10;
+    let blocks = |plan: Vec<(u64, u32)>| plan.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
+    assert_eq!(bench.persist_with(id, record(2, &[(2, 2)]), Reserve::Refused), Ok(()));
+    assert_eq!(blocks(bench.plan(id, SINCE_TWO, &[])), whole);
+    bench.persist(id, 5, &[(2, 2), (3, 4), (4, 1)]);
+    assert_eq!(blocks(bench.plan(id, SINCE_TWO, &[])), whole, "it stays unknown");
+    assert_eq!(blocks(bench.plan(id, Some(Lacks::Since(stamp(4))), &[])), 0);
+    assert_eq!(blocks(bench.plan(id, Some(Lacks::Since(stamp(1))), &[])), whole, "before the record that was there");
+    assert_eq!(blocks(bench.plan(id, Some(Lacks::Since(stamp(3))), &[])), whole, "nobody left with it");
+    // Another one that begins with a copy that is out.
+    let other = volume(2);
+    let create = Control::CreateVolume { volume: other, size: size(256), verify_reads: false };
+    assert_eq!(bench.control(create), Ok(()));
+    bench.persist(other, 2, &[(2, 2)]);
+    assert_eq!(blocks(bench.plan(other, SINCE_TWO, &[])), 256);
+}
+
+#[test]
+fn a_base_goes_when_no_record_names_it() {
+    let (mut bench, id) = mirrored();
+    for version in 2..6 {
+        bench.write(id, version, &[1]);
+        bench.persist(id, version, &[(2, version)]);
+        assert_eq!(bench.store().tree.bases.len(), 1, "the base before has no name any more");
+    }
+    bench.write(id, 2, &[2]);
+    bench.persist(id, 6, &[(2, 5)]);
+    assert_eq!(bench.plan(id, Some(Lacks::Since(stamp(5))), &[]), [(2, 1)]);
+    bench.idle();
+    assert_eq!(bench.store().volumes()[0].layers, 2, "the others are merged");
+    bench.persist(id, 7, &[]);
+    bench.idle();
+    assert_eq!((bench.store().tree.bases.len(), bench.store().volumes()[0].layers), (0, 1));
+    assert_eq!(bench.read(id, 2, 4), [2, 1, 1, 1]);
+}
+
+#[test]
+fn a_base_without_a_record_goes_when_the_tree_is_opened() {
+    for kill in [true, false] {
+        let (mut bench, id) = mirrored();
+        let (mut actions, operation) = (Vec::new(), OperationId(99));
+        bench.store().persist(operation, id, record(2, &[(2, 2)]), boot(), Reserve::Promised, &mut actions);
+        // The seal is durable, and the record is never written.
+        while let Some(action) = actions.pop() {
+            let Action::Io { io, file, what } = action else { continue };
+            if file != File::Mirror {
+                let result = bench.execute(file, what, &mut Memory::zeros(4096).expect("memory"));
+                bench.store().completed(io, result, &mut actions);
+            }
+        }
+        assert_eq!(bench.store().tree.bases.len(), 1);
+        if kill {
+            bench.kill();
+        } else {
+            bench.lose_pending();
+        }
+        assert_eq!(bench.store().mirrored(id).map(|mirrored| mirrored.record.clone()), Some(record(1, &[])));
+        bench.idle();
+        assert_eq!((bench.store().tree.bases.len(), bench.store().volumes()[0].layers), (0, 1));
+    }
+}
+
+#[test]
+fn marks_outlive_the_process_and_have_a_bound() {
+    let (mut bench, id) = mirrored();
+    for number in 0..5 {
+        let marks = [Extent(number), Extent(7), Extent(3)];
+        assert_eq!(bench.mark(id, &marks), Ok(()));
+        bench.lose_pending();
+        let mut expected = marks.to_vec();
+        expected.sort();
+        expected.dedup();
+        assert_eq!(bench.store().mirrored(id).map(|mirrored| mirrored.hot.to_vec()), Some(expected));
+    }
+    let many: Vec<Extent> = (0..=MAX_MARKS as u32).map(Extent).collect();
+    assert_eq!(bench.mark(id, &many[1..]), Ok(()));
+    assert_eq!(bench.mark(id, &many), Err(ControlError::Disk(DiskError::Failed)));
+    assert_eq!(bench.mark(volume(2), &[]), Err(ControlError::Disk(DiskError::Failed)), "it is not mirrored");
+}
+
+#[test]
+fn a_deleted_volume_leaves_its_bases_and_its_region() {
+    let (mut bench, id) = mirrored();
+    bench.persist(id, 2, &[(2, 2)]);
+    let size_before = bench.files.size(Name::Mirror).expect("it is there");
+    assert_eq!(bench.control(Control::DeleteVolume(id)), Ok(()));
+    assert_eq!(bench.store().tree.bases.len(), 0);
+    bench.idle();
+    assert_eq!(bench.store().tree.layers.len(), 0);
+    bench.lose_pending();
+    let other = volume(2);
+    let create = Control::CreateVolume { volume: other, size: size(256), verify_reads: false };
+    assert_eq!(bench.control(create), Ok(()));
+    assert_eq!(bench.store().mirrored(other), None);
+    bench.persist(other, 8, &[]);
+    assert_eq!(bench.files.size(Name::Mirror).expect("it is there"), size_before, "the region is used again");
+    assert_eq!(bench.store().mirrored(other).map(|mirrored| mirrored.hot.len()), Some(0));
+}
+
+#[test]
+fn a_damaged_region_is_named() {
+    let (mut bench, id) = mirrored();
+    bench.persist(id, 2, &[]);
+    bench.store = None;
+    let size = bench.files.size(Name::Mirror).expect("it is there").expect("it is there");
+    bench.files.write_at(Name::Mirror, 0, &vec![0xaa; size as usize]).expect("writes");
+    let pending = Pending::over(Memory::zeros(PENDING_BYTES).expect("memory"));
+    let error = Store::open(bench.files.clone(), pending).err().expect("it is damaged");
+    assert!(matches!(error, OpenError::Mirror(MirrorError::Region { region: 0, .. })), "{error}");
+}
+
+#[test]
+fn a_checkpoint_keeps_bases() {
+    let (mut bench, id) = mirrored();
+    bench.persist(id, 2, &[(2, 2)]);
+    let other: Arc<dyn Files> = Arc::new(Disk::new(1));
+    Store::create(&*other, &superblock()).expect("a tree");
+    let position = log::Position { epoch: 1, sequence: 0, chain: 0 };
+    let tree = bench.store().tree.frozen();
+    job::write_checkpoint(&*other, superblock().instance, position, &tree).expect("writes");
+    let mut bytes = vec![0; bench.files.size(Name::Mirror).expect("it is there").expect("it is there") as usize];
+    bench.files.read_at(Name::Mirror, 0, &mut bytes).expect("reads");
+    other.write_at(Name::Mirror, 0, &bytes).expect("writes");
+    bench.files = other;
+    bench.lose_pending();
+    assert_eq!(bench.store().tree.bases.len(), 1);
+    assert_eq!(bench.plan(id, SINCE_TWO, &[]), []);
+}
+
+#[test]
+fn a_copy_keeps_no_base_for_itself() {
+    let (mut bench, id) = mirrored();
+    let mut outdated = record(2, &[(1, 2)]);
+    outdated.configuration.primary = None;
+    assert_eq!(bench.persist_with(id, outdated, Reserve::Promised), Ok(()));
+    assert_eq!(bench.store().tree.bases.len(), 0);
+}

@@ -1,0 +1,231 @@
+//! The device layer on the real kernel: FUSE, loop, slots and the holder. Needs root and /dev/fuse.
+#![allow(unsafe_code, reason = "aligned buffers and the calls of a minimal engine")]
+
+#[path = "device/kill.rs"]
+mod kill;
+#[path = "device/server.rs"]
+mod server;
+
+use server::{Server, Shared, open_direct};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tandem::replica::device::loop_device::{self, LoopDevice, LoopError};
+use tandem::replica::device::slots::Slots;
+use tandem::replica::device::{Control, FuseLoop, mount};
+use tandem::volume::{VolumeId, VolumeSize};
+
+const MIB: u64 = 1 << 20;
+
+/// Bytes that direct I/O accepts.
+#[repr(C, align(4096))]
+struct Aligned([u8; CHUNK]);
+
+const CHUNK: usize = 128 << 10;
+
+fn aligned(byte: u8) -> Box<Aligned> {
+    Box::new(Aligned([byte; CHUNK]))
+}
+
+fn direct(device: LoopDevice) -> File {
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(libc::O_DIRECT).open(device.path()).expect("the loop device")
+}
+
+fn size(bytes: u64) -> VolumeSize {
+    VolumeSize::try_from(bytes).expect("a size")
+}
+
+fn backing(directory: &Path, bytes: u64) -> File {
+    let file = open_direct(&directory.join("volume"));
+    file.set_len(bytes).expect("set_len");
+    file
+}
+
+/// Gives the device up on every path: nobody waits for a server that is gone.
+struct Cleanup<'a> {
+    shared: &'a Shared,
+    control: Option<Control>,
+    volume: VolumeId,
+}
+
+impl Drop for Cleanup<'_> {
+    fn drop(&mut self) {
+        if loop_device::find(self.volume).is_some() {
+            if let Some(control) = self.control.take() {
+                let _ = control.abort();
+            }
+            let _ = loop_device::detach(self.volume);
+        }
+        self.shared.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Serves a volume of `bytes` from a thread while `test` uses its device.
+fn with_device(bytes: u64, test: impl FnOnce(&Shared, &Control, LoopDevice, &File)) {
+    let directory = tempfile::Builder::new().prefix("tandem-device-").tempdir().expect("a directory");
+    let file = backing(directory.path(), bytes);
+    let shared = Shared {
+        size: AtomicU64::new(bytes),
+        stop: AtomicBool::new(false),
+        delay: Duration::ZERO,
+        hang_after: usize::MAX,
+    };
+    let (arena, _memory) = Slots::create("tandem-test", 8).expect("slots");
+    let device = FuseLoop::create(VolumeId::random()).expect("a device");
+    let (volume, control) = (device.volume, device.control().expect("control"));
+    let guard = Cleanup { shared: &shared, control: Some(device.control().expect("control")), volume };
+    let server = Server { shared: &shared, device, arena, file: file.try_clone().expect("dup") };
+    std::thread::scope(|scope| {
+        let guard = guard;
+        let thread = scope.spawn(move || server.run());
+        let (attached, untuned) = control.attach().expect("attach");
+        assert_eq!(loop_device::find(volume), Some(attached));
+        println!("{attached:?}, not tuned: {untuned:?}");
+        test(&shared, &control, attached, &file);
+        control.detach().expect("detach");
+        assert_eq!(loop_device::find(volume), None);
+        drop(guard);
+        assert_eq!(thread.join().expect("the server"), 0);
+    });
+}
+
+#[test]
+fn what_is_written_to_the_device_is_in_the_file_and_back() {
+    with_device(16 * MIB, |_, _, device, file| {
+        assert!(loop_device::is_direct(device));
+        let disk = direct(device);
+        disk.write_all_at(&aligned(7).0, 3 * MIB).expect("write");
+        disk.sync_all().expect("flush");
+        let mut found = aligned(0);
+        file.read_exact_at(&mut found.0, 3 * MIB).expect("the file");
+        assert!(found.0 == aligned(7).0);
+        found.0.fill(0);
+        disk.read_exact_at(&mut found.0, 3 * MIB).expect("read");
+        assert!(found.0 == aligned(7).0);
+
+        let range = [3 * MIB, CHUNK as u64 / 2];
+        // SAFETY: BLKDISCARD takes two numbers.
+        let discarded = unsafe { libc::ioctl(disk.as_raw_fd(), 0x1277, &range) };
+        assert_eq!(discarded, 0, "{}", std::io::Error::last_os_error());
+        disk.read_exact_at(&mut found.0, 3 * MIB).expect("read");
+        assert!(found.0[..CHUNK / 2] == [0; CHUNK / 2] && found.0[CHUNK / 2..] == [7; CHUNK / 2]);
+    });
+}
+
+#[test]
+fn a_device_grows_while_it_is_written_to() {
+    with_device(16 * MIB, |shared, control, device, file| {
+        let disk = direct(device);
+        let writing = AtomicBool::new(true);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while writing.load(Ordering::Relaxed) {
+                    disk.write_all_at(&aligned(1).0[..4096], 0).expect("write");
+                }
+            });
+            for grown in [32 * MIB, 33 * MIB, 64 * MIB] {
+                file.set_len(grown).expect("set_len");
+                shared.size.store(grown, Ordering::Relaxed);
+                control.resized(size(grown)).expect("resized");
+                let sectors = std::fs::read_to_string(format!("/sys/block/loop{}/size", device.0)).expect("size");
+                assert_eq!(sectors.trim().parse(), Ok(grown / 512));
+            }
+            writing.store(false, Ordering::Relaxed);
+        });
+        disk.write_all_at(&aligned(2).0, 63 * MIB).expect("a write at the new end");
+    });
+}
+
+#[test]
+fn a_device_that_is_open_is_not_taken_away() {
+    with_device(16 * MIB, |_, control, device, _| {
+        let exclusive = File::options().read(true).custom_flags(libc::O_EXCL).open(device.path()).expect("open");
+        assert_eq!(loop_device::in_use(device), Ok(true));
+        assert!(matches!(control.detach(), Err(LoopError::Busy { .. })));
+        drop(exclusive);
+        assert_eq!(loop_device::in_use(device), Ok(false));
+
+        // Only open: the kernel would remove it at the last close.
+        let disk = direct(device);
+        assert!(matches!(control.detach(), Err(LoopError::Busy { .. })));
+        disk.write_all_at(&aligned(1).0, 0).expect("it still works");
+        drop(disk);
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(device.path().exists() && std::fs::read_dir(format!("/sys/block/loop{}/loop", device.0)).is_ok());
+        direct(device).write_all_at(&aligned(1).0, 0).expect("and after the close");
+    });
+}
+
+#[test]
+fn an_aborted_connection_ends_its_requests() {
+    let device = FuseLoop::create(VolumeId::random()).expect("a device");
+    let control = device.control().expect("control");
+    std::thread::scope(|scope| {
+        // Nobody serves, so this waits for ever.
+        let waiting = scope.spawn(|| control.attach());
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!waiting.is_finished());
+        control.abort().expect("abort");
+        assert!(matches!(waiting.join().expect("no panic"), Err(LoopError::File { .. })));
+    });
+    assert!(mount::connection_number(device.descriptors()[1]).is_ok());
+}
+
+#[test]
+fn devices_attached_side_by_side_do_not_mix() {
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..3 {
+                    with_device(MIB, |_, _, device, _| direct(device).write_all_at(&aligned(9).0, 0).expect("write"));
+                }
+            });
+        }
+    });
+    println!("24 devices in {:?}", start.elapsed());
+}
+
+/// A filesystem on the device, unmounted on every path.
+struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    fn new(device: LoopDevice) -> Self {
+        let made = std::process::Command::new("mkfs.ext4").arg("-q").arg(device.path()).status().expect("mkfs.ext4");
+        assert!(made.success());
+        let directory = tempfile::Builder::new().prefix("tandem-device-").tempdir().expect("a directory");
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some(&device.path()), directory.path(), Some("ext4"), flags, None::<&str>).expect("mount");
+        Self(directory)
+    }
+    fn is_in(&self, table: &str) -> bool {
+        std::fs::read_to_string(table).expect("mounts").contains(&self.0.path().display().to_string())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn mounts_of_our_devices_do_not_follow_an_engine_into_its_namespace() {
+    with_device(32 * MIB, |_, _, device, _| {
+        let mounted = Mounted::new(device);
+        std::thread::scope(|scope| {
+            let engine = scope.spawn(|| {
+                assert!(mounted.is_in("/proc/thread-self/mountinfo"));
+                mount::private_mount_namespace().expect("a namespace");
+                mounted.is_in("/proc/thread-self/mountinfo")
+            });
+            assert!(!engine.join().expect("no panic"), "its copy is detached");
+        });
+        assert!(mounted.is_in("/proc/self/mountinfo"), "the host's stays");
+        assert_eq!(loop_device::in_use(device), Ok(true));
+    });
+}

@@ -1,0 +1,174 @@
+//! The whole of it on one machine, through its sockets: volumes keep what they were given, whatever dies.
+
+mod support;
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use support::installation::Installation;
+use tandem::memory::Memory;
+use tandem::rpc::csi;
+use tandem::rpc::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
+
+const MIB: usize = 1 << 20;
+
+fn open(device: &Path) -> std::fs::File {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(device).expect("device")
+}
+
+fn fill(device: &Path, at: usize, byte: u8) {
+    let mut chunk = Memory::zeros(MIB).expect("memory");
+    chunk.bytes_mut().fill(byte);
+    let file = open(device);
+    file.write_all_at(chunk.bytes(), (at * MIB) as u64).expect("written");
+    file.sync_data().expect("flushed");
+}
+
+/// The byte that all of this MiB has; panics if it is mixed.
+fn byte(device: &Path, at: usize) -> u8 {
+    let mut chunk = Memory::zeros(MIB).expect("memory");
+    open(device).read_exact_at(chunk.bytes_mut(), (at * MIB) as u64).expect("read");
+    let bytes = chunk.bytes();
+    assert!(bytes.iter().all(|b| *b == bytes[0]), "MiB {at} of {} is mixed", device.display());
+    bytes[0]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_keeps_its_data_when_everything_but_the_holder_is_killed() {
+    let mut tandem = Installation::start(&[]).await;
+    let volume = tandem.create("keeps", 64 << 20, &[]).await;
+    let device = tandem.attach(&volume).await;
+    fill(&device, 3, 0x33);
+    for round in 1..=3 {
+        tandem.kill();
+        let writer = std::thread::spawn({
+            let device = device.clone();
+            move || fill(&device, 10 + usize::from(round), round)
+        });
+        tandem.start_again().await;
+        writer.join().expect("the write waited and went on");
+        assert_eq!(byte(&device, 3), 0x33);
+        assert_eq!(byte(&device, 10 + usize::from(round)), round);
+        assert_eq!(tandem.attach(&volume).await, device, "the device is found again");
+    }
+    tandem.detach(&volume).await;
+    tandem.terminate();
+    tandem.start_again().await;
+    let device = tandem.attach(&volume).await;
+    assert_eq!((byte(&device, 3), byte(&device, 13), byte(&device, 20)), (0x33, 3, 0));
+    tandem.detach(&volume).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_and_clones_have_the_data_of_their_moment() {
+    let tandem = Installation::start(&[]).await;
+    let volume = tandem.create("origin", 64 << 20, &[]).await;
+    let device = tandem.attach(&volume).await;
+    fill(&device, 0, 1);
+    fill(&device, 1, 1);
+    let snapshot = tandem.snapshot("s1", &volume).await.expect("snapshot");
+    assert_eq!(tandem.snapshot("s1", &volume).await.expect("again"), snapshot);
+    fill(&device, 0, 2);
+    let clone = tandem
+        .create_from("clone", 64 << 20, &[], Some(Type::Volume(VolumeSource { volume_id: volume.clone() })))
+        .await
+        .expect("clone");
+    fill(&device, 1, 3);
+    let restored = tandem
+        .create_from("restored", 96 << 20, &[], Some(Type::Snapshot(SnapshotSource { snapshot_id: snapshot.clone() })))
+        .await
+        .expect("restored");
+    let (clone_device, restored_device) = (tandem.attach(&clone).await, tandem.attach(&restored).await);
+    assert_eq!((byte(&device, 0), byte(&device, 1)), (2, 3));
+    assert_eq!((byte(&clone_device, 0), byte(&clone_device, 1)), (2, 1));
+    assert_eq!((byte(&restored_device, 0), byte(&restored_device, 1), byte(&restored_device, 80)), (1, 1, 0));
+    // The source may go while its clones live.
+    tandem.detach(&volume).await;
+    let mut controller = tandem.controller();
+    let gone = csi::DeleteVolumeRequest { volume_id: volume, ..Default::default() };
+    controller.delete_volume(gone).await.expect("deleted");
+    let gone = csi::DeleteSnapshotRequest { snapshot_id: snapshot, ..Default::default() };
+    controller.delete_snapshot(gone).await.expect("deleted");
+    fill(&clone_device, 2, 9);
+    assert_eq!((byte(&clone_device, 0), byte(&clone_device, 1), byte(&clone_device, 2)), (2, 1, 9));
+    assert_eq!((byte(&restored_device, 0), byte(&restored_device, 2)), (1, 0));
+    tandem.detach(&clone).await;
+    tandem.detach(&restored).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_into_another_pool_is_a_copy_that_is_usable_when_complete() {
+    let other = tempfile::Builder::new().prefix("tandem-test-pool-").tempdir().expect("temporary directory");
+    let pool = format!("other={}", other.path().display());
+    let tandem = Installation::start(&["--pool", &pool]).await;
+    // Naming a pool replaces the default one, so the source goes into one that is added.
+    let first = tempfile::Builder::new().prefix("tandem-test-pool-").tempdir().expect("temporary directory");
+    let add = tandem::rpc::control::AddPoolRequest {
+        name: "first".to_owned(),
+        path: first.path().display().to_string(),
+        force: false,
+    };
+    tandem.control().add_pool(add).await.expect("pool");
+    let volume = tandem.create("origin", 64 << 20, &[("pool", "first")]).await;
+    let device = tandem.attach(&volume).await;
+    (0..8).for_each(|at| fill(&device, at * 7, u8::try_from(at + 1).expect("small")));
+    let copy = loop {
+        let source = Some(Type::Volume(VolumeSource { volume_id: volume.clone() }));
+        match tandem.create_from("copy", 64 << 20, &[("pool", "other")], source).await {
+            Ok(copy) => break copy,
+            Err(status) => assert_eq!(status.code(), tonic::Code::Aborted, "{status}"),
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    };
+    fill(&device, 0, 0xff);
+    let copied = tandem.attach(&copy).await;
+    (0..8).for_each(|at| assert_eq!(byte(&copied, at * 7), u8::try_from(at + 1).expect("small")));
+    assert_eq!(byte(&copied, 1), 0);
+    tandem.detach(&copy).await;
+    tandem.detach(&volume).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_parallel_creations_never_promise_more_than_the_pool_has() {
+    let tandem = Installation::start(&[]).await;
+    let pools =
+        tandem.control().list_pools(tandem::rpc::control::ListPoolsRequest {}).await.expect("pools").into_inner();
+    let each = i64::try_from(pools.pools[0].capacity_bytes / 20 / MIB as u64).expect("small") * MIB as i64;
+    let tandem = std::sync::Arc::new(tandem);
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..50 {
+        let tandem = tandem.clone();
+        tasks.spawn(async move { tandem.create_from(&format!("many-{n}"), each, &[], None).await });
+    }
+    let (mut made, mut refused) = (0, 0);
+    while let Some(result) = tasks.join_next().await {
+        match result.expect("task") {
+            Ok(_) => made += 1,
+            Err(status) => {
+                assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{status}");
+                refused += 1;
+            }
+        }
+    }
+    assert!((15..20).contains(&made) && made + refused == 50, "{made} made, {refused} refused");
+    let pools =
+        tandem.control().list_pools(tandem::rpc::control::ListPoolsRequest {}).await.expect("pools").into_inner();
+    assert!(pools.pools[0].promised_bytes <= pools.pools[0].capacity_bytes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_holder_ends_when_there_is_nothing_to_hold() {
+    let mut tandem = Installation::start(&[]).await;
+    let (kept, deleted) = (tandem.create("kept", 8 << 20, &[]).await, tandem.create("deleted", 8 << 20, &[]).await);
+    fill(&tandem.attach(&kept).await, 1, 1);
+    tandem.detach(&kept).await;
+    let gone = csi::DeleteVolumeRequest { volume_id: deleted, ..Default::default() };
+    tandem.controller().delete_volume(gone).await.expect("deleted");
+    assert_eq!(tandem.pids("holder").len(), 1);
+    tandem.terminate();
+    let began = std::time::Instant::now();
+    while !tandem.pids("holder").is_empty() {
+        assert!(began.elapsed() < std::time::Duration::from_secs(120), "the holder stays\n{}", tandem.log());
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+}
