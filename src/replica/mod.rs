@@ -7,6 +7,7 @@
 pub mod device;
 pub mod engine;
 pub mod executor;
+mod fatal;
 pub mod holder;
 pub mod io;
 pub mod manager;

@@ -76,6 +76,9 @@ pub enum RunError {
 
 /// Runs until SIGTERM. Devices freeze when it returns (the holder keeps their requests) and go on with the next one.
 pub fn run(config: ReplicaConfig) -> Result<(), RunError> {
+    // Before any thread: whoever opens copies while devices stand still must not wait for them when memory is short; threads
+    // and the holder inherit it.
+    engine::protect_from_reclaim();
     // Before any thread: a namespace belongs to the threads that are made afterwards.
     private_mount_namespace().map_err(|e| RunError::Namespace(e.into()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build();

@@ -210,6 +210,7 @@ impl Drop for Installation {
     fn drop(&mut self) {
         let failed = std::thread::panicking();
         if failed {
+            super::diagnosis::print(self.dir());
             eprintln!("--- log of {}\n{}", self.dir().display(), self.log());
         }
         self.unmount();

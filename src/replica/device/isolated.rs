@@ -56,7 +56,7 @@ pub fn isolated<T: Send>(keep: &[BorrowedFd<'_>], work: impl FnOnce() -> Result<
 }
 
 /// Closes every descriptor of this process that is not in `kept` (ascending).
-fn close_all_but(kept: &[u32]) {
+pub(super) fn close_all_but(kept: &[u32]) {
     let close = |first: u32, last: u32| {
         if first <= last {
             // SAFETY: descriptors of the child only; nobody in it uses them.

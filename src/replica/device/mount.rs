@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "fsopen, fsconfig and fsmount have no wrapper")]
 
 use super::fuse::MAX_PAYLOAD;
+use super::isolated::close_all_but;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -58,6 +59,8 @@ pub fn private_mount_namespace() -> Result<(), Errno> {
     // SAFETY: no other thread exists, as documented; the child only makes system calls.
     match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Child => {
+            // The engine's lock above all: the child may wait for the next engine, which waits for that lock.
+            close_all_but(&[2]);
             for target in &targets {
                 let _ = umount2(target.as_path(), MntFlags::MNT_DETACH);
             }

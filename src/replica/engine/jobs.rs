@@ -4,6 +4,7 @@
 //! outcome is in the mailbox before the bell rings.
 
 use super::tree::TreeKey;
+use crate::replica::fatal::EndsProcess;
 use crate::store::{Job, JobOutcome};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
@@ -85,12 +86,14 @@ impl Drop for Jobs {
         self.shared.lock().stopping = true;
         self.shared.work.notify_all();
         for thread in self.threads.drain(..) {
-            let _ = thread.join(); // a panic was reported where it happened
+            let _ = thread.join(); // a panic ends the process
         }
     }
 }
 
 fn work(shared: &Shared) {
+    // The store would wait for the outcome for ever.
+    let _fatal = EndsProcess("tandem-job");
     let mut queue = shared.lock();
     loop {
         if queue.stopping {

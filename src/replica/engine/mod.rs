@@ -370,7 +370,7 @@ fn go_first() {
 }
 
 /// Best effort: memory that the engine needs must not depend on writing to its own devices.
-fn protect_from_reclaim() {
+pub(super) fn protect_from_reclaim() {
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
     // SAFETY: flags only. Allocations of this thread (and of those it makes) do no I/O and are not throttled for it.
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {

@@ -18,6 +18,7 @@ use super::tree::{Tree, TreeKey};
 use super::volume::{Phase, Volume, VolumeKey};
 use crate::protocol::{Input, Now, Output};
 use crate::replica::device::slots::Slots;
+use crate::replica::fatal::EndsProcess;
 use crate::replica::io::{Event, Io, Sleep, WatchKey};
 use crate::store::{Action, Job};
 use crate::volume::{InstanceId, VolumeId};
@@ -84,6 +85,7 @@ pub(super) struct Engine {
 impl Engine {
     /// Runs until all handles are gone.
     pub fn run(mut self) {
+        let _fatal = EndsProcess("tandem-engine");
         if let Err(error) = self.io.watch(BELL, std::os::fd::AsRawFd::as_raw_fd(self.bell.descriptor())) {
             tracing::error!(%error, "the engine cannot wait for commands; it stops");
             return;

@@ -5,6 +5,7 @@
 #![allow(unsafe_code, reason = "pread, pwrite, fallocate on raw descriptors into lent memory")]
 
 use super::{Event, Operation, Sleep, Transfer, WatchKey};
+use crate::replica::fatal::EndsProcess;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
@@ -107,12 +108,14 @@ impl Drop for Threads {
         self.shared.lock().stopping = true;
         self.shared.work.notify_all();
         for thread in self.threads.drain(..) {
-            let _ = thread.join(); // a panic was reported where it happened
+            let _ = thread.join(); // a panic ends the process
         }
     }
 }
 
 fn work(shared: &Shared) {
+    // Whoever submitted what it works on would wait for ever.
+    let _fatal = EndsProcess("tandem-io");
     let mut queue = shared.lock();
     loop {
         let Some(mut transfer) = queue.waiting.pop_front() else {

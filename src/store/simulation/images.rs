@@ -8,9 +8,9 @@ mod record;
 mod replay;
 mod work;
 
+use crate::replica::device::mount::private_mount_namespace;
 use crate::store::planted::Planted;
 use nix::mount::MsFlags;
-use nix::sched::{CloneFlags, unshare};
 use record::{Event, Recording};
 use replay::Replay;
 use std::path::{Path, PathBuf};
@@ -69,10 +69,11 @@ impl Drop for Attached {
 }
 
 /// Runs in a mount namespace of its own: an engine of another test that starts meanwhile copies the mounts that it sees,
-/// and xfs refuses to mount what is still mounted elsewhere.
+/// and xfs refuses to mount what is still mounted elsewhere. For the same reason copies of other tests' mounts are let go
+/// of: unmounted there, their devices would stay in use as long as this runs.
 fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     let inside = || {
-        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace: this test needs root");
+        private_mount_namespace().expect("a mount namespace: this test needs root");
         let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
         nix::mount::mount(none, "/", none, flags, none).expect("private mounts");
         work()
