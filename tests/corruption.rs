@@ -155,7 +155,7 @@ impl Site {
             if snapshots.iter().all(|snapshot| snapshot.checksummed) {
                 return;
             }
-            assert!(began.elapsed() < Duration::from_secs(120), "no checksums");
+            assert!(began.elapsed() < Duration::from_secs(300), "no checksums");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
@@ -290,7 +290,7 @@ async fn damaged_data(site: &Site) {
         if volume.layers == 2 && volume.merging_layers == 0 && volume.unchecked_bytes == 0 {
             break;
         }
-        assert!(began.elapsed() < Duration::from_secs(120), "it is never merged: {volume:?}");
+        assert!(began.elapsed() < Duration::from_secs(300), "it is never merged: {volume:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let (clean, report) = tandem(&site.tandem, &["verify", id]);

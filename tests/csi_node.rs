@@ -313,7 +313,7 @@ async fn a_second_call_for_the_same_volume_is_told_to_wait() {
     let machine = Machine::new();
     let service = machine.service();
     let case = Case::new(&machine, machine.volume(64 * MIB), Block);
-    machine.delay_attach(Duration::from_millis(500));
+    machine.delay_attach(Duration::from_secs(3));
     let (first, second) = tokio::join!(case.stage(&service), case.stage(&service));
     let mut codes = [code(first), code(second)];
     codes.sort_by_key(|code| *code as i32);

@@ -19,7 +19,7 @@ const VOLUME_MIB: usize = 256;
 const NEIGHBOUR_MIB: usize = 64;
 const IN_THE_WAY_MIB: usize = 128;
 /// How long the pool may take to fill or to be emptied.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A small ext4 out of a sparse file; goes on every path.
 struct SmallPool {

@@ -11,7 +11,7 @@ use tandem::rpc::csi;
 use tonic::Status;
 
 /// How long a call may take to converge, and background work to end.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(300);
 const PAUSE: Duration = Duration::from_millis(25);
 
 /// Who dies when a point is passed.
@@ -103,7 +103,7 @@ impl Site {
     pub async fn fired(&self) -> bool {
         let began = Instant::now();
         while self.is_armed() {
-            if began.elapsed() > Duration::from_secs(5) {
+            if began.elapsed() > PATIENCE {
                 fs::remove_file(self.crash.join("armed")).expect("nobody else removes it now");
                 return false;
             }
@@ -175,7 +175,7 @@ impl Site {
     pub async fn quiet(&mut self) -> State {
         let mut state = self.state().await;
         let mut same = 0;
-        while same < 8 {
+        while same < 20 {
             tokio::time::sleep(PAUSE * 2).await;
             let now = self.state().await;
             same = if now == state { same + 1 } else { 0 };

@@ -37,7 +37,7 @@ impl Site {
 
     /// The driver as after a start; waits for the end of an earlier one.
     pub fn driver(&self) -> Driver {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(300);
         let catalog = loop {
             match Catalog::open(&self.directory.path().join("catalog.redb")) {
                 Err(OpenError::InUse { .. }) if Instant::now() < deadline => {

@@ -285,13 +285,17 @@ async fn the_same_name_at_once_is_one_volume() {
 #[tokio::test]
 async fn a_call_goes_on_when_its_caller_goes_away() {
     let site = Site::new();
-    site.fake.state().delay = std::time::Duration::from_millis(100);
+    site.fake.state().delay = std::time::Duration::from_secs(2);
     let driver = site.driver();
     let impatient = driver.create(wanted("pvc-1", GIB));
     assert!(tokio::time::timeout(std::time::Duration::from_millis(20), impatient).await.is_err());
     assert_eq!(refused(driver.create(wanted("pvc-1", GIB)).await), Code::Aborted);
-    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-    assert_eq!(driver.volumes().await.len(), 1, "it was finished without its caller");
+    let began = std::time::Instant::now();
+    while driver.volumes().await.is_empty() {
+        assert!(began.elapsed() < std::time::Duration::from_secs(300), "it was not finished without its caller");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert_eq!(driver.volumes().await.len(), 1);
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! kill -9 of whoever serves a device, while it is written to: what the holder keeps lets the next one go on.
 
 use super::server::{Server, Shared, open_direct};
-use super::{CHUNK, Cleanup, MIB, aligned, direct};
+use super::{CHUNK, Cleanup, MIB, PATIENCE, aligned, detach, direct};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::os::fd::AsFd;
@@ -21,8 +21,6 @@ const SERVE: &str = "TANDEM_TEST_SERVE";
 const HANG: &str = "TANDEM_TEST_HANG";
 const BYTES: u64 = 64 * MIB;
 const KILLS: u32 = 12;
-/// After this something hangs; how fast it is, is not what is tested.
-const PATIENCE: Duration = Duration::from_secs(60);
 const WRITERS: u64 = 8;
 
 /// Not a test of its own: the process that is killed. Its directory says what it has to serve.
@@ -45,8 +43,8 @@ fn server_process() {
         (Slots::map(held[0].fds[0].as_fd()).expect("slots"), device)
     };
     let delay = Duration::from_millis(1);
-    let hang_after = if std::env::var_os(HANG).is_some() { 1 } else { usize::MAX };
-    let shared = Shared { size: AtomicU64::new(BYTES), stop: AtomicBool::new(false), delay, hang_after };
+    let hang = std::env::var_os(HANG).map(|_| (1, directory.join("hangs")));
+    let shared = Shared { size: AtomicU64::new(BYTES), stop: AtomicBool::new(false), delay, hang };
     let control = device.control().expect("control");
     let file = open_direct(&directory.join("volume"));
     let volume = device.volume;
@@ -66,7 +64,7 @@ fn server_process() {
 }
 
 fn finish(control: &Control, holder: &Holder, volume: VolumeId) {
-    control.detach().expect("detach");
+    detach(control, loop_device::find(volume).expect("the loop device"));
     holder.remove(&format!("volume/{volume}")).expect("remove");
     holder.remove("arena").expect("remove");
 }
@@ -207,15 +205,15 @@ fn a_device_survives_kill_9_of_whoever_serves_it() {
 #[test]
 fn a_server_that_is_killed_while_it_attaches_ends_at_once() {
     let mut run = Run::start(true);
-    let held = || Holder::status(&run.directory.path().join("holder.sock")).is_ok_and(|status| status.entries == 2);
+    let hangs = run.directory.path().join("hangs");
     let start = Instant::now();
-    while !held() {
+    while !hangs.exists() {
         assert!(start.elapsed() < PATIENCE, "{}", run.log());
         std::thread::sleep(Duration::from_millis(10));
     }
-    std::thread::sleep(Duration::from_millis(300));
     run.kill_server();
     assert_eq!(filled(run.directory.path()), 1, "the request that hangs");
+    std::fs::remove_file(hangs).expect("remove");
     run.server = Run::serve(run.directory.path()).spawn().expect("a server");
     let device = loop_device::find(run.volume()).expect("the loop device");
     direct(device).write_all_at(&aligned(1).0, 0).expect("a write");
@@ -252,7 +250,7 @@ fn a_device_whose_holder_died_is_replaced() {
     drop(disk);
     let (arena, _memory) = Slots::create("tandem-arena", 4).expect("slots");
     let (stop, delay) = (AtomicBool::new(false), Duration::ZERO);
-    let shared = &Shared { size: AtomicU64::new(BYTES), stop, delay, hang_after: usize::MAX };
+    let shared = &Shared { size: AtomicU64::new(BYTES), stop, delay, hang: None };
     let file = open_direct(&run.directory.path().join("volume"));
     std::thread::scope(|scope| {
         let guard = Cleanup { shared, control: device.control().ok(), volume };
@@ -262,7 +260,7 @@ fn a_device_whose_holder_died_is_replaced() {
         let mut found = aligned(0);
         direct(fresh).read_exact_at(&mut found.0, 0).expect("read");
         assert!(found.0.iter().all(|byte| *byte == 1));
-        control.detach().expect("detach");
+        detach(&control, fresh);
         drop(guard);
     });
 }

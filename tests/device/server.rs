@@ -6,7 +6,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tandem::protocol::Request;
@@ -21,8 +21,8 @@ pub struct Shared {
     pub stop: AtomicBool,
     /// How long a filled slot waits before it is executed: what a kill then finds.
     pub delay: Duration,
-    /// After so many requests it reads one more and hangs.
-    pub hang_after: usize,
+    /// After so many requests it reads one more, makes this file and hangs.
+    pub hang: Option<(usize, PathBuf)>,
 }
 
 pub struct Server<'a> {
@@ -61,7 +61,10 @@ impl Server<'_> {
                 }
             }
             served += filled.len();
-            if served > self.shared.hang_after {
+            if let Some((after, said)) = &self.shared.hang
+                && served > *after
+            {
+                std::fs::write(said, "").expect("write");
                 // For ever: a thread may wake up by itself.
                 loop {
                     std::thread::park();

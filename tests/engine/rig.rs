@@ -110,7 +110,7 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = look() {
             return found;
         }
-        assert!(began.elapsed() < Duration::from_secs(120), "{what} does not come");
+        assert!(began.elapsed() < Duration::from_secs(300), "{what} does not come");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -13,7 +13,7 @@ const REST_MS: u64 = 600;
 /// One kill of so many strikes while the last one is still recovered from.
 const HASTY: u64 = 4;
 /// A killed process is back within this or the test fails.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How many kills of what.
 #[derive(Clone, Copy)]
@@ -90,6 +90,7 @@ impl<'a> Killer<'a> {
     async fn wait_for_an_answer(&self) {
         let (began, count) = (Instant::now(), self.pulse.count());
         while self.pulse.count() < count + 2 {
+            assert!(!self.pulse.has_ended(), "the pulse met an error: it says above which");
             if began.elapsed() > PATIENCE {
                 // Now: the way out of a failed test ends those that wait.
                 diagnosis::print(self.tandem.dir());

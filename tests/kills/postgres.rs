@@ -17,7 +17,7 @@ const CLIENTS: u64 = 4;
 /// Ids of a client start at its number times this.
 const APART: u64 = 1_000_000_000;
 /// A start with recovery may take this long.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The server process with its data directory on the volume and its socket beside.
 pub struct Server {
@@ -114,7 +114,7 @@ impl Server {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(process.id()).expect("pid"));
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGQUIT);
         let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(20) {
+        while began.elapsed() < PATIENCE {
             if process.try_wait().expect("our own child").is_some() {
                 return true;
             }

@@ -58,6 +58,11 @@ impl Pulse {
         Duration::from_micros(self.shared.longest.swap(0, SeqCst).max(under_way))
     }
 
+    /// Whether it ended by itself: a request failed, or found the wrong data. It has said so.
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// How many requests were answered.
     pub fn count(&self) -> u64 {
         self.shared.count.load(SeqCst)

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use tonic::transport::Channel;
 
 /// How long a start may take: opening pools, and replaying what waits.
-const START_LIMIT: Duration = Duration::from_secs(120);
+const START_LIMIT: Duration = Duration::from_secs(300);
 
 /// The installation; dropped, it is gone.
 pub struct Installation {

@@ -9,7 +9,7 @@ use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, MountVolume, a
 use tonic::{Code, Status};
 
 /// How often a call that cannot be answered now (the server is being killed) is repeated, and how long.
-const REPEATS: u32 = 600;
+const REPEATS: u32 = 6000;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// The capability "filesystem, one node writes".

@@ -241,16 +241,6 @@ pub fn set_capacity(root: BorrowedFd<'_>, volume: VolumeId, size: VolumeSize) ->
     done.map_err(|(step, errno)| LoopError::System { volume, step, errno })
 }
 
-/// Whether the device is mounted or held by another device. A process that merely has it open is seen by [`detach`] only.
-pub fn in_use(device: LoopDevice) -> Result<bool, Errno> {
-    // O_NONBLOCK has no meaning for a loop device; opening reads nothing, closing the last time writes what is dirty.
-    isolated(&[], || match open_node(device, OFlag::O_RDONLY | OFlag::O_EXCL) {
-        Ok(_) => Ok(false),
-        Err(Errno::EBUSY) => Ok(true),
-        Err(errno) => Err(errno),
-    })
-}
-
 /// Removes the loop device of `volume` and waits until it is gone; none is fine too. Busy while anything has it mounted or
 /// open, and then it stays as it was. The engine must be serving the file.
 pub fn detach(volume: VolumeId) -> Result<(), LoopError> {

@@ -10,7 +10,6 @@ mod work;
 
 use crate::replica::device::mount::private_mount_namespace;
 use crate::store::planted::Planted;
-use nix::mount::MsFlags;
 use record::{Event, Recording};
 use replay::Replay;
 use std::path::{Path, PathBuf};
@@ -74,8 +73,6 @@ impl Drop for Attached {
 fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     let inside = || {
         private_mount_namespace().expect("a mount namespace: this test needs root");
-        let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-        nix::mount::mount(none, "/", none, flags, none).expect("private mounts");
         work()
     };
     std::thread::scope(|scope| scope.spawn(inside).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
