@@ -98,7 +98,9 @@ fn only_root_may_serve() {
     let dir = directory();
     // The build directory may be closed to others: a copy that is not.
     let program = dir.path().join("tandem");
-    std::fs::copy(env!("CARGO_BIN_EXE_tandem"), &program).expect("copied");
+    // By another process: while this one writes a file, another test's fork may keep it open, and it cannot be executed.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_tandem")).arg(&program).status().expect("cp");
+    assert!(copied.success());
     for path in [dir.path(), &program] {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("opened to others");
     }

@@ -5,7 +5,7 @@ mod support;
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use support::installation::Installation;
+use support::installation::{Installation, pids};
 use tandem::memory::Memory;
 use tandem::rpc::csi;
 use tandem::rpc::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
@@ -22,6 +22,18 @@ fn fill(device: &Path, at: usize, byte: u8) {
     let file = open(device);
     file.write_all_at(chunk.bytes(), (at * MIB) as u64).expect("written");
     file.sync_data().expect("flushed");
+}
+
+/// kill -9 of the process with this role as soon as there is one.
+fn kill_when_it_comes(dir: &Path, role: &str) {
+    let began = std::time::Instant::now();
+    loop {
+        if let Some(pid) = pids(dir, role).first() {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), nix::sys::signal::Signal::SIGKILL);
+            return;
+        }
+        assert!(began.elapsed() < std::time::Duration::from_secs(300), "no {role} process");
+    }
 }
 
 /// The byte that all of this MiB has; panics if it is mixed.
@@ -126,6 +138,27 @@ async fn a_restore_into_another_pool_is_a_copy_that_is_usable_when_complete() {
     assert_eq!(byte(&copied, 1), 0);
     tandem.detach(&copy).await;
     tandem.detach(&volume).await;
+}
+
+/// A server that ended with them would leave its devices standing still.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_processes_are_killed_before_it_is_ready_starts_them_again() {
+    let mut tandem = Installation::start(&[]).await;
+    let volume = tandem.create("waits", 64 << 20, &[]).await;
+    let device = tandem.attach(&volume).await;
+    for role in ["replica", "csi"] {
+        tandem.kill();
+        while !(tandem.pids("replica").is_empty() && tandem.pids("csi").is_empty()) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        let dir = tandem.dir().to_owned();
+        let killer = std::thread::spawn(move || kill_when_it_comes(&dir, role));
+        tandem.start_again().await;
+        killer.join().expect("killed");
+        fill(&device, 1, 1);
+    }
+    tandem.detach(&volume).await;
+    assert!(!tandem.has_ended(), "{}", tandem.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]

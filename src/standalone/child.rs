@@ -27,7 +27,7 @@ pub enum ChildError {
         /// What the system said.
         source: io::Error,
     },
-    /// It ended before the server was ready; it has said why.
+    /// It ended by itself before the server was ready; it has said why.
     #[error("the {role} process ended ({status}): its last line above says why")]
     Early {
         /// replica or csi.
@@ -54,25 +54,37 @@ impl Child {
         Ok(Self { role, arguments, process, started: Instant::now(), failures: 0 })
     }
 
-    /// Waits for its end, which before the server is ready is the end of the server.
+    /// Waits until it ends by itself, which before the server is ready is the end of the server: it has said why it cannot
+    /// serve. Killed by a signal it has said nothing, devices may be waiting for it, and it is started again.
     pub async fn died_early(&mut self) -> ChildError {
-        let status = self.process.wait().await.map_or_else(|e| e.to_string(), |status| status.to_string());
-        ChildError::Early { role: self.role, status }
+        loop {
+            let status = self.process.wait().await;
+            if status.as_ref().is_ok_and(|status| status.signal().is_some()) {
+                self.revive(status).await;
+                continue;
+            }
+            let status = status.map_or_else(|e| e.to_string(), |status| status.to_string());
+            return ChildError::Early { role: self.role, status };
+        }
     }
 
     /// Starts it again whenever it dies; never returns.
     pub async fn keep_alive(&mut self) {
         loop {
             let status = self.process.wait().await;
-            let wait = self.next_wait(status.as_ref().ok(), self.started.elapsed());
-            let how = status.map_or_else(|e| e.to_string(), |status| status.to_string());
-            tracing::warn!("the {} process died ({how}) and is started again in {} ms", self.role, wait.as_millis());
+            self.revive(status).await;
+        }
+    }
+
+    async fn revive(&mut self, status: io::Result<ExitStatus>) {
+        let wait = self.next_wait(status.as_ref().ok(), self.started.elapsed());
+        let how = status.map_or_else(|e| e.to_string(), |status| status.to_string());
+        tracing::warn!("the {} process died ({how}) and is started again in {} ms", self.role, wait.as_millis());
+        tokio::time::sleep(wait).await;
+        while let Err(error) = self.restart() {
+            let wait = self.next_wait(None, Duration::ZERO);
+            tracing::error!("cannot start the {} process, next try in {} ms: {error}", self.role, wait.as_millis());
             tokio::time::sleep(wait).await;
-            while let Err(error) = self.restart() {
-                let wait = self.next_wait(None, Duration::ZERO);
-                tracing::error!("cannot start the {} process, next try in {} ms: {error}", self.role, wait.as_millis());
-                tokio::time::sleep(wait).await;
-            }
         }
     }
 

@@ -142,7 +142,7 @@ pub enum StandaloneError {
     /// Another server has the directory.
     #[error(transparent)]
     Lock(#[from] LockError),
-    /// A process could not be started, or ended before the server was ever ready.
+    /// A process could not be started, or ended by itself before the server was ever ready.
     #[error(transparent)]
     Child(#[from] ChildError),
     /// The catalogue cannot be opened.
