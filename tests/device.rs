@@ -96,8 +96,8 @@ impl Drop for Cleanup<'_> {
 fn with_device(bytes: u64, test: impl FnOnce(&Shared, &Control, LoopDevice, &File)) {
     let directory = tempfile::Builder::new().prefix("tandem-device-").tempdir().expect("a directory");
     let file = backing(directory.path(), bytes);
-    let shared =
-        Shared { size: AtomicU64::new(bytes), stop: AtomicBool::new(false), delay: Duration::ZERO, hang: None };
+    let (size, stop, paused) = (AtomicU64::new(bytes), AtomicBool::new(false), AtomicBool::new(false));
+    let shared = Shared { size, stop, paused, delay: Duration::ZERO, hang: None };
     let (arena, _memory) = Slots::create("tandem-test", 8).expect("slots");
     let device = FuseLoop::create(VolumeId::random()).expect("a device");
     let (volume, control) = (device.volume, device.control().expect("control"));
@@ -252,5 +252,35 @@ fn mounts_of_our_devices_do_not_follow_an_engine_into_its_namespace() {
         });
         assert!(mounted.is_in("/proc/self/mountinfo"), "the host's stays");
         assert!(in_use(device));
+    });
+}
+
+/// The last copy of a mount writes when it goes, and waits for the next engine if its own is killed. That one wants the lock.
+#[test]
+fn whoever_lets_go_of_a_mount_holds_no_lock_of_its_engine() {
+    let directory = tempfile::Builder::new().prefix("tandem-device-").tempdir().expect("a directory");
+    let path = directory.path().join("lock");
+    let locked = || {
+        let file = File::create(&path).expect("a file");
+        // SAFETY: a system call on a descriptor that is open.
+        (unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0).then_some(file)
+    };
+    with_device(32 * MIB, |shared, _, device, _| {
+        let engine = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("a namespace: this test needs root");
+            let _mounted = Mounted::new(device);
+            let lock = locked().expect("nobody else has it");
+            shared.paused.store(true, Ordering::Relaxed);
+            mount::private_mount_namespace().expect("a namespace");
+            // A killed engine closes it and unlocks nothing.
+            drop(lock);
+            let free = locked().is_some();
+            let waits = in_use(device);
+            shared.paused.store(false, Ordering::Relaxed);
+            (free, waits)
+        };
+        let (free, waits) = std::thread::scope(|scope| scope.spawn(engine).join()).expect("no panic");
+        assert!(waits, "the mount went without a write: the test shows nothing");
+        assert!(free, "the child that lets go of the mount has the lock");
     });
 }

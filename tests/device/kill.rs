@@ -44,7 +44,8 @@ fn server_process() {
     };
     let delay = Duration::from_millis(1);
     let hang = std::env::var_os(HANG).map(|_| (1, directory.join("hangs")));
-    let shared = Shared { size: AtomicU64::new(BYTES), stop: AtomicBool::new(false), delay, hang };
+    let (size, stop, paused) = (AtomicU64::new(BYTES), AtomicBool::new(false), AtomicBool::new(false));
+    let shared = Shared { size, stop, paused, delay, hang };
     let control = device.control().expect("control");
     let file = open_direct(&directory.join("volume"));
     let volume = device.volume;
@@ -249,8 +250,8 @@ fn a_device_whose_holder_died_is_replaced() {
     assert!(matches!(refused, Err(LoopError::Dead { .. })), "{refused:?}");
     drop(disk);
     let (arena, _memory) = Slots::create("tandem-arena", 4).expect("slots");
-    let (stop, delay) = (AtomicBool::new(false), Duration::ZERO);
-    let shared = &Shared { size: AtomicU64::new(BYTES), stop, delay, hang: None };
+    let (size, stop, paused) = (AtomicU64::new(BYTES), AtomicBool::new(false), AtomicBool::new(false));
+    let shared = &Shared { size, stop, paused, delay: Duration::ZERO, hang: None };
     let file = open_direct(&run.directory.path().join("volume"));
     std::thread::scope(|scope| {
         let guard = Cleanup { shared, control: device.control().ok(), volume };

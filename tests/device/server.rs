@@ -19,6 +19,8 @@ use tandem::volume::{BlockRange, VolumeSize};
 pub struct Shared {
     pub size: AtomicU64,
     pub stop: AtomicBool,
+    /// Answers nothing as long as this is set.
+    pub paused: AtomicBool,
     /// How long a filled slot waits before it is executed: what a kill then finds.
     pub delay: Duration,
     /// After so many requests it reads one more, makes this file and hangs.
@@ -48,6 +50,10 @@ impl Server<'_> {
             recovered += 1;
         }
         while !self.shared.stop.load(Ordering::Relaxed) {
+            if self.shared.paused.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            }
             let mut ready = [PollFd::new(self.device.connection(), PollFlags::POLLIN)];
             let _ = poll(&mut ready, PollTimeout::from(50u8));
             let mut filled = vec![];

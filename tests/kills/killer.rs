@@ -87,10 +87,11 @@ impl<'a> Killer<'a> {
     }
 
     /// Until an application that was waiting goes on: what was under way at the kill, and one request more.
-    async fn wait_for_an_answer(&self) {
+    async fn wait_for_an_answer(&mut self) {
         let (began, count) = (Instant::now(), self.pulse.count());
         while self.pulse.count() < count + 2 {
             assert!(!self.pulse.has_ended(), "the pulse met an error: it says above which");
+            assert!(!self.tandem.has_ended(), "the server ended by itself");
             if began.elapsed() > PATIENCE {
                 // Now: the way out of a failed test ends those that wait.
                 diagnosis::print(self.tandem.dir());

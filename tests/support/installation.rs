@@ -78,7 +78,10 @@ impl Installation {
 
     /// SIGTERM, and wait until it is gone.
     pub fn terminate(&mut self) {
-        if let Some(mut parent) = self.parent.take() {
+        // One that ended by itself has no process id any more.
+        if let Some(mut parent) = self.parent.take()
+            && parent.try_wait().expect("our own child").is_none()
+        {
             let pid = nix::unistd::Pid::from_raw(parent.id().try_into().expect("pid"));
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("our own child");
             parent.wait().expect("our own child");
