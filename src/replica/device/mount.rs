@@ -84,7 +84,7 @@ fn wait_a_moment(child: nix::unistd::Pid) {
 
 /// Mount points in this namespace whose device is a loop device of ours, innermost last mount first.
 fn mounts_of_our_devices() -> Vec<PathBuf> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
     let ours = |line: &str| {
         let mut fields = line.split(' ').skip(2);
         let device = fields.next()?;
@@ -95,7 +95,7 @@ fn mounts_of_our_devices() -> Vec<PathBuf> {
     table.lines().rev().filter_map(ours).collect()
 }
 
-/// A path of /proc/self/mountinfo: blanks and backslashes are written as three octal digits.
+/// A path of mountinfo: blanks and backslashes are written as three octal digits.
 fn unescape(text: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
