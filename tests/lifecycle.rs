@@ -31,7 +31,10 @@ async fn until_done<T, F: Future<Output = Result<T, Status>>>(name: &str, call: 
             Err(status) => {
                 let repeat = [Code::Unavailable, Code::Aborted, Code::Unknown, Code::Cancelled, Code::Internal];
                 let broken = status.code() != Code::Internal || status.message().contains("h2 protocol error");
-                assert!(repeat.contains(&status.code()) && broken, "{name}: {status:?}");
+                // For a moment after a close: until its exec, another test's fork has this process's files open.
+                let busy = status.code() == Code::FailedPrecondition
+                    && ["a process still uses it", "is in use"].iter().any(|words| status.message().contains(words));
+                assert!(busy || (repeat.contains(&status.code()) && broken), "{name}: {status:?}");
                 assert!(started.elapsed() < CALL_LIMIT, "{name} does not end: {status:?}");
             }
         }

@@ -11,10 +11,10 @@ const BLOCK: usize = 4096;
 struct Aligned([u8; 4 * BLOCK]);
 
 fn file() -> (tempfile::TempDir, File) {
-    let dir = tempfile::Builder::new()
-        .prefix("tandem-io")
-        .tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target")
-        .expect("a directory");
+    // Beside this program: /tmp may be a tmpfs.
+    let program = std::env::current_exe().expect("this program");
+    let place = program.parent().expect("a directory");
+    let dir = tempfile::Builder::new().prefix("tandem-io").tempdir_in(place).expect("a directory");
     let mut options = File::options();
     options.read(true).write(true).create(true).custom_flags(libc::O_DIRECT);
     let file = options.open(dir.path().join("data")).expect("a filesystem with O_DIRECT");
