@@ -28,10 +28,15 @@ use std::io::{Error, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 use sys_mount::MountFlags;
 
 /// Mounts stacked on one place that an unmount takes away; more than a few means that something mounts in a loop.
 const MAX_STACKED: usize = 16;
+/// How long a mount may stay busy before the caller is told: a program that is being started has the files of the process
+/// that starts it open until its exec.
+const BUSY_LIMIT: Duration = Duration::from_secs(2);
+const BUSY_POLL: Duration = Duration::from_millis(50);
 
 /// A filesystem that Tandem makes and mounts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -194,7 +199,12 @@ pub fn unmount(target: &Path) -> Result<(), UnmountError> {
             return Ok(());
         }
         let arguments = ["--no-canonicalize".as_ref(), "--internal-only".as_ref(), "--".as_ref(), target.as_os_str()];
-        let outcome = UMOUNT.run(&arguments)?;
+        let start = Instant::now();
+        let mut outcome = UMOUNT.run(&arguments)?;
+        while outcome.output.contains("target is busy") && start.elapsed() < BUSY_LIMIT {
+            std::thread::sleep(BUSY_POLL);
+            outcome = UMOUNT.run(&arguments)?;
+        }
         if outcome.code != Some(0) && MountTable::read()?.at(target).is_some() {
             if outcome.output.contains("target is busy") {
                 return Err(UnmountError::Busy(target.into()));
