@@ -243,11 +243,12 @@ impl Replica {
         let current = &self.record.configuration;
         let me = Some(self.me);
         match self.role {
-            Role::Primary(_) if self.leaves() => self.may_leave().then(|| {
+            Role::Primary(_) if self.leaves() && self.may_leave() => {
                 let mut next = current.next();
                 next.secondaries.extend(next.primary.take());
-                next
-            }),
+                Some(next)
+            }
+            // Also of one that is to leave: the flush before that may wait for a member that is to be dropped.
             Role::Primary(_) => self.wanted_copies(),
             Role::Secondary if current.primary == me => Some(current.with_primary(self.me)),
             Role::Outdated | Role::Candidate if !planted!(self, PromoteOutdated) => None,

@@ -349,3 +349,21 @@ fn a_member_that_was_silent_during_a_reconcile_is_asked_again() {
     script.hear(Script::joined(FIRST, &[Extent(0)]));
     assert!(script.wants(|output| matches!(output, Output::Plan { .. })), "{:?}", script.outputs);
 }
+
+/// The flush before leaving waited for a member that only a configuration could let go, and none was proposed.
+#[test]
+fn a_primary_that_is_to_leave_still_drops_a_member() {
+    let mut script = Script::serving();
+    script.wish(None);
+    let flush = script.outputs.clone();
+    script.give(Input::Silent(copy(2)));
+    script.finish();
+    assert!(script.proposal().is_some_and(|next| next.primary == Some(copy(1)) && next.secondaries.is_empty()));
+    let dropped = script.outputs.clone();
+    script.outputs = flush;
+    script.finish();
+    assert_eq!(script.proposal(), None);
+    script.outputs = dropped;
+    script.commit();
+    assert!(script.proposal().is_some_and(|next| next.primary.is_none()), "{:?}", script.outputs);
+}
