@@ -187,7 +187,9 @@ fn one_seed() {
     }
 }
 
-/// Mistakes of the core that whole clusters must find; the model finds the others (`DropUnflushed`, `PromoteOutdated`).
+/// Mistakes of the core that whole clusters must find; the model finds the others (`DropUnflushed`, `PromoteOutdated`,
+/// `AcceptOlderIncarnation`, and `PromoteUnderLease`: here a copy is silent for longer than a lease before anybody serves
+/// without it), and the scripts `ClearAfterFailure`, which needs tens of thousands of seeds.
 #[test]
 fn planted_mistakes_are_found() {
     let planted = [
@@ -198,15 +200,13 @@ fn planted_mistakes_are_found() {
         Planted::AwaitOnlyMembers,
         Planted::AdmitUnsynced,
         Planted::ForgetCandidatesMarks,
-        Planted::PromoteUnderLease,
         Planted::AcceptOlderVersion,
-        Planted::AcceptOlderIncarnation,
         Planted::WriteBeforeMark,
         Planted::SkipReconcile,
         Planted::ResyncBesideWrites,
         Planted::ReadWithoutLease,
     ];
-    planted.into_iter().for_each(|planted| caught(planted, 2000));
+    planted.into_iter().for_each(|planted| caught(planted, 6000));
 }
 
 /// Seeds until the mistake is found.
