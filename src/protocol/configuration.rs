@@ -39,7 +39,7 @@ pub struct Stamp {
 pub enum Lacks {
     /// It left with this version: the layers since, and the hot extents.
     Since(Stamp),
-    /// It never held anything, or nobody knows what it holds.
+    /// It never held anything, or nobody knows what it holds: every block, also one that reads as zeros at the source.
     Everything,
 }
 

@@ -19,7 +19,7 @@ use super::configuration::Lacks;
 use super::hot::Extent;
 use super::interface::{Output, Primary, Record, Role};
 use super::message::{Buffer, SerialNumber};
-use super::replica::Replica;
+use super::replica::{Health, Replica};
 use super::{DiskError, OperationId, Request};
 use crate::volume::{BlockRange, InstanceId};
 
@@ -212,7 +212,7 @@ impl Replica {
                 self.requested(COPY, Request::Write(range), outputs);
             }
             Ok(None) => self.planned_all(outputs),
-            Err(_) => self.failed = true,
+            Err(_) => self.health = Health::Failed,
         }
     }
 
@@ -280,7 +280,7 @@ impl Replica {
             return self.abandon_copying();
         }
         if result.is_err() {
-            self.failed = true;
+            self.health = Health::Failed;
             return self.abandon_copying();
         }
         match stage {

@@ -92,8 +92,14 @@ impl Hot {
         self.writing == Some(operation)
     }
 
-    /// Marks the extents of a write, for now in memory; `limit` bounds the set.
+    /// Marks the extents of a write, for now in memory: all of them or, if there is no room for all, none, since a mark
+    /// that waits for others cannot be cleared. `limit` bounds the set.
     pub fn mark(&mut self, range: BlockRange, serial: SerialNumber, limit: usize) -> Marked {
+        let new = extents(range).filter(|extent| self.marks.binary_search_by_key(extent, |mark| mark.extent).is_err());
+        let new = new.count();
+        if new > 0 && self.marks.len() + new > limit {
+            return Marked::Full;
+        }
         let mut marked = Marked::Yes;
         for extent in extents(range) {
             match self.marks.binary_search_by_key(&extent, |mark| mark.extent) {
@@ -104,7 +110,6 @@ impl Hot {
                         marked = Marked::Soon;
                     }
                 }
-                Err(_) if self.marks.len() >= limit => return Marked::Full,
                 Err(at) => {
                     self.marks.insert(at, Mark { extent, old: false, last: Some(serial), state: State::Wanted });
                     self.stale = true;

@@ -15,7 +15,8 @@ use std::time::Duration;
 /// What happens to a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
-    /// The device or the operator asks. The tag is free.
+    /// The device or the operator asks. The tag is free. What outlived a former engine comes **before any other input**
+    /// and in its first order of arrival: if another copy was primary since, it is answered and not executed again.
     Request {
         /// Who.
         tag: Tag,

@@ -13,7 +13,7 @@ use super::copying::Sync;
 use super::hot::{Extent, Marked};
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Frame, Incarnation, Message, SerialNumber};
-use super::replica::Replica;
+use super::replica::{Health, Replica};
 use super::{DiskError, Now};
 use crate::volume::{BlockRange, InstanceId};
 use std::time::Duration;
@@ -96,6 +96,12 @@ impl Replica {
 
     pub(super) fn has_secondaries(&self) -> bool {
         self.peers.iter().any(|peer| peer.member)
+    }
+
+    /// There are secondaries, or the catalogue may say so.
+    pub(super) fn may_have_secondaries(&self) -> bool {
+        let next = self.proposal.as_ref().or(self.adopting());
+        self.has_secondaries() || next.is_some_and(|next| !next.secondaries.is_empty())
     }
 
     pub(super) fn has_lease(&self) -> bool {
@@ -205,7 +211,17 @@ impl Replica {
     pub(super) fn peer_silent(&mut self, copy: InstanceId) {
         self.silent.insert(copy);
         if let Some(position) = self.peers.iter().position(|peer| peer.copy == copy) {
-            self.peers[position].out = true;
+            self.member_fails(position);
+        }
+    }
+
+    /// It is to be dropped, or left alone until it joins anew.
+    fn member_fails(&mut self, position: usize) {
+        self.peers[position].out = true;
+        if self.role == Role::Primary(Primary::Reconciling) && self.peers[position].member {
+            // This copy may be one that drops nobody: then the other one is asked to join again.
+            self.peers[position].joined = false;
+            self.abandon_copying();
         }
     }
 
@@ -266,13 +282,7 @@ impl Replica {
         }
         if result.is_err() {
             // No space, a broken disk: it goes, and only a committed configuration lets it go.
-            self.peers[peer].out = true;
-            if self.role == Role::Primary(Primary::Reconciling) {
-                // This copy may be one that drops nobody: then it is asked to join again.
-                self.peers[peer].joined = false;
-                self.abandon_copying();
-            }
-            return;
+            return self.member_fails(peer);
         }
         let entry = self.admission.at(position);
         entry.awaits = entry.awaits.without(Awaits::peer(peer));
@@ -327,6 +337,10 @@ impl Replica {
 
     /// A flush on every copy covers everything below: room for other marks.
     pub(super) fn flushed_on_all(&mut self, covers: SerialNumber, outputs: &mut Vec<Output>) {
+        if self.health != Health::Sound && !planted!(self, ClearAfterFailure) {
+            // What failed here is on other copies: it stays marked, and the next term makes them equal.
+            return;
+        }
         if self.peers.is_empty() || self.hot.len() < self.hot_limit.div_ceil(2) {
             return;
         }

@@ -12,7 +12,8 @@
 //! * A flush starts at once: it covers the writes *completed* before it, and those wait for nobody.
 //! * After a restart there is nothing to recover in here: requests whose slots are filled come again as new ones, **in
 //!   their first order of arrival**. They were not answered, yet a read may have seen what one of them did before the
-//!   kill; replayed after a newer one it would come back.
+//!   kill; replayed after a newer one it would come back. And **before any other input**: what the core
+//!   learns first may be that another copy was primary since; then they are answered and never executed.
 //! * A volume with one copy is a configuration with one member: the same path, without messages, marks and lease.
 
 use super::admission::{Admission, Phase};
@@ -27,6 +28,17 @@ use super::term::{Adoption, Guard, Persisting};
 use super::{LEASE, Now, OperationId, Tag};
 use crate::volume::InstanceId;
 use std::collections::BTreeSet;
+
+/// What this copy's disk has done since the engine was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Health {
+    /// Nothing failed.
+    Sound,
+    /// The only member's disk failed something that a candidate may have executed: nobody is equal to it any more.
+    Damaged,
+    /// It serves no more, so that the wish may move, and drops nobody.
+    Failed,
+}
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -62,8 +74,7 @@ pub struct Replica {
     pub(super) flushed: bool,
     /// Operations whose requester is gone.
     pub(super) orphans: Vec<OperationId>,
-    /// This copy's disk failed: it serves no more, so that the wish may move.
-    pub(super) failed: bool,
+    pub(super) health: Health,
     pub(super) hot: Hot,
     /// A write waits for room among the hot extents.
     pub(super) crowded: bool,
@@ -122,7 +133,7 @@ impl Replica {
             guard: Guard::Open,
             flushed: false,
             orphans: Vec::new(),
-            failed: false,
+            health: Health::Sound,
             hot: Hot::new(&hot),
             crowded: false,
             hot_limit: MAX_HOT_EXTENTS,
@@ -163,6 +174,8 @@ impl Replica {
                 self.flushed &= self.wish.as_ref() == Some(&wish);
                 self.wish = Some(wish);
                 self.fence_what_waits(outputs);
+                // What waited while this copy was to leave.
+                self.start_what_is_clear(outputs);
             }
             Input::Tick => {
                 self.copying_waits = false;

@@ -13,7 +13,7 @@
 use super::admission::{Awaits, COPY, FLUSH, Phase};
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Message};
-use super::replica::Replica;
+use super::replica::{Health, Replica};
 use super::term::Guard;
 use super::{DiskError, OperationId, Request, Tag};
 
@@ -61,7 +61,7 @@ impl Replica {
         let entry = self.admission.entries()[position];
         let serves = match (self.role, entry.tag) {
             (Role::Primary(Primary::Serving), COPY | FLUSH) => true,
-            (Role::Primary(Primary::Serving), _) => !self.failed && !self.leaves(),
+            (Role::Primary(Primary::Serving), _) => self.health != Health::Failed && !self.leaves(),
             (Role::Primary(Primary::Reconciling), COPY) => true,
             (Role::Primary(_) | Role::Secondary | Role::Candidate | Role::Outdated, _) => false,
         };
@@ -123,14 +123,18 @@ impl Replica {
             return;
         }
         let superseded = !self.may_read(entry.request);
-        let fails = matches!(result, Err(DiskError::Failed | DiskError::Corrupt)) && self.has_secondaries();
+        let broken = matches!(result, Err(DiskError::Failed | DiskError::Corrupt));
+        let fails = broken && self.may_have_secondaries();
+        if broken && !self.peers.is_empty() && entry.request.range().is_none_or(|_| entry.request.is_mutation()) {
+            self.health = self.health.max(Health::Damaged);
+        }
         let entry = self.admission.at(position);
         entry.result = result;
         entry.awaits = entry.awaits.without(Awaits::LOCAL);
         if fails {
             // Never guess: the request stays unanswered until another copy is primary.
             entry.phase = Phase::Queued;
-            self.failed = true;
+            self.health = Health::Failed;
         } else if superseded {
             entry.phase = Phase::Queued;
         } else {
@@ -147,11 +151,15 @@ impl Replica {
         if let Some(at) = self.orphans.iter().position(|orphan| *orphan == operation) {
             self.orphans.swap_remove(at);
         } else if self.guard == Guard::Flushing(operation) {
-            self.failed |= result.is_err();
+            if result.is_err() {
+                self.health = Health::Failed;
+            }
             self.guard = if result.is_ok() { Guard::Flushed } else { Guard::Open };
         } else if self.hot.is_writing(operation) {
             // A copy that cannot mark starts no write any more.
-            self.failed |= result.is_err();
+            if result.is_err() {
+                self.health = Health::Failed;
+            }
             self.hot.written(result.is_ok());
             self.start_what_is_clear(outputs);
             self.start_applies(outputs);

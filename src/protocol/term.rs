@@ -17,7 +17,7 @@ use super::configuration::{Configuration, Lacks, MAX_COPIES, Stamp};
 use super::interface::{Output, Primary, Record, Role};
 use super::message::{Buffer, Message, SerialNumber};
 use super::primary::Peer;
-use super::replica::Replica;
+use super::replica::{Health, Replica};
 use crate::volume::InstanceId;
 
 /// What became of a proposal.
@@ -126,8 +126,9 @@ impl Replica {
             self.role = Self::follower(&self.record.configuration, self.me);
         }
         self.adoption = Some(Adoption { configuration, mine });
-        self.adopt_if_drained(outputs);
+        // What was overtaken is answered before that is durable: another life of this copy would not know it any more.
         self.fence_what_waits(outputs);
+        self.adopt_if_drained(outputs);
     }
 
     /// Makes what was learned durable, when nothing of the one before runs any more.
@@ -160,7 +161,7 @@ impl Replica {
         let Some(Persisting { record, .. }) = self.persisting.take() else { return };
         if result.is_err() {
             // Nothing was promised under it, and nothing will be before another attempt succeeds.
-            self.failed = true;
+            self.health = Health::Failed;
             return;
         }
         let before = std::mem::replace(&mut self.record, record);
@@ -242,11 +243,12 @@ impl Replica {
         let current = &self.record.configuration;
         let me = Some(self.me);
         match self.role {
-            Role::Primary(_) if self.leaves() => self.may_leave().then(|| {
+            Role::Primary(_) if self.leaves() && self.may_leave() => {
                 let mut next = current.next();
                 next.secondaries.extend(next.primary.take());
-                next
-            }),
+                Some(next)
+            }
+            // Also of one that is to leave: the flush before that may wait for a member that is to be dropped.
             Role::Primary(_) => self.wanted_copies(),
             Role::Secondary if current.primary == me => Some(current.with_primary(self.me)),
             Role::Outdated | Role::Candidate if !planted!(self, PromoteOutdated) => None,
@@ -254,7 +256,7 @@ impl Replica {
                 let wished = self.wish.as_ref().is_some_and(|wish| wish.primary == me);
                 let waited =
                     planted!(self, PromoteUnderLease) || current.primary.is_none() || self.now >= self.granted_until;
-                (wished && waited && !self.failed).then(|| {
+                (wished && waited && self.health != Health::Failed).then(|| {
                     let mut next = current.with_primary(self.me);
                     next.candidates.remove(&self.me);
                     next
@@ -269,7 +271,10 @@ impl Replica {
         for peer in &self.peers {
             if peer.out && peer.member && self.may_drop() {
                 next.drop_member(peer.copy);
-            } else if peer.is_equal() && !peer.out {
+            } else if peer.is_equal()
+                && !peer.out
+                && (self.health == Health::Sound || planted!(self, ClearAfterFailure))
+            {
                 next.admit(peer.copy);
             }
         }
@@ -285,7 +290,8 @@ impl Replica {
     }
 
     fn may_drop(&self) -> bool {
-        self.record.intact && (self.guard == Guard::Flushed || planted!(self, DropUnflushed))
+        let may = self.record.intact && self.health != Health::Failed;
+        may && (self.guard == Guard::Flushed || planted!(self, DropUnflushed))
     }
 
     /// What is acknowledged from now on is covered by no flush that has begun before.
@@ -303,7 +309,8 @@ impl Replica {
             let unwanted = |peer: &&mut Peer| peer.member && !wish.copies.contains(&peer.copy);
             self.peers.iter_mut().filter(unwanted).for_each(|peer| peer.out = true);
         }
-        let drops = self.is_primary() && self.record.intact && self.peers.iter().any(|peer| peer.member && peer.out);
+        let may = self.is_primary() && self.record.intact && self.health != Health::Failed;
+        let drops = may && self.peers.iter().any(|peer| peer.member && peer.out);
         if !drops {
             self.open_guard();
         }

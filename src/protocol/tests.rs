@@ -63,6 +63,8 @@ pub(super) enum Planted {
     RequeueCompleted,
     /// A mark goes when every copy has answered, without a flush.
     ClearAtAnswer,
+    /// Marks go although this copy's disk has failed a write that the peers have executed.
+    ClearAfterFailure,
 }
 
 /// Mistakes around the core that the oracle must find.

@@ -191,7 +191,7 @@ impl World {
         Arc::make_mut(&mut self.nodes[usize::from(node)])
     }
 
-    /// Opens a copy, as the engine will: the disk's record, the catalogue, the wish, then the slots.
+    /// Opens a copy, as the engine will: the disk's record, the slots, the catalogue, then the wish.
     pub(super) fn start(&mut self, node: u8) {
         let (now, planted, current) = (self.now(), self.planted, self.catalogue.clone());
         let n = self.at(node);
@@ -211,11 +211,11 @@ impl World {
         n.slots.retain(|_, slot| !slot.done);
         (n.operations, n.plan, n.read, n.brought) = Default::default();
         let again: Vec<_> = n.slots.iter().map(|(tag, slot)| (*tag, slot.request)).collect();
-        self.step(node, Input::Configuration(Box::new(current)));
-        self.tell_wish(node);
         for (tag, request) in again {
             self.step(node, Input::Request { tag: Tag(tag), request });
         }
+        self.step(node, Input::Configuration(Box::new(current)));
+        self.tell_wish(node);
     }
 
     pub(super) fn tell_wish(&mut self, node: u8) {

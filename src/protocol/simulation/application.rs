@@ -43,11 +43,8 @@ impl Cluster {
         let tag = n.next_tag;
         n.next_tag += 1;
         n.slots.insert(tag, Slot { request, write, covered, read: vec![] });
-        // An engine that is not there, or does not know the catalogue yet, finds it in its slot.
-        if n.process.as_ref().is_some_and(|process| process.informed) {
-            self.step(node, Input::Request { tag: Tag(tag), request })?;
-        }
-        Ok(())
+        // An engine that is not there finds it in its slot.
+        self.step(node, Input::Request { tag: Tag(tag), request })
     }
 
     /// Blocks near the borders of extents, so that requests meet each other and cross them.

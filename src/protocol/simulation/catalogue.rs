@@ -67,6 +67,7 @@ impl Cluster {
             self.note(|| format!("committed by node {node}: {next:?}"));
             self.tally.reconfigurations += 1;
             self.catalogue = next;
+            self.admit_tears();
             for other in 0..self.nodes.len() {
                 let delay = self.random.millis(1, 100);
                 if let Some(process) = &self.nodes[other].process {
@@ -103,15 +104,7 @@ impl Cluster {
         let Some(process) = self.nodes[node].life(life) else { return Ok(()) };
         let first = !std::mem::replace(&mut process.informed, true);
         self.step(node, Input::Configuration(Box::new(configuration)))?;
-        if !first {
-            return Ok(());
-        }
-        self.wished(node, life)?;
-        let again: Vec<_> = self.nodes[node].slots.iter().map(|(tag, slot)| (Tag(*tag), slot.request)).collect();
-        for (tag, request) in again {
-            self.step(node, Input::Request { tag, request })?;
-        }
-        Ok(())
+        if first { self.wished(node, life) } else { Ok(()) }
     }
 
     fn wished(&mut self, node: usize, life: u64) -> Result<(), String> {
@@ -144,7 +137,8 @@ impl Cluster {
     pub fn controller(&mut self) {
         self.at(AGAIN, Event::Controller);
         let Some(wished) = self.spec.primary else { return };
-        if !self.catalogue.is_member(wished) && (self.catalogue.primary.is_none() || self.node_of(wished).is_none()) {
+        let orphaned = self.catalogue.primary.is_none_or(|primary| self.node_of(primary).is_none());
+        if !self.catalogue.is_member(wished) && (orphaned || self.node_of(wished).is_none()) {
             self.wish_a_member();
             self.tell_wishes();
         }

@@ -200,7 +200,7 @@ impl Cluster {
         }
     }
 
-    /// Opens the copy: what is on disk, then the catalogue.
+    /// Opens the copy: what is on disk, the slots, then the catalogue.
     fn start(&mut self, node: usize) -> Checked {
         let (planted, others, now) = (self.planted, self.nodes.len(), self.now);
         let n = &mut self.nodes[node];
@@ -234,6 +234,10 @@ impl Cluster {
             failed: false,
         });
         self.note(|| format!("node {node} starts, life {life}"));
+        let again: Vec<_> = self.nodes[node].slots.iter().map(|(tag, slot)| (Tag(*tag), slot.request)).collect();
+        for (tag, request) in again {
+            self.step(node, Input::Request { tag, request })?;
+        }
         self.ask_catalogue(node, life);
         let phase = self.random.millis(0, 500);
         self.at(phase, Event::Tick(node, life));
@@ -338,7 +342,7 @@ impl Cluster {
         let operation = match request {
             Request::Read(range) => Operation::Read { range, tag },
             Request::Write(range) => Operation::Write { range, payload },
-            Request::Discard(range) | Request::WriteZeroes(range) => Operation::Write { range, payload: vec![] },
+            Request::Discard(range) | Request::WriteZeroes(range) => Operation::Zero(range),
             Request::Flush => Operation::Flush(self.nodes[node].disk.capture()),
             Request::Seal(SealName(name)) => Operation::Seal { name, contents: self.nodes[node].disk.contents() },
         };
@@ -350,12 +354,11 @@ impl Cluster {
         let slow = self.nodes[node].slow;
         let delay = if slow { self.random.millis(50, 2500) } else { self.random.micros(50, 3000) };
         let Some(process) = self.nodes[node].life(life) else { return Ok(()) };
-        let writes = |operation: &Operation| matches!(operation, Operation::Write { .. });
         let orphans = &process.replica.orphans;
         let conflict = |(id, other): &(&OperationId, &Operation)| match (other.range(), operation.range()) {
             // Nobody looks at what a read that was given up will find.
-            (Some(a), Some(b)) if writes(other) || !orphans.contains(id) => {
-                a.overlaps(b) && (writes(other) || writes(&operation))
+            (Some(a), Some(b)) if other.is_mutation() || !orphans.contains(id) => {
+                a.overlaps(b) && (other.is_mutation() || operation.is_mutation())
             }
             _ => false,
         };
@@ -410,7 +413,7 @@ impl Cluster {
         let (broken, full) = (n.broken, n.full);
         let process = n.life(life)?;
         let operation = process.operations.get(&id)?;
-        let takes_space = matches!(operation, Operation::Write { .. });
+        let takes_space = operation.is_mutation();
         let fails = broken && !matches!(operation, Operation::NextRange | Operation::Seal { .. });
         if fails && self.random.percent(50) {
             process.failed = true;

@@ -90,14 +90,20 @@ impl Disk {
         blocks.map(|(block, found)| (*block, found.now())).filter(|(_, content)| *content != 0).collect()
     }
 
-    /// The range has exactly this content afterwards.
+    /// The range has exactly this content afterwards. What is written is known, also where it is zeros and was zeros.
     pub fn write(&mut self, range: BlockRange, payload: &Payload) {
-        let there: Vec<u64> = self.blocks.range(range.start()..range.end()).map(|(block, _)| *block).collect();
-        for block in there.into_iter().filter(|block| !payload.iter().any(|(b, _)| b == block)) {
-            self.put(block, 0);
-        }
+        self.zero(range, payload);
         for (block, content) in payload {
             self.put(*block, *content);
+        }
+        self.lacking.values_mut().for_each(|known| known.unflushed.extend(range.start()..range.end()));
+    }
+
+    /// The range reads as zeros afterwards, but for what follows; what was never written needs nothing for that.
+    pub fn zero(&mut self, range: BlockRange, followed: &[(u64, Content)]) {
+        let there: Vec<u64> = self.blocks.range(range.start()..range.end()).map(|(block, _)| *block).collect();
+        for block in there.into_iter().filter(|block| !followed.iter().any(|(b, _)| b == block)) {
+            self.put(block, 0);
         }
     }
 
@@ -162,7 +168,14 @@ impl Disk {
                 }
             }
         }
-        self.lacking.values_mut().for_each(|known| known.unflushed.clear());
+        for known in self.lacking.values_mut() {
+            // Zeros that were written where nothing was are in the map alone.
+            known.unflushed.retain(|block| !self.blocks.contains_key(block));
+            let zeros = std::mem::take(&mut known.unflushed);
+            if !zeros.is_empty() && random.percent(50) {
+                known.blocks.extend(zeros);
+            }
+        }
     }
 
     /// The ranges that a copy lacks, each as long as a request may be.
@@ -171,23 +184,27 @@ impl Disk {
         let mut blocks = BTreeSet::new();
         match lacks {
             None => {}
-            Some(Lacks::Everything) => blocks.extend(self.blocks.keys().copied()),
-            Some(Lacks::Since(since)) => match self.lacking.get(&since) {
-                Some(known) => {
-                    extents.extend(&known.extents);
-                    blocks.extend(known.blocks.iter().chain(&known.unflushed));
+            Some(lacks) => {
+                let known = if let Lacks::Since(since) = lacks { self.lacking.get(&since) } else { None };
+                match known {
+                    Some(known) => {
+                        extents.extend(&known.extents);
+                        blocks.extend(known.blocks.iter().chain(&known.unflushed));
+                    }
+                    None => extents.extend((0..VOLUME_BLOCKS / EXTENT_BLOCKS).map(|extent| Extent(extent as u32))),
                 }
-                None => extents.extend((0..VOLUME_BLOCKS / EXTENT_BLOCKS).map(|extent| Extent(extent as u32))),
-            },
+            }
         }
-        let most = u64::from(MAX_REQUEST_BLOCKS);
-        let pieces = extents.iter().flat_map(|extent| {
-            let first = u64::from(extent.0) * EXTENT_BLOCKS;
-            (first..first + EXTENT_BLOCKS).step_by(MAX_REQUEST_BLOCKS as usize).map(move |at| (at, most))
-        });
-        let single = blocks.iter().filter(|block| !extents.contains(&Extent((**block / EXTENT_BLOCKS) as u32)));
-        let all = pieces.chain(single.map(|block| (*block, 1)));
-        all.filter_map(|(at, count)| BlockRange::new(at, count as u32)).collect()
+        let of = |extent: Extent| u64::from(extent.0) * EXTENT_BLOCKS..u64::from(extent.0 + 1) * EXTENT_BLOCKS;
+        blocks.extend(extents.into_iter().flat_map(of));
+        let mut ranges: VecDeque<(u64, u32)> = VecDeque::new();
+        for block in blocks {
+            match ranges.back_mut() {
+                Some((at, count)) if *at + u64::from(*count) == block && *count < MAX_REQUEST_BLOCKS => *count += 1,
+                _ => ranges.push_back((block, 1)),
+            }
+        }
+        ranges.into_iter().filter_map(|(at, count)| BlockRange::new(at, count)).collect()
     }
 
     /// Everything that is not zero.

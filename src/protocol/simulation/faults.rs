@@ -174,6 +174,20 @@ impl Cluster {
         }
     }
 
+    /// A proposal may land when the only members that it leaves have lost their caches. They had flushed what was
+    /// acknowledged, but what was under way may be torn.
+    pub fn admit_tears(&mut self) {
+        let members = self.members();
+        if members.iter().any(|member| self.nodes[*member].is_kept()) {
+            return;
+        }
+        for block in self.oracle.blocks() {
+            for member in &members {
+                self.oracle.leave(block, self.nodes[*member].disk.get(block));
+            }
+        }
+    }
+
     fn close_application(&mut self) {
         // A pod that is cut off from its controller goes on; the others end.
         for node in 0..self.nodes.len() {

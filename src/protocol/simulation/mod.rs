@@ -22,8 +22,10 @@ use random::Random;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-/// Seeds of the test. Of the first 10,000 eight fail (docs/protocol.md, "Known and open"), so they are not all run yet.
-const SEEDS: u64 = 4_000;
+/// Seeds of the test.
+const SEEDS: u64 = 10_000;
+/// Threads that run them.
+const THREADS: u64 = 2;
 const FORCED: &str = "for a person to decide";
 /// More failing seeds than this say nothing new.
 const FAILURES: usize = 20;
@@ -137,12 +139,11 @@ fn setting(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|value| value.parse().ok())
 }
 
-#[test]
-fn clusters_lose_nothing_and_heal() {
-    let (first, count) = (setting("FIRST_SEED").unwrap_or(0), setting("SEEDS").unwrap_or(SEEDS));
+/// What the seeds have seen together, and those that failed.
+fn run_all(seeds: impl Iterator<Item = u64>) -> ([(&'static str, u64); 20], Vec<String>) {
     let mut total = Tally::default().counts();
     let mut failures = vec![];
-    for seed in first..first + count {
+    for seed in seeds {
         match run(seed, None, false) {
             Ok(tally) => total.iter_mut().zip(tally.counts()).for_each(|(sum, (_, more))| sum.1 += more),
             Err((error, _)) => failures.push(format!("SEED={seed} {REPEAT}\n  {error}")),
@@ -151,6 +152,23 @@ fn clusters_lose_nothing_and_heal() {
             break;
         }
     }
+    (total, failures)
+}
+
+#[test]
+fn clusters_lose_nothing_and_heal() {
+    let (first, count) = (setting("FIRST_SEED").unwrap_or(0), setting("SEEDS").unwrap_or(SEEDS));
+    let mut total = Tally::default().counts();
+    let mut failures = vec![];
+    std::thread::scope(|scope| {
+        let seeds = |thread| (first + thread..first + count).step_by(THREADS as usize);
+        let threads: Vec<_> = (0..THREADS).map(|thread| scope.spawn(move || run_all(seeds(thread)))).collect();
+        for thread in threads {
+            let (seen, failed) = thread.join().expect("a seed's panic is caught");
+            total.iter_mut().zip(seen).for_each(|(sum, (_, more))| sum.1 += more);
+            failures.extend(failed);
+        }
+    });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     println!("{count} seeds: {total:?}");
     let [.., (_, forced)] = total;
@@ -169,7 +187,9 @@ fn one_seed() {
     }
 }
 
-/// Mistakes of the core that whole clusters must find; the model finds the others (`DropUnflushed`, `PromoteOutdated`).
+/// Mistakes of the core that whole clusters must find; the model finds the others (`DropUnflushed`, `PromoteOutdated`,
+/// `AcceptOlderIncarnation`, and `PromoteUnderLease`: here a copy is silent for longer than a lease before anybody serves
+/// without it), and the scripts `ClearAfterFailure`, which needs tens of thousands of seeds.
 #[test]
 fn planted_mistakes_are_found() {
     let planted = [
@@ -180,15 +200,13 @@ fn planted_mistakes_are_found() {
         Planted::AwaitOnlyMembers,
         Planted::AdmitUnsynced,
         Planted::ForgetCandidatesMarks,
-        Planted::PromoteUnderLease,
         Planted::AcceptOlderVersion,
-        Planted::AcceptOlderIncarnation,
         Planted::WriteBeforeMark,
         Planted::SkipReconcile,
         Planted::ResyncBesideWrites,
         Planted::ReadWithoutLease,
     ];
-    planted.into_iter().for_each(|planted| caught(planted, 2000));
+    planted.into_iter().for_each(|planted| caught(planted, 6000));
 }
 
 /// Seeds until the mistake is found.

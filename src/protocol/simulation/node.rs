@@ -12,6 +12,7 @@ use std::time::Duration;
 #[derive(Debug)]
 pub enum Operation {
     Write { range: BlockRange, payload: Payload },
+    Zero(BlockRange),
     Read { range: BlockRange, tag: Option<Tag> },
     Flush(Captured),
     Seal { name: u32, contents: Payload },
@@ -21,9 +22,13 @@ pub enum Operation {
 }
 
 impl Operation {
+    pub fn is_mutation(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Zero(_))
+    }
+
     pub fn range(&self) -> Option<BlockRange> {
         match self {
-            Self::Write { range, .. } | Self::Read { range, .. } => Some(*range),
+            Self::Write { range, .. } | Self::Zero(range) | Self::Read { range, .. } => Some(*range),
             Self::Flush(_) | Self::Seal { .. } | Self::Persist(_) | Self::WriteHot(_) | Self::NextRange => None,
         }
     }
@@ -50,7 +55,7 @@ pub struct Process {
     /// Bytes by the operation that read them, and by the frame that brought them.
     pub read: BTreeMap<OperationId, Payload>,
     pub brought: BTreeMap<(InstanceId, Stamp, SerialNumber), Payload>,
-    /// The catalogue was read: requests may be given to the core.
+    /// The catalogue was read: the wish may be given to the core.
     pub informed: bool,
     /// It could not reach the catalogue when it wanted to.
     pub behind: bool,
@@ -138,6 +143,7 @@ impl Node {
         let disk = &mut self.disk;
         match operation {
             Operation::Write { range, payload } => disk.write(range, &payload),
+            Operation::Zero(range) => disk.zero(range, &[]),
             Operation::Read { range, .. } => return Some(disk.read(range)),
             Operation::Flush(captured) => disk.flushed(&captured),
             Operation::Seal { name, contents } => _ = disk.seals.entry(name).or_insert(contents),

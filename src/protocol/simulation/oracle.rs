@@ -191,6 +191,15 @@ impl Oracle {
         }
     }
 
+    /// What was under way when the only member lost its caches may have this left; what was acknowledged is there.
+    pub fn leave(&mut self, block: u64, left: Content) {
+        let Some(possible) = self.possible.get(&block) else { return };
+        let since = possible.iter().map(|id| self.order(*id)).min().unwrap_or_default();
+        let writes = self.of.get(&block).into_iter().flatten().copied();
+        let ids: Vec<_> = writes.filter(|id| self.order(*id) >= since && self.content(*id) == left).collect();
+        self.possible.entry(block).or_default().extend(ids);
+    }
+
     /// The one of two that is older.
     pub fn older(&self, one: WriteId, other: WriteId) -> WriteId {
         if self.order(one) < self.order(other) { one } else { other }

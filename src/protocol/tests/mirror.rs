@@ -82,6 +82,17 @@ impl Script {
 
     /// The disk has done the only operation among the outputs.
     fn finish(&mut self) {
+        let operation = self.operation();
+        self.give(Input::Completed { operation, result: Ok(()) });
+    }
+
+    /// The disk has failed it.
+    fn fail(&mut self) {
+        let operation = self.operation();
+        self.give(Input::Completed { operation, result: Err(DiskError::Failed) });
+    }
+
+    fn operation(&self) -> OperationId {
         let operations = self.outputs.iter().filter_map(|output| match output {
             Output::Disk { operation, .. }
             | Output::FlushHere { operation }
@@ -91,7 +102,15 @@ impl Script {
         });
         let operations: Vec<OperationId> = operations.collect();
         assert_eq!(operations.len(), 1, "{:?}", self.outputs);
-        self.give(Input::Completed { operation: operations[0], result: Ok(()) });
+        operations[0]
+    }
+
+    fn wish(&mut self, primary: Option<InstanceId>) {
+        self.give(Input::Wish(Wish { primary, copies: BTreeSet::from([copy(1), copy(2)]) }));
+    }
+
+    fn clears(&self) -> bool {
+        self.wants(|output| matches!(output, Output::Send { message: Message::Clear { .. }, .. }))
     }
 
     fn proposal(&self) -> Option<Configuration> {
@@ -224,4 +243,127 @@ fn a_request_that_waits_for_this_copy_to_serve_does_not_hold_up_the_reconcile() 
     let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
     script.give(Input::Planned { operation, range: Ok(Some(extent(0))) });
     assert!(script.wants(|output| matches!(output, Output::ReadRange { .. })), "{:?}", script.outputs);
+}
+
+/// A later flush cleared the mark of a write that the other copy had and this one had not: they differed for good.
+#[test]
+fn what_failed_here_stays_marked() {
+    for planted in [None, Some(super::Planted::ClearAfterFailure)] {
+        let mut script = Script::serving();
+        (script.replica.hot_limit, script.replica.planted) = (1, planted);
+        script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+        script.finish();
+        script.fail();
+        script.hear_prepared(1);
+        assert!(!script.wants(|output| matches!(output, Output::Complete { .. })), "never guess");
+        script.wish(None);
+        script.finish();
+        script.hear_prepared(2);
+        assert_eq!(script.clears(), planted.is_some());
+    }
+}
+
+/// The only member answered with an error, the candidate had the write, and was admitted.
+#[test]
+fn a_candidate_that_has_what_failed_here_is_not_admitted() {
+    for planted in [None, Some(super::Planted::ClearAfterFailure)] {
+        let mut script = Script::primary(false);
+        script.replica.planted = planted;
+        script.hear(Script::joined(FIRST, &[]));
+        let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else {
+            panic!("{:?}", script.outputs)
+        };
+        script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+        script.finish();
+        script.fail();
+        script.hear_prepared(1);
+        let failed = Output::Complete { tag: WRITER, result: Err(DiskError::Failed) };
+        assert!(script.outputs.contains(&failed), "there is nobody else: {:?}", script.outputs);
+        script.give(Input::Replied { tag: WRITER });
+        script.give(Input::Planned { operation, range: Ok(None) });
+        script.finish();
+        script.hear_prepared(2);
+        assert_eq!(script.proposal().is_some(), planted.is_some());
+    }
+}
+
+/// They came after the configuration, and an old write was executed over those of another primary.
+#[test]
+fn what_outlived_the_engine_is_answered_when_another_copy_was_primary_since() {
+    let mut script = Script::new(true, &[], Memory::Kept);
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    assert_eq!(script.outputs, []);
+    let mut current = Configuration::first(Generation(1), copy(2), BTreeSet::from([copy(1)]));
+    (current.stamp, current.term, current.primary) = (version(4), version(3), None);
+    current.secondaries.insert(copy(2));
+    script.give(Input::Configuration(Box::new(current)));
+    let fenced = Output::Complete { tag: WRITER, result: Err(DiskError::Fenced) };
+    // In this order: a life that finds the record would not know any more that it was overtaken.
+    assert!(matches!(&script.outputs[..], [first, Output::Persist { .. }] if *first == fenced), "{:?}", script.outputs);
+}
+
+/// It marked the first of its extents, which nobody could clear before it had begun.
+#[test]
+fn a_write_marks_all_of_its_extents_or_none() {
+    let mut script = Script::serving();
+    script.replica.hot_limit = 2;
+    script.write(WRITER, 0);
+    script.hear_prepared(1);
+    script.give(Input::Replied { tag: WRITER });
+    let both = BlockRange::new(2 * EXTENT_BLOCKS - 1, 2).expect("not empty");
+    script.give(Input::Request { tag: OTHER, request: Request::Write(both) });
+    assert!(!script.wants(|output| matches!(output, Output::WriteHot { .. })), "{:?}", script.outputs);
+    script.finish();
+    script.hear_prepared(2);
+    assert!(script.clears());
+    let marks =
+        |output: &Output| matches!(output, Output::WriteHot { extents, .. } if **extents == [Extent(1), Extent(2)]);
+    assert!(script.wants(marks), "{:?}", script.outputs);
+}
+
+/// It was started by the next event that started anything, which never came.
+#[test]
+fn a_request_that_waited_while_this_copy_was_to_leave_starts_when_it_stays() {
+    let mut script = Script::serving();
+    script.wish(None);
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    assert_eq!(script.outputs, []);
+    script.wish(Some(copy(1)));
+    assert!(script.wants(|output| matches!(output, Output::WriteHot { .. })), "{:?}", script.outputs);
+}
+
+/// The copying waited for it for ever: it is dropped by nobody, and it was not asked to join again.
+#[test]
+fn a_member_that_was_silent_during_a_reconcile_is_asked_again() {
+    let mut script = Script::new(true, &[Extent(0)], Memory::Lost);
+    let current = script.replica.record().configuration.clone();
+    script.give(Input::Configuration(Box::new(current)));
+    script.finish();
+    script.commit();
+    script.hear(Script::joined(FIRST, &[Extent(0)]));
+    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    script.give(Input::Planned { operation, range: Ok(Some(extent(0))) });
+    script.give(Input::Silent(copy(2)));
+    script.give(Input::Connected(copy(2)));
+    assert!(script.wants(|output| matches!(output, Output::Send { message: Message::Invite(_), .. })));
+    script.hear(Script::joined(FIRST, &[Extent(0)]));
+    assert!(script.wants(|output| matches!(output, Output::Plan { .. })), "{:?}", script.outputs);
+}
+
+/// The flush before leaving waited for a member that only a configuration could let go, and none was proposed.
+#[test]
+fn a_primary_that_is_to_leave_still_drops_a_member() {
+    let mut script = Script::serving();
+    script.wish(None);
+    let flush = script.outputs.clone();
+    script.give(Input::Silent(copy(2)));
+    script.finish();
+    assert!(script.proposal().is_some_and(|next| next.primary == Some(copy(1)) && next.secondaries.is_empty()));
+    let dropped = script.outputs.clone();
+    script.outputs = flush;
+    script.finish();
+    assert_eq!(script.proposal(), None);
+    script.outputs = dropped;
+    script.commit();
+    assert!(script.proposal().is_some_and(|next| next.primary.is_none()), "{:?}", script.outputs);
 }

@@ -43,7 +43,8 @@ impl Store {
         let path = || self.tree.path(known.top);
         let layers = match lacks {
             None => Layers::Some(Vec::new()),
-            Some(Lacks::Everything) => Layers::Some(path().map(|(_, layer)| layer.map.clone()).collect()),
+            // It may hold what was discarded here since, and a root layer says nothing about that.
+            Some(Lacks::Everything) => Layers::Whole,
             Some(Lacks::Since(since)) => {
                 let lacking = kept.lacking.iter().find(|lacking| lacking.since == since);
                 hot.extend(lacking.iter().flat_map(|lacking| lacking.hot.iter()));

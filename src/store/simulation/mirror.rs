@@ -257,7 +257,7 @@ impl World {
         }
         if self.mirror.as_ref().is_some_and(|mirror| mirror.record.is_some()) {
             let (planned, _) = self.planned(id, Lacks::Everything)?;
-            let missing = self.settled(id).into_iter().find(|(number, c)| *c != ZEROS && !planned.contains(number));
+            let missing = self.settled(id).into_iter().find(|(number, _)| !planned.contains(number));
             if let Some((number, _)) = missing {
                 return Err(format!("block {number} is not in the plan of everything"));
             }
