@@ -19,6 +19,7 @@ mod disk;
 mod files;
 mod handle;
 mod jobs;
+mod mirror;
 mod operations;
 mod recover;
 mod requests;
@@ -30,6 +31,7 @@ mod volume;
 pub use crate::replica::io::Choice as IoChoice;
 pub use files::{TreeFiles, drain};
 pub use handle::EngineHandle;
+pub use mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus, SealReserve};
 pub use statistics::{BUCKETS, Direction, DirectionStatistics, STALL, Statistics, VolumeStatistics};
 
 use crate::replica::device::loop_device::{self, LoopDevice, LoopError};
@@ -131,6 +133,23 @@ pub enum EngineError {
     /// The volume has a device.
     #[error("volume {0} is attached; detach it first")]
     VolumeAttached(VolumeId),
+    /// A core runs the volume's copy already.
+    #[error("the copy of volume {0} is open already")]
+    MirrorIsOpen(VolumeId),
+    /// The volume is mirrored and nothing runs its copy.
+    #[error("the copy of volume {0} on this node is not open yet; repeat the call")]
+    MirrorNotOpen(VolumeId),
+    /// Snapshots are taken at the primary.
+    #[error("the copy of volume {0} on this node is not its primary")]
+    NotPrimary(VolumeId),
+    /// What the volume's copy is under could not be made durable.
+    #[error("volume {volume}: what its copy is under cannot be made durable: {error}")]
+    Record {
+        /// The volume.
+        volume: VolumeId,
+        /// Why not.
+        error: crate::protocol::DiskError,
+    },
     /// The kernel does not watch its connection.
     #[error("volume {volume}: its FUSE connection cannot be watched: {error}")]
     Watch {
