@@ -8,16 +8,15 @@ use super::mirror::{MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
 use super::tree::{Phase as TreePhase, Tree, TreeKey};
 use super::turn::Engine;
-use super::volume::{Phase, TICKETS, Ticket, Volume, VolumeKey};
+use super::volume::{Ticket, VolumeKey};
 use super::{ControlError, EngineError};
-use crate::protocol::{DiskError, Input, OperationId, Replica, Request, SealName, Tag};
+use crate::protocol::{DiskError, Input, OperationId, Request, SealName, Tag};
 use crate::replica::device::FuseLoop;
 use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::device::slots::RESERVED_SLOTS;
-use crate::replica::io::WatchKey;
 use crate::store::{Control, ControlError as Refusal, Store};
 use crate::volume::{InstanceId, VolumeId, VolumeSize};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -56,7 +55,7 @@ pub(super) enum Command {
         volume: VolumeId,
         reply: Reply<Option<Found>>,
     },
-    AddVolume {
+    AddDevice {
         tree: InstanceId,
         device: Box<FuseLoop>,
         reply: Reply<Result<(), EngineError>>,
@@ -65,7 +64,7 @@ pub(super) enum Command {
         volume: VolumeId,
         device: LoopDevice,
     },
-    RemoveVolume {
+    RemoveDevice {
         volume: VolumeId,
         reply: Reply<()>,
     },
@@ -114,19 +113,19 @@ impl Engine {
                 }
             }
             Command::Find { volume, reply } => drop(reply.send(self.find(volume))),
-            Command::AddVolume { tree, device, reply } => {
+            Command::AddDevice { tree, device, reply } => {
                 let added = self.tree_of(tree).ok_or(EngineError::UnknownTree(tree));
-                let added = added.and_then(|tree| self.add_volume(tree, *device, None)).map(drop);
+                let added = added.and_then(|tree| self.add_device(tree, *device, None)).map(drop);
                 drop(reply.send(added));
             }
             Command::SetDevice { volume, device } => {
                 if let Some(key) = self.volume_of(volume)
-                    && let Some(volume) = self.volume_mut(key)
+                    && let Some(found) = self.device_mut(key)
                 {
-                    volume.device = Some(device);
+                    found.loop_device = Some(device);
                 }
             }
-            Command::RemoveVolume { volume, reply } => self.remove_volume(volume, reply),
+            Command::RemoveDevice { volume, reply } => self.remove_device(volume, reply),
             Command::Reattach { reply } => {
                 self.reattached = true;
                 drop(reply.send(self.revive()));
@@ -179,7 +178,7 @@ impl Engine {
             return;
         };
         if let Some(volume) = self.volumes.iter().flatten().find(|v| v.tree == key) {
-            drop(reply.send(Err(EngineError::VolumeAttached(volume.fuse.volume))));
+            drop(reply.send(Err(EngineError::VolumeAttached(volume.id))));
             return;
         }
         if let Some(parked) = self.parked.iter().find(|p| p.tree == id) {
@@ -280,96 +279,5 @@ impl Engine {
             let refused = |error| ticket.refusal.unwrap_or(Refusal::Disk(error));
             drop(ticket.reply.send(result.map_err(|error| refused(error).into())));
         }
-    }
-
-    fn find(&self, id: VolumeId) -> Option<Found> {
-        let volume = self.volumes[self.volume_of(id)?.0 as usize].as_deref()?;
-        Some(Found {
-            size: volume.size,
-            device: volume.device,
-            control: volume.fuse.control(),
-            broken: matches!(volume.phase, Phase::Broken),
-        })
-    }
-
-    /// Serves a device from now on.
-    pub fn add_volume(
-        &mut self,
-        tree_key: TreeKey,
-        fuse: FuseLoop,
-        device: Option<LoopDevice>,
-    ) -> Result<VolumeKey, EngineError> {
-        let id = fuse.volume;
-        if self.volume_of(id).is_some() {
-            return Err(EngineError::VolumeAttached(id));
-        }
-        let tree = self.tree_mut(tree_key).filter(|t| t.is_open()).ok_or(EngineError::UnknownVolume(id))?;
-        let copy = tree.id;
-        let info = tree.store.volumes().into_iter().find(|info| info.volume == id);
-        let size = info.ok_or(EngineError::UnknownVolume(id))?.size;
-        let key = VolumeKey(self.volumes.len() as u32);
-        let tags = (self.arena.slots.count() + fuse.slots.count()) as usize;
-        let watched = self.io.watch(WatchKey(key.0), fuse.connection().as_raw_fd());
-        watched.map_err(|error| EngineError::Watch { volume: id, error })?;
-        self.volumes.push(Some(Box::new(Volume {
-            tree: tree_key,
-            size,
-            device,
-            replica: Replica::sole(copy),
-            pending: vec![None; tags],
-            tickets: [const { None }; TICKETS],
-            arena_used: 0,
-            own_free: (0..fuse.slots.count()).collect(),
-            fuse,
-            ready: false,
-            flushing: false,
-            phase: Phase::Serving,
-            statistics: self.statistics.add(id),
-        })));
-        // Requests may be there already, from before the watch.
-        self.make_ready(key);
-        Ok(key)
-    }
-
-    /// The loop device is gone, so nothing new comes; what was written is put on stable media.
-    fn remove_volume(&mut self, id: VolumeId, reply: Reply<()>) {
-        let Some(key) = self.volume_of(id) else {
-            let _ = reply.send(());
-            return;
-        };
-        let Self { volumes, trees, operations, actions, .. } = self;
-        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
-        let phase = std::mem::replace(&mut volume.phase, Phase::Broken);
-        let fd = volume.fuse.connection().as_raw_fd();
-        let is_watched = matches!(phase, Phase::Serving);
-        if let Phase::Leaving(mut replies) = phase {
-            replies.push(reply);
-            volume.phase = Phase::Leaving(replies);
-            return;
-        }
-        volume.phase = Phase::Leaving(vec![reply]);
-        let tree_key = volume.tree;
-        if let Some(tree) = trees[tree_key.0 as usize].as_mut() {
-            volume.flushing = true;
-            tree.under_way += 1;
-            let operation = operations.add(tree_key, Purpose::LastFlushOfVolume(key));
-            tree.store.start(operation, id, Request::Flush, actions);
-        }
-        if is_watched {
-            self.io.unwatch(WatchKey(key.0), fd);
-        }
-        self.collect_actions(tree_key);
-        self.pump();
-        self.let_go(key);
-    }
-
-    pub fn flushed_for_good(&mut self, key: VolumeKey, result: Result<(), DiskError>) {
-        if let Some(volume) = self.volume_mut(key) {
-            volume.flushing = false;
-            if let Err(error) = result {
-                tracing::error!(volume = %volume.fuse.volume, %error, "the last flush before its device went failed");
-            }
-        }
-        self.let_go(key);
     }
 }

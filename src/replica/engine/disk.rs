@@ -25,7 +25,12 @@ impl Engine {
         let tree_key = volume.tree;
         let Some(tree) = trees[tree_key.0 as usize].as_mut() else { return };
         tree.under_way += 1;
-        let memory = slot_of(arena, volume, tag).map_or(std::ptr::null_mut(), |slot| slot.payload());
+        volume.running += 1;
+        let memory = volume
+            .device
+            .as_ref()
+            .and_then(|device| slot_of(arena, device, tag))
+            .map_or(std::ptr::null_mut(), |slot| slot.payload());
         let id = operations.add(tree_key, Purpose::Core { volume: key, operation, memory, corrupt: false });
         match request {
             Request::Seal(_) => {
@@ -35,7 +40,7 @@ impl Engine {
                 }
             }
             Request::Read(_) | Request::Write(_) | Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) => {
-                tree.store.start(id, volume.fuse.volume, request, actions);
+                tree.store.start(id, volume.id, request, actions);
             }
         }
         self.collect_actions(tree_key);
@@ -146,16 +151,24 @@ impl Engine {
         }
         match operation.purpose {
             Purpose::Core { volume, operation, corrupt, .. } => {
+                self.ran(volume);
                 let result = if corrupt { result.and(Err(DiskError::Corrupt)) } else { result };
                 self.step(volume, Input::Completed { operation, result });
             }
-            Purpose::LastFlushOfVolume(volume) => self.flushed_for_good(volume, result),
+            Purpose::LastFlushOfDevice(volume) => self.flushed_for_good(volume, result),
             Purpose::LastFlushOfTree => {
                 if let Err(error) = result {
                     tracing::error!(%error, "the last flush of a tree failed; what was not flushed waits in memory");
                 }
             }
             Purpose::Control { reply, .. } => drop(reply.send(result.map_err(|e| Refusal::Disk(e).into()))),
+        }
+    }
+
+    /// An operation of its core is over.
+    fn ran(&mut self, key: VolumeKey) {
+        if let Some(volume) = self.volume_mut(key) {
+            volume.running -= 1;
         }
     }
 
@@ -167,6 +180,7 @@ impl Engine {
         }
         match operation.purpose {
             Purpose::Core { volume, operation, .. } => {
+                self.ran(volume);
                 self.note_seal(volume, operation, result);
                 let result = result.map_err(|refusal| match refusal {
                     Refusal::Disk(error) => error,
@@ -183,7 +197,7 @@ impl Engine {
                 }
                 drop(reply.send(result.map_err(Into::into)));
             }
-            Purpose::LastFlushOfVolume(_) | Purpose::LastFlushOfTree => {}
+            Purpose::LastFlushOfDevice(_) | Purpose::LastFlushOfTree => {}
         }
     }
 }

@@ -178,7 +178,7 @@ impl EngineHandle {
                 Ok::<_, AttachError>((Box::new(device), control))
             })
             .await??;
-        let added = self.ask(|reply| Command::AddVolume { tree, device, reply }).await?;
+        let added = self.ask(|reply| Command::AddDevice { tree, device, reply }).await?;
         if let Err(error) = added {
             self.blocking(move |shared| shared.hold(|holder| holder.remove(&volume_key(volume)))).await??;
             return Err(error.into());
@@ -203,7 +203,7 @@ impl EngineHandle {
             Err(error) => return Err(DetachError::Loop(error)),
         }
         crash_point("device.detached");
-        self.ask(|reply| Command::RemoveVolume { volume, reply }).await?;
+        self.ask(|reply| Command::RemoveDevice { volume, reply }).await?;
         crash_point("device.release");
         self.blocking(move |shared| shared.hold(|holder| holder.remove(&volume_key(volume)))).await??;
         Ok(())

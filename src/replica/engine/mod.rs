@@ -14,6 +14,7 @@
 //!   memory, [`EngineHandle::open_tree`], [`EngineHandle::reattach`].
 #![allow(unsafe_code, reason = "prctl, setpriority and mlockall")]
 
+mod attach;
 mod commands;
 mod disk;
 mod files;
@@ -345,6 +346,7 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
             trees: vec![],
             ticking: vec![],
             volumes: vec![None],
+            watched: vec![volume::VolumeKey(0)],
             parked,
             reattached: false,
             arena,

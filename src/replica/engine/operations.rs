@@ -18,8 +18,8 @@ pub(super) enum Purpose {
     Core { volume: VolumeKey, operation: OperationId, memory: *mut u8, corrupt: bool },
     /// An operator gets an answer; a resize becomes visible before.
     Control { reply: oneshot::Sender<Result<(), ControlError>>, resized: Option<(VolumeId, VolumeSize)> },
-    /// A volume that is detached has its last flush.
-    LastFlushOfVolume(VolumeKey),
+    /// A device that is removed has its last flush.
+    LastFlushOfDevice(VolumeKey),
     /// A tree that is closed has its last flush.
     LastFlushOfTree,
 }
