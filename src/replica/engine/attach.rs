@@ -37,7 +37,17 @@ impl Engine {
     /// A volume without device.
     pub fn add_volume(&mut self, tree: TreeKey, id: VolumeId, size: VolumeSize, replica: Replica) -> VolumeKey {
         let tickets = [const { None }; TICKETS];
-        self.volumes.push(Some(Box::new(Volume { id, tree, size, replica, tickets, running: 0, device: None })));
+        self.volumes.push(Some(Box::new(Volume {
+            id,
+            tree,
+            size,
+            replica,
+            tickets,
+            running: 0,
+            device: None,
+            mirror: None,
+            opening: None,
+        })));
         VolumeKey(self.volumes.len() as u32 - 1)
     }
 
@@ -54,6 +64,9 @@ impl Engine {
             return Err(EngineError::VolumeAttached(id));
         }
         let size = self.known(tree_key, id)?;
+        if served.is_none() && self.waits_for_core(tree_key, id) {
+            return Err(EngineError::MirrorNotOpen(id));
+        }
         let watch = WatchKey(self.watched.len() as u32);
         let watched = self.io.watch(watch, fuse.connection().as_raw_fd());
         watched.map_err(|error| EngineError::Watch { volume: id, error })?;
@@ -132,13 +145,19 @@ impl Engine {
     /// Lets a device go when it is leaving and nothing of it is under way, and its volume with it if nobody else needs it.
     pub fn let_go(&mut self, key: VolumeKey) {
         let Some(volume) = self.volumes.get_mut(key.0 as usize).and_then(Option::as_deref_mut) else { return };
-        let tickets = volume.tickets.iter().any(Option::is_some);
+        // A mirrored volume's core stays, and what an operator wants of it.
+        let stays = volume.mirror.is_some() || volume.opening.is_some();
+        let tickets = !stays && volume.tickets.iter().any(Option::is_some);
         let leaves = |device: &mut Device| matches!(device.phase, Phase::Leaving(_)) && device.is_quiet() && !tickets;
         let Some(device) = volume.device.take_if(leaves) else { return };
         self.ready.retain(|k| *k != key);
         self.starving.retain(|k| *k != key);
         self.statistics.remove(volume.id);
-        self.volumes[key.0 as usize] = None;
+        if stays {
+            self.open_if_quiet(key);
+        } else {
+            self.volumes[key.0 as usize] = None;
+        }
         if let Phase::Leaving(replies) = device.phase {
             for reply in replies {
                 let _ = reply.send(());

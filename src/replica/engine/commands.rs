@@ -10,11 +10,11 @@ use super::tree::{Phase as TreePhase, Tree, TreeKey};
 use super::turn::Engine;
 use super::volume::{Ticket, VolumeKey};
 use super::{ControlError, EngineError};
-use crate::protocol::{DiskError, Input, OperationId, Request, SealName, Tag};
+use crate::protocol::{DiskError, Input, OperationId, Request, Role, SealName, Tag};
 use crate::replica::device::FuseLoop;
 use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::device::slots::RESERVED_SLOTS;
-use crate::store::{Control, ControlError as Refusal, Store};
+use crate::store::{Control, ControlError as Refusal, MAX_SNAPSHOTS, Store};
 use crate::volume::{InstanceId, VolumeId, VolumeSize};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -100,8 +100,14 @@ impl Engine {
             }
             Command::CloseTree { tree, reply } => self.close_tree(tree, reply),
             Command::Control(items) => {
+                let group = items.len() > 1;
                 for (tree, control, reply) in items {
-                    self.control(tree, control, reply);
+                    match control {
+                        Control::Seal { volume, .. } if group && self.is_mirrored(volume) => {
+                            drop(reply.send(Err(EngineError::MirroredGroup(volume).into())));
+                        }
+                        _ => self.control(tree, control, reply),
+                    }
                 }
             }
             Command::Inspect { tree, look } => {
@@ -130,15 +136,15 @@ impl Engine {
                 self.reattached = true;
                 drop(reply.send(self.revive()));
             }
-            // No core runs here yet.
-            Command::OpenMirror { config, reply } => {
-                drop(reply.send(Err(EngineError::MirrorNotOpen(config.volume))));
+            Command::OpenMirror { config, reply } => self.open_mirror(config, reply),
+            Command::TellMirror { volume, input, reply } => {
+                let told = self.tell_mirror(volume, input);
+                if let Some(reply) = reply {
+                    drop(reply.send(told));
+                }
             }
-            Command::TellMirror { volume, reply: Some(reply), .. } | Command::CloseMirror { volume, reply } => {
-                drop(reply.send(Err(EngineError::MirrorNotOpen(volume))));
-            }
-            Command::TellMirror { reply: None, .. } => {}
-            Command::MirrorStatus { reply, .. } => drop(reply.send(None)),
+            Command::CloseMirror { volume, reply } => self.close_mirror(volume, reply),
+            Command::MirrorStatus { volume, reply } => drop(reply.send(self.mirror_status(volume))),
         }
     }
 
@@ -178,7 +184,9 @@ impl Engine {
             return;
         };
         if let Some(volume) = self.volumes.iter().flatten().find(|v| v.tree == key) {
-            drop(reply.send(Err(EngineError::VolumeAttached(volume.id))));
+            let attached = volume.device.is_some();
+            let error = if attached { EngineError::VolumeAttached } else { EngineError::MirrorIsOpen };
+            drop(reply.send(Err(error(volume.id))));
             return;
         }
         if let Some(parked) = self.parked.iter().find(|p| p.tree == id) {
@@ -221,10 +229,17 @@ impl Engine {
             drop(reply.send(Err(EngineError::UnknownTree(id).into())));
             return;
         };
-        if let Control::Seal { volume, .. } = control
-            && let Some(attached) = self.volume_of(volume)
-        {
-            return self.seal(attached, control, reply);
+        if let Control::Seal { volume, snapshot, .. } = control {
+            let settled = self.tree_mut(key).is_some_and(|tree| tree.store.has_snapshot(snapshot));
+            match self.volume_of(volume) {
+                // One that is there already is only waited for: a second time would be at another point.
+                Some(served) if !(settled && self.is_mirrored(volume)) => return self.seal(served, control, reply),
+                Some(_) => {}
+                None if self.waits_for_core(key, volume) => {
+                    return drop(reply.send(Err(EngineError::MirrorNotOpen(volume).into())));
+                }
+                None => {}
+            }
         }
         if let Control::DeleteVolume(volume) = control
             && self.volume_of(volume).is_some()
@@ -251,6 +266,12 @@ impl Engine {
     /// A seal of an attached volume takes its place among the device's requests.
     fn seal(&mut self, key: VolumeKey, control: Control, reply: Reply<Result<(), ControlError>>) {
         let first = self.arena.slots.count() + RESERVED_SLOTS;
+        if self.mirror_mut(key).is_some()
+            && let Err(error) = self.may_seal(key, control)
+        {
+            drop(reply.send(Err(error)));
+            return;
+        }
         let Some(volume) = self.volume_mut(key) else { return };
         let Some(index) = volume.tickets.iter().position(Option::is_none) else {
             drop(reply.send(Err(Refusal::Busy.into())));
@@ -260,6 +281,31 @@ impl Engine {
         let request = Request::Seal(SealName(index as u32));
         self.step(key, Input::Request { tag: Tag(first + index as u32), request });
         self.pump();
+    }
+
+    pub fn is_mirrored(&mut self, id: VolumeId) -> bool {
+        self.volume_of(id).is_some_and(|key| self.mirror_mut(key).is_some())
+    }
+
+    /// What every copy would refuse is refused before any is asked.
+    fn may_seal(&mut self, key: VolumeKey, control: Control) -> Result<(), ControlError> {
+        let Some(volume) = self.volume_mut(key) else { return Ok(()) };
+        let (id, tree) = (volume.id, volume.tree);
+        let same = |ticket: &&Ticket| match (ticket.control, control) {
+            (Control::Seal { snapshot: one, .. }, Control::Seal { snapshot: other, .. }) => one == other,
+            _ => false,
+        };
+        if !matches!(volume.replica.role(), Role::Primary(_)) {
+            return Err(EngineError::NotPrimary(id).into());
+        }
+        if volume.tickets.iter().flatten().any(|ticket| same(&ticket)) {
+            return Err(Refusal::Busy.into());
+        }
+        let volumes = self.tree_mut(tree).map(|tree| tree.store.volumes()).unwrap_or_default();
+        match volumes.iter().find(|info| info.volume == id) {
+            Some(info) if info.layers as usize > MAX_SNAPSHOTS => Err(Refusal::TooManySnapshots(id).into()),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// The store says more of a seal than the core needs to know.

@@ -16,12 +16,14 @@
 
 mod attach;
 mod commands;
+mod copies;
 mod disk;
 mod files;
 mod handle;
 mod jobs;
 mod mirror;
 mod operations;
+mod outputs;
 mod recover;
 mod requests;
 mod statistics;
@@ -47,7 +49,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 const ARENA: &str = "arena";
@@ -140,6 +142,11 @@ pub enum EngineError {
     /// The volume is mirrored and nothing runs its copy.
     #[error("the copy of volume {0} on this node is not open yet; repeat the call")]
     MirrorNotOpen(VolumeId),
+    /// Their seals are ordered in the stream of writes of each.
+    #[error(
+        "volume {0} is mirrored: snapshots of a group with it are not taken at one point in time; take them singly"
+    )]
+    MirroredGroup(VolumeId),
     /// Snapshots are taken at the primary.
     #[error("the copy of volume {0} on this node is not its primary")]
     NotPrimary(VolumeId),
@@ -349,6 +356,8 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
             watched: vec![volume::VolumeKey(0)],
             parked,
             reattached: false,
+            mirrored: vec![],
+            next_heartbeat: Duration::ZERO,
             arena,
             operations: Default::default(),
             ready: Default::default(),
@@ -356,7 +365,7 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
             work: Default::default(),
             actions: vec![],
             outputs: vec![],
-            began: Instant::now(),
+            began: since_boot(),
             now: Default::default(),
             next_tick: Duration::ZERO,
             next_patrol: Duration::ZERO,
@@ -379,6 +388,15 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
         io,
     };
     Ok(EngineHandle { shared: Arc::new(shared) })
+}
+
+/// Time since the node's start, its sleep included.
+fn since_boot() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes into `time`.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+    assert_eq!(result, 0, "every kernel that has io_uring or FUSE has this clock");
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Best effort: everybody who waits for a disk waits for this thread, and it never computes for long.

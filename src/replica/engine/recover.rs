@@ -60,6 +60,12 @@ impl Engine {
                 self.parked.push(parked);
                 continue;
             }
+            if self.waits_for_core(tree, volume) {
+                // Executed by a core of its own it would change this copy alone.
+                tracing::info!(%volume, "its device waits for its copy to be opened");
+                self.parked.push(parked);
+                continue;
+            }
             match self.add_device(tree, parked.fuse, parked.device) {
                 Ok(key) => self.replay(key),
                 // The device is gone from here; the holder keeps it, and the next engine tries again.

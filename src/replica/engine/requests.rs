@@ -38,6 +38,10 @@ pub(super) fn slot_of<'a>(arena: &'a Arena, device: &'a Device, tag: Tag) -> Opt
 impl Engine {
     /// Reads requests of a volume until there are no more or no slot is free for them.
     pub fn read_requests(&mut self, key: VolumeKey) {
+        if self.volume_mut(key).is_some_and(|volume| volume.opening.is_some()) {
+            // They wait in the kernel while the volume gets another core.
+            return;
+        }
         loop {
             let Some(tag) = self.take_slot(key) else {
                 if self.device_mut(key).is_some() {
@@ -157,6 +161,9 @@ impl Engine {
     pub fn step(&mut self, key: VolumeKey, input: Input) {
         let Self { volumes, outputs, work, now, .. } = self;
         let Some(volume) = volumes.get_mut(key.0 as usize).and_then(Option::as_deref_mut) else { return };
+        if volume.mirror.is_some() {
+            return self.step_mirrored(key, input);
+        }
         let frees = matches!(input, Input::Completed { .. } | Input::SpaceFreed);
         volume.replica.step(*now, input, outputs);
         work.extend(outputs.drain(..).map(|output| Work::Output(key, output)));
@@ -179,6 +186,7 @@ impl Engine {
                 }
                 self.step(key, Input::Replied { tag });
                 self.let_go(key);
+                self.open_if_quiet(key);
             }
             Output::Apply { .. }
             | Output::ReadRange { .. }
@@ -189,9 +197,7 @@ impl Engine {
             | Output::NextRange { .. }
             | Output::Send { .. }
             | Output::Propose { .. }
-            | Output::ReadConfiguration => {
-                unreachable!("{output:?} of a volume that has one copy for ever (`Replica::sole`)")
-            }
+            | Output::ReadConfiguration => self.mirror_output(key, output),
         }
     }
 

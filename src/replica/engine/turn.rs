@@ -24,7 +24,7 @@ use crate::volume::{InstanceId, VolumeId};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// How often a store may do a step in the background: one takes some 100 us, so requests keep most of the time.
@@ -61,6 +61,9 @@ pub(super) struct Engine {
     /// By the key of a watched descriptor: whose it is or was; 0 is the bell.
     pub watched: Vec<VolumeKey>,
     pub parked: Vec<Parked>,
+    /// Volumes whose cores have peers, and when time passes for them.
+    pub mirrored: Vec<VolumeKey>,
+    pub next_heartbeat: Duration,
     /// Parked devices go on as soon as their tree is open.
     pub reattached: bool,
     pub arena: Arena,
@@ -72,7 +75,8 @@ pub(super) struct Engine {
     pub work: VecDeque<Work>,
     pub actions: Vec<Action<Job>>,
     pub outputs: Vec<Output>,
-    pub began: Instant,
+    /// Of the clock that counts while the node sleeps: a lease must not outlive that.
+    pub began: Duration,
     pub now: Now,
     pub next_tick: Duration,
     pub next_patrol: Duration,
@@ -116,14 +120,15 @@ impl Engine {
             self.pump();
             self.tick();
             self.patrol();
+            self.heartbeat();
             let (turns, sleeps) = self.io.counters();
             self.statistics.turns.store(turns, Relaxed);
             self.statistics.sleeps.store(sleeps, Relaxed);
         }
     }
 
-    fn tell_time(&mut self) {
-        self.now = Now(self.began.elapsed());
+    pub fn tell_time(&mut self) {
+        self.now = Now(super::since_boot().saturating_sub(self.began));
     }
 
     /// How long nothing happens by itself.
@@ -133,7 +138,8 @@ impl Engine {
         }
         let tick = (!self.ticking.is_empty()).then_some(self.next_tick);
         let patrol = (self.in_flight > 0).then_some(self.next_patrol);
-        match tick.into_iter().chain(patrol).min() {
+        let heartbeat = (!self.mirrored.is_empty()).then_some(self.next_heartbeat);
+        match tick.into_iter().chain(patrol).chain(heartbeat).min() {
             Some(due) => Sleep::AtMost(due.saturating_sub(self.now.0)),
             None => Sleep::Long,
         }

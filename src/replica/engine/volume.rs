@@ -4,6 +4,7 @@
 //! requests are answered, the core when nothing of it is under way.
 
 use super::ControlError;
+use super::copies::{Mirror, Opening};
 use super::statistics::{Direction, VolumeStatistics};
 use super::tree::TreeKey;
 use crate::protocol::{Now, Replica, Tag};
@@ -78,6 +79,10 @@ pub(super) struct Volume {
     pub running: usize,
     /// None: only other nodes ask for it.
     pub device: Option<Device>,
+    /// None: the volume has one copy.
+    pub mirror: Option<Box<Mirror>>,
+    /// The core is about to be another.
+    pub opening: Option<Opening>,
 }
 
 impl Device {
