@@ -355,6 +355,7 @@ impl Engine {
             intact: record.intact,
             disk_failed: replica.has_failed(),
             copies: others.map(|copy| (copy, status(copy))).collect(),
+            copied_bytes: mirror.copied_bytes,
             hot_extents: replica.hot_extents().len(),
             requests: replica.status(now).requests,
         })

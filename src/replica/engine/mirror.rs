@@ -106,6 +106,8 @@ pub struct MirrorStatus {
     pub disk_failed: bool,
     /// The other copies of the configuration.
     pub copies: BTreeMap<InstanceId, CopyStatus>,
+    /// Copied by the resync or reconcile that was begun last.
+    pub copied_bytes: u64,
     /// Extents of 4 MiB where the copies may differ after a crash.
     pub hot_extents: usize,
     /// Requests that are not answered yet.
