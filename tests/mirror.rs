@@ -256,11 +256,40 @@ fn a_damaged_frame_is_never_written() {
     });
 }
 
+/// More than may wait for a peer, so that the transport refuses some of it.
+#[test]
+fn what_a_full_queue_refuses_is_said_again() {
+    let lab = Lab::new(128 * MIB);
+    runtime().block_on(async {
+        let relays = [Relay::before(&lab, 0).await, Relay::before(&lab, 1).await];
+        let (one, two) = lab.start_both().await;
+        let device = one.handle.attach(one.tree, one.volume).await.expect("a device");
+        for round in 0..3 {
+            relays.iter().for_each(|relay| relay.stand(true));
+            let path = device.clone();
+            let load = tokio::task::spawn_blocking(move || {
+                rig::succeeds(rig::fio(&path, &["--rw=write", "--bs=1m", "--iodepth=40", "--size=96m"]));
+            });
+            // Shorter than a silence.
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            assert!(!load.is_finished(), "round {round}: nothing is acknowledged by one copy alone");
+            relays.iter().for_each(|relay| relay.stand(false));
+            load.await.expect("verified");
+        }
+        let configuration = one.status().await.configuration;
+        assert!(configuration.is_member(two.tree), "nobody was dropped for being slow: {configuration:?}");
+        assert_eq!(compare(&one, &two).await, 96 * 256);
+        end(one, two).await;
+    });
+}
+
 #[test]
 fn the_old_primary_is_fenced() {
     attached(Lab::new(64 * MIB), async |lab, one, two, device| {
         write(device, 0..200, 1).await;
         one.isolated.store(true, Ordering::SeqCst);
+        // Until its driver has ended its conversations.
+        tokio::time::sleep(Duration::from_millis(500)).await;
         let path = device.to_path_buf();
         let late = tokio::task::spawn_blocking(move || {
             let file = File::options().write(true).open(&path).expect("the device");

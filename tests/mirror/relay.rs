@@ -1,9 +1,10 @@
-//! A way between two nodes that damages a block when it is told to.
+//! A way between two nodes that damages a block or stands still when it is told to.
 
 use super::lab::Lab;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -13,6 +14,7 @@ const SURELY_DATA: usize = 3000;
 #[derive(Clone)]
 pub struct Relay {
     wanted: Arc<AtomicBool>,
+    stands: Arc<AtomicBool>,
     flipped: Arc<AtomicU64>,
 }
 
@@ -24,13 +26,18 @@ impl Relay {
         lab.catalogue.set_node(lab.copies[number], &format!("node-{number}"), &address);
         let behind = lab.directory(number).join("relay");
         std::fs::write(&behind, "").expect("write");
-        let relay = Self { wanted: Arc::default(), flipped: Arc::default() };
+        let relay = Self { wanted: Arc::default(), stands: Arc::default(), flipped: Arc::default() };
         tokio::spawn(relay.clone().run(listener, behind));
         relay
     }
 
     pub fn flip_one(&self) {
         self.wanted.store(true, Ordering::SeqCst);
+    }
+
+    /// Nothing passes meanwhile.
+    pub fn stand(&self, still: bool) {
+        self.stands.store(still, Ordering::SeqCst);
     }
 
     pub fn flipped(&self) -> u64 {
@@ -58,6 +65,9 @@ impl Relay {
             match from.read(&mut bytes).await {
                 Ok(0) | Err(_) => return,
                 Ok(read) => {
+                    while self.stands.load(Ordering::SeqCst) {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
                     if read >= SURELY_DATA && self.wanted.swap(false, Ordering::SeqCst) {
                         bytes[read / 2] ^= 0x10;
                         self.flipped.fetch_add(1, Ordering::SeqCst);

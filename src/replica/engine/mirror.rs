@@ -138,3 +138,19 @@ pub enum CopyState {
     /// It lacks writes.
     Outdated,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_promise_of_space_is_one_seal() {
+        let reserve = SealReserve::default();
+        assert_eq!(reserve.take(), Reserve::Refused);
+        reserve.promise();
+        assert!(reserve.is_promised());
+        let engine = reserve.clone();
+        assert_eq!((engine.take(), engine.take()), (Reserve::Promised, Reserve::Refused));
+        assert!(!reserve.is_promised());
+    }
+}
