@@ -49,24 +49,40 @@ impl Engine {
     /// Goes on with every parked device whose tree is open. Returns those that still wait.
     pub fn revive(&mut self) -> Vec<VolumeId> {
         for parked in std::mem::take(&mut self.parked) {
-            let volume = parked.fuse.volume;
-            let Some(tree) = self.tree_of(parked.tree) else {
-                self.parked.push(parked);
-                continue;
-            };
-            let known = self.tree_mut(tree).is_some_and(|t| t.store.volumes().iter().any(|info| info.volume == volume));
-            if !known {
-                tracing::error!(%volume, tree = %parked.tree, "its device waits, but its copy does not know it");
-                self.parked.push(parked);
-                continue;
-            }
-            match self.add_volume(tree, parked.fuse, parked.device) {
-                Ok(key) => self.replay(key),
-                // The device is gone from here; the holder keeps it, and the next engine tries again.
-                Err(error) => tracing::error!(%volume, %error, "its device cannot be served"),
-            }
+            self.revive_one(parked);
         }
         self.parked.iter().map(|p| p.fuse.volume).collect()
+    }
+
+    /// Goes on with the device of a copy whose core has just begun, also before [`EngineHandle::reattach`]: what outlived the
+    /// former engine comes before any other input, else the core would not know what another primary has overtaken.
+    ///
+    /// [`EngineHandle::reattach`]: super::EngineHandle::reattach
+    pub fn revive_device_of(&mut self, volume: VolumeId) {
+        if let Some(at) = self.parked.iter().position(|parked| parked.fuse.volume == volume) {
+            let parked = self.parked.remove(at);
+            self.revive_one(parked);
+        }
+    }
+
+    fn revive_one(&mut self, parked: Parked) {
+        let volume = parked.fuse.volume;
+        let Some(tree) = self.tree_of(parked.tree) else { return self.parked.push(parked) };
+        let known = self.tree_mut(tree).is_some_and(|t| t.store.volumes().iter().any(|info| info.volume == volume));
+        if !known {
+            tracing::error!(%volume, tree = %parked.tree, "its device waits, but its copy does not know it");
+            return self.parked.push(parked);
+        }
+        if self.waits_for_core(tree, volume) {
+            // Executed by a core of its own it would change this copy alone.
+            tracing::info!(%volume, "its device waits for its copy to be opened");
+            return self.parked.push(parked);
+        }
+        match self.add_device(tree, parked.fuse, parked.device) {
+            Ok(key) => self.replay(key),
+            // The device is gone from here; the holder keeps it, and the next engine tries again.
+            Err(error) => tracing::error!(%volume, %error, "its device cannot be served"),
+        }
     }
 
     /// Ends what a killed engine began on this volume.
@@ -74,18 +90,19 @@ impl Engine {
         let mut filled = vec![];
         let shared = self.arena.slots.count();
         let Some(volume) = self.volumes[key.0 as usize].as_deref_mut() else { return };
-        let id = volume.fuse.volume;
-        let tags = (0..shared + volume.fuse.slots.count()).map(Tag);
+        let id = volume.id;
+        let Some(device) = volume.device.as_mut() else { return };
+        let tags = (0..shared + device.fuse.slots.count()).map(Tag);
         let mut repeated = vec![];
         for tag in tags {
-            let Some(slot) = slot_of(&self.arena, volume, tag) else { continue };
+            let Some(slot) = slot_of(&self.arena, device, tag) else { continue };
             if slot.volume() != id {
                 continue;
             }
             match slot.state() {
                 SlotState::Done(result) => {
                     if let Ok(message) = slot.message() {
-                        write_reply(volume, slot, &message.completion(result));
+                        write_reply(device, slot, &message.completion(result));
                     }
                     repeated.push(tag);
                 }
@@ -95,12 +112,12 @@ impl Engine {
         }
         for tag in repeated.iter().chain(filled.iter().map(|(_, tag)| tag)) {
             match tag.0.checked_sub(shared) {
-                None => volume.arena_used += 1,
-                Some(index) => volume.own_free.retain(|free| *free != index),
+                None => device.arena_used += 1,
+                Some(index) => device.own_free.retain(|free| *free != index),
             }
         }
         let count = (repeated.len() + filled.len()) as u64;
-        volume.statistics.recovered.fetch_add(count, Relaxed);
+        device.statistics.recovered.fetch_add(count, Relaxed);
         self.statistics.recovered.fetch_add(count, Relaxed);
         for tag in repeated {
             self.free(key, tag);
