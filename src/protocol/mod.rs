@@ -19,9 +19,8 @@
 //!
 //! # What is here and what is not
 //! The same core mirrors a volume (`docs/protocol.md`): configurations, terms, leases, hot extents, resync. A volume with
-//! one copy, [`Replica::sole`], is a configuration with one member, and all that the engine runs today. The outputs that
-//! only a mirror has (`Apply`, `ReadRange`, `FlushHere`, `Persist`, `WriteHot`, `Plan`, `NextRange`, `Send`, `Propose`,
-//! `ReadConfiguration`) are executed by the model of the tests (`model/`) alone so far.
+//! one copy, [`Replica::sole`], is a configuration with one member. The engine executes every output
+//! (`src/replica/engine/outputs.rs`).
 //!
 //! # Invariants
 //! No clock, socket, file, random number or `await` in here (clippy's `disallowed_*` lists, denied below);
@@ -61,6 +60,7 @@ mod simulation;
 mod term;
 #[cfg(test)]
 mod tests;
+mod view;
 
 pub use admission::MAX_TAGS;
 pub use configuration::{Configuration, ConfigurationVersion, Generation, Lacks, MAX_COPIES, Stamp};
@@ -71,6 +71,7 @@ pub use primary::{HEARTBEAT, LEASE, SILENCE};
 pub use replica::Replica;
 pub use secondary::MARGIN;
 pub use term::Outcome;
+pub use view::Standing;
 
 use crate::volume::BlockRange;
 use std::time::Duration;
