@@ -4,11 +4,13 @@
 mod site;
 
 use site::{Site, eventually, has, write};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use tandem::catalog::{Catalog, Remote, serve};
+use tandem::catalog::{Catalog, CopySpec, MirrorSpec, NodeName, Remote, Volume, serve};
 use tandem::replica::manager::AttachFailure;
 use tandem::tls::{Authority, Credentials, Leaf, Role, Validity};
+use tandem::volume::InstanceId;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
@@ -127,4 +129,43 @@ async fn a_node_that_starts_without_a_catalogue_answers_its_primary() {
     first.manager.detach(volume.id).await.expect("detached");
     first.kill().await;
     second.kill().await;
+}
+
+/// The spec names another copy: it is filled, the old one leaves, and its node gives the space back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_moves_to_another_node() {
+    let mut site = Site::new(&["n1", "n2", "n3"]);
+    let first = site.start("n1", site.catalog()).await;
+    let (second, third) = (site.start("n2", site.catalog()).await, site.start("n3", site.catalog()).await);
+    for node in ["n1", "n2", "n3"] {
+        site.announce(node).await;
+    }
+    let volume = site.create(&["n1", "n2"]).await;
+    let (one, two, three) = (volume.copies["n1"], volume.copies["n2"], InstanceId::random());
+    site.wish(volume.id, Some(one)).await;
+    let device = first.attach(volume.id).await;
+    write(&device, 0..64, 7).await;
+    first.until_up_to_date(volume.id, two).await;
+
+    let with =
+        |volume: &mut Volume, change: &dyn Fn(&mut MirrorSpec)| change(volume.spec.mirror.as_mut().expect("mirrored"));
+    let there = CopySpec { node: NodeName("n3".into()), pool: "default".into() };
+    site.change(volume.id, |v| with(v, &|mirror| _ = mirror.copies.insert(three, there.clone()))).await;
+    first.until_up_to_date(volume.id, three).await;
+    site.change(volume.id, |v| with(v, &|mirror| _ = mirror.copies.remove(&two))).await;
+    let pool = site.path("n2").join("pool");
+    eventually("the old copy to go", async || (second.trees(&pool) == 0).then_some(())).await;
+    let confirmed = site.volume(volume.id).await.object.status.copies;
+    assert_eq!(confirmed, BTreeSet::from([one, three]));
+    assert!(!site.configuration(volume.id).await.copies().any(|copy| copy == two));
+
+    write(&device, 64..96, 8).await;
+    first.manager.detach(volume.id).await.expect("detached");
+    first.kill().await;
+    site.wish(volume.id, Some(three)).await;
+    let device = third.attach(volume.id).await;
+    assert!(has(&device, 0..64, 7).await && has(&device, 64..96, 8).await);
+    third.manager.detach(volume.id).await.expect("detached");
+    second.kill().await;
+    third.kill().await;
 }
