@@ -38,7 +38,7 @@ impl Catalog {
                 Ok(Some(outcome)) => return outcome,
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(%volume, %error, "it is not known whether a configuration was committed");
+                    tracing::info!(%volume, %error, "it is not known whether a configuration was committed: it is read back");
                     return Outcome::Ambiguous;
                 }
             }

@@ -46,7 +46,7 @@ impl Courier {
             if look {
                 match self.tell_what_is_there().await {
                     Ok(_) => (look, pause) = (false, FIRST_PAUSE),
-                    Err(error) => tracing::info!(volume = %self.volume, %error, "the catalogue is asked again"),
+                    Err(error) => tracing::debug!(volume = %self.volume, %error, "the catalogue is asked again"),
                 }
             }
             tokio::select! {

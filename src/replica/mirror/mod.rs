@@ -64,6 +64,8 @@ pub struct Mirrors {
     kept: BTreeSet<InstanceId>,
     /// Where nodes are reached; as the catalogue said last, which is good enough to call them.
     addresses: BTreeMap<NodeName, SocketAddr>,
+    /// What was logged last, of the whole or of a volume: what fails again and again is said once.
+    said: BTreeMap<Option<VolumeId>, String>,
 }
 
 /// What is to be looked at.
@@ -82,8 +84,8 @@ impl Work {
 impl Mirrors {
     /// Of this node. Nothing is opened yet.
     pub fn new(settings: MirrorSettings) -> Self {
-        let (drivers, kept, addresses) = Default::default();
-        Self { settings, drivers, kept, addresses }
+        let (drivers, kept, addresses, said) = Default::default();
+        Self { settings, drivers, kept, addresses, said }
     }
 
     /// Opens the copies that are on this node and have acted before, from what is beside them; no catalogue is asked. To be
@@ -168,7 +170,7 @@ impl Mirrors {
                     work.everything |= self.addresses != addresses;
                     (self.addresses, work.nodes) = (addresses, false);
                 }
-                Err(error) => return tracing::warn!(%error, "mirrored volumes go on as they are"),
+                Err(error) => return self.say(None, error.to_string()),
             }
         }
         if work.everything {
@@ -178,16 +180,34 @@ impl Mirrors {
                     work.volumes.extend(manager.copies().iter().map(|copy| copy.volume));
                     work.everything = false;
                 }
-                Err(error) => return tracing::warn!(%error, "mirrored volumes go on as they are"),
+                Err(error) => return self.say(None, error.to_string()),
             }
         }
+        self.said.remove(&None);
         let mut failed = BTreeSet::new();
         for volume in std::mem::take(&mut work.volumes) {
-            if let Err(error) = self.reconcile(manager, volume).await {
-                tracing::warn!(%volume, %error, "a mirrored volume is not yet as it shall be here; it is tried again");
-                failed.insert(volume);
+            match self.reconcile(manager, volume).await {
+                Ok(()) => drop(self.said.remove(&Some(volume))),
+                Err(error) => {
+                    self.say(Some(volume), error.to_string());
+                    failed.insert(volume);
+                }
             }
         }
         work.volumes = failed;
+    }
+
+    /// Logs what is tried again, once as long as it stays the same.
+    fn say(&mut self, volume: Option<VolumeId>, problem: String) {
+        if self.said.get(&volume) == Some(&problem) {
+            return;
+        }
+        match volume {
+            Some(volume) => {
+                tracing::warn!(%volume, %problem, "a mirrored volume is not yet as it shall be here; it is tried again");
+            }
+            None => tracing::warn!(%problem, "mirrored volumes go on as they are; the catalogue is asked again"),
+        }
+        self.said.insert(volume, problem);
     }
 }
