@@ -169,3 +169,43 @@ async fn a_copy_moves_to_another_node() {
     second.kill().await;
     third.kill().await;
 }
+
+/// A disk that was lost is not replaced by an empty copy of the same name, and a catalogue that does not know a volume is no
+/// reason to delete its copy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_copy_is_not_made_again_and_an_unknown_one_is_kept() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volume = site.create(&["n1", "n2"]).await;
+    let (one, two) = (volume.copies["n1"], volume.copies["n2"]);
+    eventually("both copies", async || (site.volume(volume.id).await.object.status.copies.len() == 2).then_some(()))
+        .await;
+    second.kill().await;
+    let pool = site.path("n2").join("pool");
+    std::fs::remove_dir_all(pool.join("trees").join(two.to_string())).expect("the disk is lost");
+    let second = site.start("n2", site.catalog()).await;
+    // Its other work is done, so it has looked at this volume, too.
+    let other = site.create(&["n2"]).await;
+    eventually("the other volume", async || {
+        (!site.volume(other.id).await.object.status.copies.is_empty()).then_some(())
+    })
+    .await;
+    site.change(volume.id, |volume| volume.spec.verify_reads = true).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(second.manager.copy_here(volume.id).is_none());
+    assert_eq!(second.trees(&pool), 1, "only the other volume's");
+    assert_eq!(site.volume(volume.id).await.object.status.copies, BTreeSet::from([one, two]), "somebody has to see it");
+
+    let stored = site.volume(volume.id).await;
+    site.file.delete(&stored).await.expect("deleted");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(first.manager.copy_here(volume.id).expect("kept").tree, one);
+    first.kill().await;
+    let first = site.start("n1", site.catalog()).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(first.manager.copy_here(volume.id).expect("kept").tree, one);
+    first.kill().await;
+    second.kill().await;
+}

@@ -76,7 +76,7 @@ impl Site {
         let size = VolumeSize::try_from(SIZE).expect("a size");
         let replicas = u8::try_from(copies.len()).expect("few");
         let request = VolumeRequest {
-            name: "pvc-1".into(),
+            name: format!("pvc-{}", self.volumes.len()),
             size,
             pool: "default".into(),
             fs_type: None,
