@@ -11,6 +11,7 @@ mod fatal;
 pub mod holder;
 pub mod io;
 pub mod manager;
+pub mod mirror;
 pub mod operations;
 pub mod peer;
 pub mod pool;

@@ -6,7 +6,8 @@
 use super::Controller;
 use super::request::{DEFAULT_VOLUME_BYTES, NewVolume, WantedSource};
 use crate::catalog::{
-    Access, Descriptor, FsType, Snapshot, SnapshotStatus, Source, Stored, Volume, VolumePhase, VolumeRequest,
+    Access, Descriptor, FsType, Replication, Snapshot, SnapshotStatus, Source, Stored, Volume, VolumePhase,
+    VolumeRequest,
 };
 use crate::csi::control::ControlError;
 use crate::csi::errors::{CreateVolumeError, DeleteVolumeError, Transient};
@@ -89,6 +90,7 @@ impl Controller {
             verify_reads: wanted.parameters.verify_reads,
             access: wanted.access.clone(),
             source,
+            replication: Replication::None,
         };
         Ok(self.create(Volume::wanted(VolumeId::random(), request)).await?)
     }
