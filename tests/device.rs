@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tandem::replica::device::loop_device::{self, LoopDevice, LoopError};
 use tandem::replica::device::slots::Slots;
 use tandem::replica::device::{Control, FuseLoop, mount};
-use tandem::volume::{VolumeId, VolumeSize};
+use tandem::volume::{InstanceId, VolumeId, VolumeSize};
 
 const MIB: u64 = 1 << 20;
 
@@ -82,11 +82,11 @@ struct Cleanup<'a> {
 
 impl Drop for Cleanup<'_> {
     fn drop(&mut self) {
-        if loop_device::find(self.volume).is_some() {
+        if loop_device::find_any(self.volume).is_some() {
             if let Some(control) = self.control.take() {
                 let _ = control.abort();
             }
-            let _ = loop_device::detach(self.volume);
+            let _ = loop_device::detach_all(self.volume);
         }
         self.shared.stop.store(true, Ordering::Relaxed);
     }
@@ -99,7 +99,7 @@ fn with_device(bytes: u64, test: impl FnOnce(&Shared, &Control, LoopDevice, &Fil
     let (size, stop, paused) = (AtomicU64::new(bytes), AtomicBool::new(false), AtomicBool::new(false));
     let shared = Shared { size, stop, paused, delay: Duration::ZERO, hang: None };
     let (arena, _memory) = Slots::create("tandem-test", 8).expect("slots");
-    let device = FuseLoop::create(VolumeId::random()).expect("a device");
+    let device = FuseLoop::create(VolumeId::random(), InstanceId::random()).expect("a device");
     let (volume, control) = (device.volume, device.control().expect("control"));
     let guard = Cleanup { shared: &shared, control: Some(device.control().expect("control")), volume };
     let server = Server { shared: &shared, device, arena, file: file.try_clone().expect("dup") };
@@ -107,11 +107,11 @@ fn with_device(bytes: u64, test: impl FnOnce(&Shared, &Control, LoopDevice, &Fil
         let guard = guard;
         let thread = scope.spawn(move || server.run());
         let (attached, untuned) = control.attach().expect("attach");
-        assert_eq!(loop_device::find(volume), Some(attached));
+        assert_eq!(loop_device::find_any(volume), Some(attached));
         println!("{attached:?}, not tuned: {untuned:?}");
         test(&shared, &control, attached, &file);
         detach(&control, attached);
-        assert_eq!(loop_device::find(volume), None);
+        assert_eq!(loop_device::find_any(volume), None);
         drop(guard);
         assert_eq!(thread.join().expect("the server"), 0);
     });
@@ -186,7 +186,7 @@ fn a_device_that_is_open_is_not_taken_away() {
 
 #[test]
 fn an_aborted_connection_ends_its_requests() {
-    let device = FuseLoop::create(VolumeId::random()).expect("a device");
+    let device = FuseLoop::create(VolumeId::random(), InstanceId::random()).expect("a device");
     let control = device.control().expect("control");
     std::thread::scope(|scope| {
         // Nobody serves, so this waits for ever.

@@ -89,7 +89,7 @@ async fn carries_verified_data(up: Up) {
     drop(open);
     handle.detach(up.volume).await.expect("detaches");
     handle.detach(up.volume).await.expect("is idempotent");
-    assert_eq!(loop_device::find(up.volume), None);
+    assert_eq!(loop_device::find_any(up.volume), None);
     handle.close_tree(up.tree).await.expect("closes");
 }
 

@@ -14,7 +14,7 @@ use tandem::replica::device::loop_device::{self, LoopDevice, LoopError};
 use tandem::replica::device::slots::Slots;
 use tandem::replica::device::{Control, FuseLoop};
 use tandem::replica::holder::Holder;
-use tandem::volume::VolumeId;
+use tandem::volume::{InstanceId, VolumeId};
 
 const SERVE: &str = "TANDEM_TEST_SERVE";
 /// Answers INIT and nothing more.
@@ -22,6 +22,11 @@ const HANG: &str = "TANDEM_TEST_HANG";
 const BYTES: u64 = 64 * MIB;
 const KILLS: u32 = 12;
 const WRITERS: u64 = 8;
+
+/// The same for every server of a device, as its directory is.
+fn copy() -> InstanceId {
+    InstanceId::from_bytes(*b"tandem-test-copy")
+}
 
 /// Not a test of its own: the process that is killed. Its directory says what it has to serve.
 #[test]
@@ -33,13 +38,13 @@ fn server_process() {
     let mut held = holder.list().expect("what is held");
     let (arena, device) = if held.is_empty() {
         let (arena, memory) = Slots::create("tandem-arena", 16).expect("slots");
-        let device = FuseLoop::create(VolumeId::random()).expect("a device");
+        let device = FuseLoop::create(VolumeId::random(), copy()).expect("a device");
         holder.put("arena", b"", &[memory.as_fd()]).expect("put");
         holder.put(&format!("volume/{}", device.volume), b"", &device.descriptors()).expect("put");
         (arena, device)
     } else {
         let volume = held[1].key.trim_start_matches("volume/").parse().expect("an id");
-        let device = FuseLoop::from_held(volume, std::mem::take(&mut held[1].fds)).expect("the device");
+        let device = FuseLoop::from_held(volume, copy(), std::mem::take(&mut held[1].fds)).expect("the device");
         (Slots::map(held[0].fds[0].as_fd()).expect("slots"), device)
     };
     let delay = Duration::from_millis(1);
@@ -65,7 +70,7 @@ fn server_process() {
 }
 
 fn finish(control: &Control, holder: &Holder, volume: VolumeId) {
-    detach(control, loop_device::find(volume).expect("the loop device"));
+    detach(control, loop_device::find_any(volume).expect("the loop device"));
     holder.remove(&format!("volume/{volume}")).expect("remove");
     holder.remove("arena").expect("remove");
 }
@@ -117,7 +122,7 @@ impl Run {
     fn stop(&mut self) {
         std::fs::write(self.directory.path().join("stop"), "").expect("stop");
         assert!(self.server.wait().expect("wait").success(), "{}", self.log());
-        assert_eq!(loop_device::find(self.volume()), None);
+        assert_eq!(loop_device::find_any(self.volume()), None);
     }
 
     fn kill_server(&mut self) {
@@ -141,7 +146,7 @@ impl Drop for Run {
         if let Ok(text) = std::fs::read_to_string(self.directory.path().join("device"))
             && let Ok(volume) = text.parse()
         {
-            let _ = loop_device::detach(volume);
+            let _ = loop_device::detach_all(volume);
         }
     }
 }
@@ -170,7 +175,7 @@ fn write_rounds(device: LoopDevice, writer: u64, stop: &AtomicBool) -> (u8, Dura
 #[test]
 fn a_device_survives_kill_9_of_whoever_serves_it() {
     let mut run = Run::start(false);
-    let device = loop_device::find(run.volume()).expect("the loop device");
+    let device = loop_device::find_any(run.volume()).expect("the loop device");
     let stop = AtomicBool::new(false);
     let mut recovered = 0;
     let rounds: Vec<(u8, Duration)> = std::thread::scope(|scope| {
@@ -216,7 +221,7 @@ fn a_server_that_is_killed_while_it_attaches_ends_at_once() {
     assert_eq!(filled(run.directory.path()), 1, "the request that hangs");
     std::fs::remove_file(hangs).expect("remove");
     run.server = Run::serve(run.directory.path()).spawn().expect("a server");
-    let device = loop_device::find(run.volume()).expect("the loop device");
+    let device = loop_device::find_any(run.volume()).expect("the loop device");
     direct(device).write_all_at(&aligned(1).0, 0).expect("a write");
     run.stop();
 }
@@ -236,7 +241,7 @@ fn filled(directory: &Path) -> usize {
 fn a_device_whose_holder_died_is_replaced() {
     let mut run = Run::start(false);
     let volume = run.volume();
-    let dead = loop_device::find(volume).expect("the loop device");
+    let dead = loop_device::find_any(volume).expect("the loop device");
     let disk = direct(dead);
     disk.write_all_at(&aligned(1).0, 0).expect("a write");
     run.kill_server();
@@ -244,7 +249,7 @@ fn a_device_whose_holder_died_is_replaced() {
     kill(Pid::from_raw(holder.pid as i32), Signal::SIGKILL).expect("kill");
     assert!(disk.write_all_at(&aligned(1).0, 0).is_err(), "nobody answers any more, so it must not hang");
 
-    let device = FuseLoop::create(volume).expect("a device");
+    let device = FuseLoop::create(volume, copy()).expect("a device");
     let control = device.control().expect("control");
     let refused = control.attach();
     assert!(matches!(refused, Err(LoopError::Dead { .. })), "{refused:?}");

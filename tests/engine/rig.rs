@@ -126,7 +126,7 @@ impl Drop for Place {
             let pid = nix::unistd::Pid::from_raw(status.pid as i32);
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
-        let _ = loop_device::detach(self.volume);
+        let _ = loop_device::detach_all(self.volume);
     }
 }
 

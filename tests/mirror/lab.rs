@@ -117,7 +117,7 @@ impl Lab {
     pub fn kill_node(&mut self) {
         self.kill_child();
         self.kill_holder(0);
-        let _ = loop_device::detach(self.volume);
+        let _ = loop_device::detach_all(self.volume);
     }
 
     fn kill_holder(&self, number: usize) {
@@ -135,7 +135,7 @@ impl Drop for Lab {
             let _ = child.wait();
         }
         (0..2).for_each(|number| self.kill_holder(number));
-        let _ = loop_device::detach(self.volume);
+        let _ = loop_device::detach_all(self.volume);
     }
 }
 

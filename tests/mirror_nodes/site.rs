@@ -175,7 +175,7 @@ impl Drop for Site {
         }
         for volume in &self.volumes {
             abort_connection(*volume);
-            let _ = loop_device::detach(*volume);
+            let _ = loop_device::detach_all(*volume);
         }
     }
 }

@@ -27,8 +27,8 @@ pub const REPLY_HEADER: usize = 16;
 pub const MAX_PAYLOAD: usize = MAX_REQUEST_BLOCKS as usize * BLOCK_SIZE as usize;
 /// Most bytes that [`Reply::encode`] writes: a header and an entry or the directory.
 pub const MAX_REPLY: usize = 256;
-/// What the name of a volume's file starts with; its id follows, and after a dot the number of the connection. The kernel
-/// shows that name as the loop device's backing file, so a device can be found again without asking the engine.
+/// What the name of a volume's file starts with; its id follows, and after dots the number of the connection and the copy.
+/// The kernel shows that name as the loop device's backing file, so a device can be found again without asking the engine.
 pub const NAME_PREFIX: &str = "tandem-";
 
 const ROOT: u64 = 1;

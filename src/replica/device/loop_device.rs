@@ -4,13 +4,13 @@
 //! * Every function that can wait for the engine runs in a child ([`isolated`]) and blocks its caller: never call one from
 //!   the engine's own thread.
 //! * A device is found by the name of its backing file in /sys, which the kernel knows without asking the engine;
-//!   LOOP_GET_STATUS64 would ask.
+//!   LOOP_GET_STATUS64 would ask. The name says which copy serves it: two nodes on one kernel may have the same volume.
 //! * Nothing waits without a limit of its own, except for the engine's answers.
 #![allow(unsafe_code, reason = "ioctls of the loop driver")]
 
 use super::fuse::NAME_PREFIX;
 use super::isolated::isolated;
-use crate::volume::{BLOCK_SIZE, VolumeId, VolumeSize};
+use crate::volume::{BLOCK_SIZE, InstanceId, VolumeId, VolumeSize};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
@@ -104,58 +104,96 @@ pub enum LoopError {
     },
 }
 
-/// The name of a volume's file: its volume, and its FUSE connection, so that a device whose connection died with the holder
-/// is told from one that works.
-fn file_name(volume: VolumeId, connection: u32) -> String {
-    format!("{NAME_PREFIX}{volume}.{connection}")
+/// Whose device it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Served {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The copy of it that serves the device.
+    pub copy: InstanceId,
+}
+
+impl Served {
+    /// The beginning of the copy's id: enough to tell the few copies of one volume apart, and the driver cuts long names.
+    fn tag(self) -> u32 {
+        let [first, second, third, fourth, ..] = self.copy.to_bytes();
+        u32::from_be_bytes([first, second, third, fourth])
+    }
+
+    /// The name of its file: also the FUSE connection is in it, so that a device whose connection died with the holder is told
+    /// from one that works.
+    fn file_name(self, connection: u32) -> String {
+        format!("{NAME_PREFIX}{}.{connection}.{:08x}", self.volume, self.tag())
+    }
+}
+
+/// A loop device of ours, as its backing file's name says.
+struct Found {
+    volume: VolumeId,
+    connection: u32,
+    tag: u32,
+    device: LoopDevice,
+}
+
+impl Found {
+    fn is_of(&self, served: Served) -> bool {
+        self.volume == served.volume && self.tag == served.tag()
+    }
+
+    fn is_there(&self) -> bool {
+        let backing = std::fs::read_to_string(self.device.sys().join("loop/backing_file")).unwrap_or_default();
+        parse_backing(&backing).is_some_and(|(volume, _, tag)| (volume, tag) == (self.volume, self.tag))
+    }
 }
 
 /// The volume that a loop device with this backing file belongs to.
 pub fn volume_of(backing_file: &str) -> Option<VolumeId> {
-    parse_backing(backing_file).map(|(volume, _)| volume)
+    parse_backing(backing_file).map(|(volume, _, _)| volume)
 }
 
-fn parse_backing(backing_file: &str) -> Option<(VolumeId, u32)> {
+fn parse_backing(backing_file: &str) -> Option<(VolumeId, u32, u32)> {
     let name = backing_file.trim_end().strip_prefix('/')?.strip_prefix(NAME_PREFIX)?;
     // The kernel appends " (deleted)" when it has forgotten the name, which changes nothing.
-    let (volume, connection) = name.split(' ').next()?.split_once('.')?;
-    Some((volume.parse().ok()?, connection.parse().ok()?))
+    let mut parts = name.split(' ').next()?.split('.');
+    let (volume, connection, tag) = (parts.next()?, parts.next()?, parts.next()?);
+    Some((volume.parse().ok()?, connection.parse().ok()?, u32::from_str_radix(tag, 16).ok()?))
 }
 
-fn scan() -> impl Iterator<Item = (VolumeId, u32, LoopDevice)> {
+fn scan() -> impl Iterator<Item = Found> {
     let entries = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
     entries.filter_map(|entry| {
         let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
         let backing = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
-        let (volume, connection) = parse_backing(&backing)?;
-        Some((volume, connection, LoopDevice(number)))
+        let (volume, connection, tag) = parse_backing(&backing)?;
+        Some(Found { volume, connection, tag, device: LoopDevice(number) })
     })
 }
 
-/// Every attached loop device of ours on this machine. Never waits for the engine.
-pub fn attached() -> Vec<(VolumeId, LoopDevice)> {
-    scan().map(|(volume, _, device)| (volume, device)).collect()
+/// The loop device that a copy serves, if it is attached. Never waits for the engine.
+pub fn find(served: Served) -> Option<LoopDevice> {
+    scan().find(|found| found.is_of(served)).map(|found| found.device)
 }
 
-/// The loop device of a volume, if it is attached. Never waits for the engine.
-pub fn find(volume: VolumeId) -> Option<LoopDevice> {
-    scan().find(|(owner, _, _)| *owner == volume).map(|(_, _, device)| device)
+/// One that any copy of the volume serves. Never waits for the engine.
+pub fn find_any(volume: VolumeId) -> Option<LoopDevice> {
+    scan().find(|found| found.volume == volume).map(|found| found.device)
 }
 
-/// Sets up a loop device (direct I/O, 4096-byte sectors) on the file of `volume` below `root`; the one that is there already
+/// Sets up a loop device (direct I/O, 4096-byte sectors) on the copy's file below `root`; the one that is there already
 /// is taken. One of an earlier connection, which died with its holder, is removed first, unless it is still mounted.
 /// The engine must be serving the file.
-pub fn attach(root: BorrowedFd<'_>, volume: VolumeId) -> Result<LoopDevice, LoopError> {
+pub fn attach(root: BorrowedFd<'_>, served: Served) -> Result<LoopDevice, LoopError> {
+    let volume = served.volume;
     let connection = own_connection(root, volume)?;
-    match scan().find(|(owner, _, _)| *owner == volume) {
-        Some((_, found, device)) if found == connection => return Ok(device),
-        Some((_, _, device)) => match detach(volume) {
-            Err(LoopError::Busy { .. }) => return Err(LoopError::Dead { volume, device }),
+    match scan().find(|found| found.is_of(served)) {
+        Some(found) if found.connection == connection => return Ok(found.device),
+        Some(found) => match remove(&found) {
+            Err(LoopError::Busy { .. }) => return Err(LoopError::Dead { volume, device: found.device }),
             result => result?,
         },
         None => {}
     }
-    let name = file_name(volume, connection);
+    let name = served.file_name(connection);
     let configured = isolated(&[root], || Ok(configure_free(root, &name)));
     match configured.map_err(|errno| LoopError::System { volume, step: "child process", errno })? {
         Ok(number) => Ok(LoopDevice(number)),
@@ -221,9 +259,10 @@ pub fn tune(device: LoopDevice) -> Untuned {
 }
 
 /// Makes a grown volume's size known to the device. The engine must answer with the new size already.
-pub fn set_capacity(root: BorrowedFd<'_>, volume: VolumeId, size: VolumeSize) -> Result<(), LoopError> {
-    let name = file_name(volume, own_connection(root, volume)?);
-    let device = find(volume).ok_or(LoopError::System { volume, step: "find the device", errno: Errno::ENOENT })?;
+pub fn set_capacity(root: BorrowedFd<'_>, served: Served, size: VolumeSize) -> Result<(), LoopError> {
+    let volume = served.volume;
+    let name = served.file_name(own_connection(root, volume)?);
+    let device = find(served).ok_or(LoopError::System { volume, step: "find the device", errno: Errno::ENOENT })?;
     let work = || -> Step<()> {
         let file = openat(root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
         let file = file.map_err(step("open the file"))?;
@@ -241,10 +280,19 @@ pub fn set_capacity(root: BorrowedFd<'_>, volume: VolumeId, size: VolumeSize) ->
     done.map_err(|(step, errno)| LoopError::System { volume, step, errno })
 }
 
-/// Removes the loop device of `volume` and waits until it is gone; none is fine too. Busy while anything has it mounted or
+/// Removes the loop device of a copy and waits until it is gone; none is fine too. Busy while anything has it mounted or
 /// open, and then it stays as it was. The engine must be serving the file.
-pub fn detach(volume: VolumeId) -> Result<(), LoopError> {
-    let Some(device) = find(volume) else { return Ok(()) };
+pub fn detach(served: Served) -> Result<(), LoopError> {
+    scan().find(|found| found.is_of(served)).map_or(Ok(()), |found| remove(&found))
+}
+
+/// As [`detach`], for all copies of the volume that have devices on this machine.
+pub fn detach_all(volume: VolumeId) -> Result<(), LoopError> {
+    scan().filter(|found| found.volume == volume).try_for_each(|found| remove(&found))
+}
+
+fn remove(found: &Found) -> Result<(), LoopError> {
+    let (volume, device) = (found.volume, found.device);
     let cleared = isolated(&[], || Ok(clear(device)));
     let cleared = cleared.map_err(|errno| LoopError::System { volume, step: "child process", errno })?;
     match cleared {
@@ -252,7 +300,7 @@ pub fn detach(volume: VolumeId) -> Result<(), LoopError> {
         Err((_, Errno::EBUSY)) => return Err(LoopError::Busy { volume, device }),
         Err((step, errno)) => return Err(LoopError::System { volume, step, errno }),
     }
-    if wait_until_gone(volume, device) {
+    if wait_until_gone(found) {
         return Ok(());
     }
     // Somebody has it open: the kernel would remove it at their last close. Take that promise back.
@@ -279,18 +327,15 @@ fn keep(device: LoopDevice) -> Step<()> {
     ioctl(&node, LOOP_SET_STATUS64, &raw mut info as usize).map_err(step("LOOP_SET_STATUS64")).map(drop)
 }
 
-fn wait_until_gone(volume: VolumeId, device: LoopDevice) -> bool {
+fn wait_until_gone(found: &Found) -> bool {
     let start = Instant::now();
-    loop {
-        let backing = std::fs::read_to_string(device.sys().join("loop/backing_file")).unwrap_or_default();
-        if volume_of(&backing) != Some(volume) {
-            return true;
-        }
+    while found.is_there() {
         if start.elapsed() > DETACH_LIMIT {
             return false;
         }
         std::thread::sleep(POLL);
     }
+    true
 }
 
 fn ioctl(fd: impl AsFd, request: libc::c_ulong, argument: usize) -> Result<i32, Errno> {
@@ -368,10 +413,11 @@ mod tests {
 
     #[test]
     fn a_device_is_found_by_the_name_of_its_file_alone() {
-        let volume = VolumeId::random();
-        let name = file_name(volume, 57);
-        assert_eq!(parse_backing(&format!("/{name}\n")), Some((volume, 57)));
-        assert_eq!(parse_backing(&format!("/{name} (deleted)\n")), Some((volume, 57)));
+        let (volume, copy) = (VolumeId::random(), InstanceId::random());
+        let served = Served { volume, copy };
+        let name = served.file_name(4_000_000_000);
+        assert_eq!(parse_backing(&format!("/{name}\n")), Some((volume, 4_000_000_000, served.tag())));
+        assert_eq!(parse_backing(&format!("/{name} (deleted)\n")), Some((volume, 4_000_000_000, served.tag())));
         assert!(name.len() < 64, "the loop driver cuts it");
         for other in ["/srv/tandem-x\n", "/tandem-\n", "", "/var/lib/disk.img\n"] {
             assert_eq!(volume_of(other), None, "{other}");

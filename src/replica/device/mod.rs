@@ -15,8 +15,8 @@ pub mod loop_device;
 pub mod mount;
 pub mod slots;
 
-use crate::volume::{VolumeId, VolumeSize};
-use loop_device::{LoopDevice, LoopError, Untuned};
+use crate::volume::{InstanceId, VolumeId, VolumeSize};
+use loop_device::{LoopDevice, LoopError, Served, Untuned};
 use mount::MountError;
 use slots::{RESERVED_SLOTS, Slots, SlotsError};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -59,6 +59,7 @@ pub struct FuseLoop {
     pub volume: VolumeId,
     /// The slot that only this volume uses.
     pub slots: Slots,
+    copy: InstanceId,
     device: OwnedFd,
     root: OwnedFd,
     memory: OwnedFd,
@@ -67,17 +68,17 @@ pub struct FuseLoop {
 impl FuseLoop {
     /// A new connection and a slot of its own; no loop device yet. Order: give [`FuseLoop::descriptors`] to the holder, serve
     /// the connection, then [`Control::attach`].
-    pub fn create(volume: VolumeId) -> Result<Self, DeviceError> {
+    pub fn create(volume: VolumeId, copy: InstanceId) -> Result<Self, DeviceError> {
         let (slots, memory) = Slots::create("tandem-slot", RESERVED_SLOTS)?;
         let (device, root) = mount::connect()?;
-        Ok(Self { volume, slots, device, root, memory })
+        Ok(Self { volume, slots, copy, device, root, memory })
     }
 
     /// Takes over what the holder kept, in the order of [`FuseLoop::descriptors`].
-    pub fn from_held(volume: VolumeId, descriptors: Vec<OwnedFd>) -> Result<Self, DeviceError> {
+    pub fn from_held(volume: VolumeId, copy: InstanceId, descriptors: Vec<OwnedFd>) -> Result<Self, DeviceError> {
         let found = descriptors.len();
         let [device, root, memory] = descriptors.try_into().map_err(|_| DeviceError::Held { volume, found })?;
-        Ok(Self { volume, slots: Slots::map(memory.as_fd())?, device, root, memory })
+        Ok(Self { volume, slots: Slots::map(memory.as_fd())?, copy, device, root, memory })
     }
 
     /// What the holder must keep: the connection, the root of its mount, the memory of the slot.
@@ -90,34 +91,39 @@ impl FuseLoop {
         self.device.as_fd()
     }
 
+    /// Whose device it is.
+    pub fn served(&self) -> Served {
+        Served { volume: self.volume, copy: self.copy }
+    }
+
     /// For the helper thread that does what blocks. Drop it before [`FuseLoop`] when the device is given up.
     pub fn control(&self) -> Result<Control, DeviceError> {
         let volume = self.volume;
         let root = self.root.try_clone().map_err(|errno| DeviceError::Descriptor { volume, errno })?;
-        Ok(Control { volume, root })
+        Ok(Control { served: self.served(), root })
     }
 }
 
 /// What blocks while the engine must go on serving: never call it from the engine's thread.
 #[derive(Debug)]
 pub struct Control {
-    volume: VolumeId,
+    served: Served,
     root: OwnedFd,
 }
 
 impl Control {
     /// Sets up the loop device, or finds the one that is there. Returns also what could not be tuned.
     pub fn attach(&self) -> Result<(LoopDevice, Untuned), LoopError> {
-        let device = loop_device::attach(self.root.as_fd(), self.volume)?;
+        let device = loop_device::attach(self.root.as_fd(), self.served)?;
         Ok((device, loop_device::tune(device)))
     }
     /// Makes a grown size known; the engine answers with it already.
     pub fn resized(&self, size: VolumeSize) -> Result<(), LoopError> {
-        loop_device::set_capacity(self.root.as_fd(), self.volume, size)
+        loop_device::set_capacity(self.root.as_fd(), self.served, size)
     }
     /// Removes the loop device; afterwards the engine may end the connection.
     pub fn detach(&self) -> Result<(), LoopError> {
-        loop_device::detach(self.volume)
+        loop_device::detach(self.served)
     }
     /// Ends the connection with errors for whoever waits.
     pub fn abort(&self) -> Result<(), std::io::Error> {

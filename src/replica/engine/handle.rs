@@ -169,7 +169,7 @@ impl EngineHandle {
     async fn make_device(&self, tree: InstanceId, volume: VolumeId) -> Result<DeviceControl, AttachError> {
         let (device, control) = self
             .blocking(move |shared| {
-                let device = FuseLoop::create(volume)?;
+                let device = FuseLoop::create(volume, tree)?;
                 let control = device.control()?;
                 // Before anything can be asked: a request that was read must outlive this process.
                 crash_point("device.hold");

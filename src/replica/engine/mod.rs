@@ -260,7 +260,6 @@ pub fn start(config: EngineConfig) -> Result<(EngineHandle, Recovered), StartErr
     let mut recovered = Recovered::default();
     let mut parked = vec![];
     let mut arena = None;
-    let devices: BTreeMap<VolumeId, LoopDevice> = loop_device::attached().into_iter().collect();
     for entry in config.holder.list()? {
         if entry.key == ARENA {
             let memory = entry.fds.first().ok_or(SlotsError::Length { length: 0 })?;
@@ -268,7 +267,7 @@ pub fn start(config: EngineConfig) -> Result<(EngineHandle, Recovered), StartErr
         } else if let Some(tree) = entry.key.strip_prefix(PENDING).and_then(|id| id.parse().ok()) {
             recovered.pendings.extend(entry.fds.into_iter().next().map(|fd| (tree, fd)));
         } else if let Some(volume) = entry.key.strip_prefix(VOLUME).and_then(|id| id.parse().ok()) {
-            parked.extend(park(volume, entry, devices.get(&volume).copied()));
+            parked.extend(park(volume, entry));
         } else {
             tracing::warn!(key = entry.key, "the holder keeps something unknown; it is left alone");
         }
@@ -290,7 +289,7 @@ pub fn start(config: EngineConfig) -> Result<(EngineHandle, Recovered), StartErr
     Ok((handle, recovered))
 }
 
-fn park(volume: VolumeId, entry: Entry, device: Option<LoopDevice>) -> Option<Parked> {
+fn park(volume: VolumeId, entry: Entry) -> Option<Parked> {
     let meta: VolumeMeta = match serde_json::from_slice(&entry.meta) {
         Ok(meta) => meta,
         Err(error) => {
@@ -298,8 +297,8 @@ fn park(volume: VolumeId, entry: Entry, device: Option<LoopDevice>) -> Option<Pa
             return None;
         }
     };
-    match FuseLoop::from_held(volume, entry.fds) {
-        Ok(fuse) => Some(Parked { tree: meta.tree, fuse, device }),
+    match FuseLoop::from_held(volume, meta.tree, entry.fds) {
+        Ok(fuse) => Some(Parked { tree: meta.tree, device: loop_device::find(fuse.served()), fuse }),
         Err(error) => {
             tracing::error!(%volume, %error, "a device cannot be taken over; it stays frozen");
             None

@@ -9,7 +9,7 @@ use crate::replica::device::FuseLoop;
 use crate::replica::device::fuse::{Dispatch, Malformed, Reply};
 use crate::replica::device::loop_device;
 use crate::replica::device::slots::{Slot, Slots};
-use crate::volume::{VolumeId, VolumeSize};
+use crate::volume::{InstanceId, VolumeId, VolumeSize};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::cell::RefCell;
@@ -68,9 +68,9 @@ struct Attached<'a> {
 
 impl Drop for Attached<'_> {
     fn drop(&mut self) {
-        if loop_device::find(self.volume).is_some() && self.control.detach().is_err() {
+        if loop_device::find_any(self.volume).is_some() && self.control.detach().is_err() {
             let _ = self.control.abort();
-            let _ = loop_device::detach(self.volume);
+            let _ = loop_device::detach_all(self.volume);
         }
         self.stop.store(true, Ordering::Relaxed);
     }
@@ -80,7 +80,7 @@ impl Drop for Attached<'_> {
 pub fn record(kind: &Kind) -> Recording {
     let (log, stop) = (Mutex::new(Log::default()), AtomicBool::new(false));
     let (arena, _memory) = Slots::create("tandem-images", 32).expect("slots");
-    let device = FuseLoop::create(VolumeId::random()).expect("a FUSE device: this test needs root and /dev/fuse");
+    let device = FuseLoop::create(VolumeId::random(), InstanceId::random()).expect("a FUSE device: this test needs root and /dev/fuse");
     let attached = Attached { control: device.control().expect("control"), volume: device.volume, stop: &stop };
     let image = RefCell::new(vec![0; kind.bytes as usize]);
     let server = Server { device, arena, image, log: &log, stop: &stop };
