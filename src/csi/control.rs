@@ -3,6 +3,7 @@
 //! Invariants: the connection is made when it is needed and made again when the replica was restarted; what was asked is
 //! level-triggered, so an answer that never came ([`ControlError::Unknown`]) is asked for again, never guessed.
 
+use crate::catalog::NodeName;
 use crate::crash::crash_point;
 use crate::rpc::control::replica_client::ReplicaClient;
 use hyper_util::rt::TokioIo;
@@ -22,13 +23,17 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A client of the control socket; clones share the connection.
 #[derive(Clone, Debug)]
-pub struct Control(Client);
+pub struct Control {
+    client: Client,
+    /// The other machine that it is on; for messages.
+    machine: Option<NodeName>,
+}
 
 /// What the replica answered instead of doing it. The texts are its own sentences.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ControlError {
     /// Whether it happened is not known; ask again.
-    #[error("the replica did not answer: {0}; it restarts by itself, repeat the call")]
+    #[error("the replica did not answer: {0}; repeat the call, it is answered when the replica is back")]
     Unknown(String),
     /// What was named does not exist.
     #[error("{0}")]
@@ -86,12 +91,20 @@ impl Control {
                 connected.map(TokioIo::new).map_err(named)
             }
         }));
-        Self(ReplicaClient::new(channel))
+        Self { client: ReplicaClient::new(channel), machine: None }
     }
 
     /// For one call: generated clients want to be owned, and cloning is cheap.
     pub fn client(&self) -> Client {
         crash_point("csi.call");
-        self.0.clone()
+        self.client.clone()
+    }
+
+    /// What a failed call means; where the answer never came, from whom.
+    pub fn refusal(&self, status: Status) -> ControlError {
+        match (ControlError::from(status), &self.machine) {
+            (ControlError::Unknown(reason), Some(machine)) => ControlError::Unknown(format!("node {machine}: {reason}")),
+            (error, _) => error,
+        }
     }
 }

@@ -62,6 +62,9 @@ pub enum Transient {
     /// The replica did not answer, or not what this call can use.
     #[error(transparent)]
     Replica(#[from] ControlError),
+    /// No node has announced itself, or not the one that it is about.
+    #[error("{0}; `tandem replica` announces its node when it reaches the controller: repeat the call")]
+    NoNode(String),
 }
 
 /// Sizes that cannot be.
@@ -104,17 +107,19 @@ rpc_errors! {
         /// The size is impossible.
         #[error("{0}")]
         Range(#[from] RangeError),
-        /// No such pool on this node.
-        #[error("pool {pool:?} does not exist on this node; there are: {known}; see `tandem pool add`")]
+        /// No such pool on any node, or not on the node of the source.
+        #[error("pool {pool:?} does not exist {place}; there are: {known}; see `tandem pool add`")]
         UnknownPool {
             /// As asked for.
             pool: String,
+            /// Where it was looked for.
+            place: String,
             /// Comma separated.
             known: String,
         },
         /// The volume must be elsewhere.
-        #[error("this is node {0}, and the volume must be reachable from other nodes only")]
-        NotHere(NodeName),
+        #[error("{0}")]
+        NotHere(String),
         /// The pool cannot promise the bytes.
         #[error("no room for the volume: {0}")]
         NoRoom(String),
@@ -149,12 +154,22 @@ rpc_errors! {
         #[error("volume {0:?} does not exist")]
         VolumeNotFound(String),
         /// No such node.
-        #[error("node {node:?} does not exist here; this is node {here}")]
+        #[error("node {node:?} does not exist; there are: {known}")]
         NodeNotFound {
             /// As asked for.
             node: String,
-            /// Who we are.
-            here: NodeName,
+            /// Comma separated.
+            known: String,
+        },
+        /// The node does not hold the volume.
+        #[error("volume {id} has no copy on node {node} and can be used on {holders} only")]
+        NoCopy {
+            /// The volume.
+            id: VolumeId,
+            /// As asked for.
+            node: NodeName,
+            /// Comma separated.
+            holders: String,
         },
         /// Published to this node in another way.
         #[error("volume {id} is published to node {node} already, with another capability or read-only flag; unpublish it first")]
@@ -246,8 +261,8 @@ rpc_errors! {
             volume: VolumeId,
         },
         /// The snapshot must be elsewhere.
-        #[error("this is node {0}, and the snapshot must be reachable from other nodes only")]
-        NotHere(NodeName),
+        #[error("the snapshot is where its volume is, on {0}, and must be reachable from other nodes only")]
+        NotHere(String),
         /// The reserve cannot be had.
         #[error("no room for the snapshot: {0}")]
         NoRoom(String),
@@ -290,6 +305,9 @@ rpc_errors! {
             /// Who has it.
             id: GroupSnapshotId,
         },
+        /// Nobody can stop the writes of several nodes at one moment.
+        #[error("the volumes are on different nodes ({0}): a group snapshot needs all of them on one")]
+        Apart(String),
         /// The reserve cannot be had for all of them.
         #[error("no room for the snapshots: {0}")]
         NoRoom(String),

@@ -8,6 +8,7 @@ pub mod group;
 pub mod handler;
 pub mod identity;
 pub mod node;
+pub mod nodes;
 pub mod operations;
 pub mod parameters;
 pub mod server;

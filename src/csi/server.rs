@@ -7,6 +7,7 @@ use super::controller::{Controller, ControllerService};
 use super::group::GroupService;
 use super::identity::IdentityService;
 use super::node::{NodeConfig, NodeService, RecordError};
+use super::nodes::{Node, Nodes};
 use super::snapshot_metadata::SnapshotMetadataService;
 use crate::catalog::{Catalog, NodeName, OpenError};
 use crate::rpc::csi::controller_server::ControllerServer;
@@ -78,7 +79,7 @@ pub async fn serve(config: CsiConfig, stop: impl Future<Output = ()>) -> Result<
     let records = config.dir.join("node");
     let node_service =
         NodeService::new(NodeConfig { name: node.clone(), max_volumes: limit, records }, control.clone())?;
-    let controller = Arc::new(Controller::new(catalog, control.clone(), node, limit));
+    let controller = Arc::new(Controller::new(catalog, Nodes::Alone(Node { name: node, control: control.clone() }), limit));
     // Last, so that whoever can connect gets answers.
     let listener = uds::listen_on(&path)?;
     let sweeping = tokio::spawn(sweep(controller.clone()));

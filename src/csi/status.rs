@@ -36,7 +36,7 @@ impl Coded for Transient {
     fn code(&self) -> Code {
         match self {
             Self::UnderWay(_) | Self::Conflict(_) => Code::Aborted,
-            Self::Catalog(_) | Self::Replica(_) => Code::Unavailable,
+            Self::Catalog(_) | Self::Replica(_) | Self::NoNode(_) => Code::Unavailable,
         }
     }
 }
@@ -73,6 +73,7 @@ codes! {
     PublishError {
         VolumeNotFound => NotFound,
         NodeNotFound => NotFound,
+        NoCopy => FailedPrecondition,
         Incompatible => AlreadyExists,
         Elsewhere => FailedPrecondition,
         NodeFull => ResourceExhausted,
@@ -93,7 +94,12 @@ codes! {
     }
     DeleteSnapshotError { Grouped => InvalidArgument, InUse => FailedPrecondition }
     GetSnapshotError { NotFound => NotFound }
-    CreateGroupError { SourceNotFound => NotFound, Incompatible => AlreadyExists, NoRoom => ResourceExhausted }
+    CreateGroupError {
+        SourceNotFound => NotFound,
+        Incompatible => AlreadyExists,
+        Apart => FailedPrecondition,
+        NoRoom => ResourceExhausted,
+    }
     DeleteGroupError { Mismatch => InvalidArgument, InUse => FailedPrecondition }
     GetGroupError { NotFound => NotFound, Mismatch => InvalidArgument }
     MetadataError {
@@ -118,6 +124,7 @@ mod tests {
             ("Transient", "Conflict", Code::Aborted),
             ("Transient", "Catalog", Code::Unavailable),
             ("Transient", "Replica", Code::Unavailable),
+            ("Transient", "NoNode", Code::Unavailable),
         ];
         for (error, variant, code) in shared.iter().chain(CODES) {
             let name = if variant.is_empty() { (*error).to_owned() } else { format!("{error}::{variant}") };

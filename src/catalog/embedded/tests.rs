@@ -18,7 +18,7 @@ fn volume(name: &str) -> Volume {
 
 fn snapshot(volume: VolumeId) -> Snapshot {
     let status = SnapshotStatus::Creating;
-    Snapshot { id: SnapshotId::random(), name: None, volume, group: None, deleted: false, status }
+    Snapshot { id: SnapshotId::random(), name: None, volume, group: None, node: None, deleted: false, status }
 }
 
 fn fresh() -> (tempfile::TempDir, Catalog) {

@@ -47,7 +47,8 @@ impl Controller {
             stored = self.update(stored).await?;
         }
         let request = ExpandVolumeRequest { volume_id: id.to_string(), size_bytes: size.bytes() };
-        let refusal = match self.control.client().expand_volume(request).await.map_err(ControlError::from) {
+        let control = self.home(&stored.object).await?.control;
+        let refusal = match control.client().expand_volume(request).await.map_err(|status| control.refusal(status)) {
             Ok(answer) => {
                 let bytes = answer.into_inner().size_bytes;
                 let grown = VolumeSize::try_from(bytes).ok().filter(|grown| *grown >= size);
@@ -97,7 +98,8 @@ impl Controller {
         }
         let volume_id = stored.object.id.to_string();
         let request = ModifyVolumeRequest { volume_id, verify_reads: Some(verify_reads), descriptor: None };
-        match self.control.client().modify_volume(request).await.map_err(ControlError::from) {
+        let control = self.home(&stored.object).await?.control;
+        match control.client().modify_volume(request).await.map_err(|status| control.refusal(status)) {
             Ok(_) => {
                 stored.object.status.verify_reads = verify_reads;
                 self.update(stored).await?;

@@ -16,6 +16,7 @@ mod change;
 mod create;
 mod delete;
 mod list;
+mod place;
 mod publish;
 mod recover;
 pub mod request;
@@ -28,27 +29,36 @@ pub use recover::{Report, recover};
 pub use request::SizeRange;
 pub use service::ControllerService;
 
-use super::control::Control;
 use super::errors::Transient;
+use super::nodes::{Node, Nodes};
 use super::operations::{Operation, Operations, Subject};
-use crate::catalog::{Catalog, CreateError, NodeName, Object, Stored, UpdateError};
+use crate::catalog::{Catalog, CreateError, NodeName, Object, Stored, UpdateError, Volume};
 use crate::crash::crash_point;
 
 /// The domain behind the Controller, GroupController and SnapshotMetadata services.
 pub struct Controller {
     pub(super) catalog: Catalog,
-    pub(super) control: Control,
+    pub(super) nodes: Nodes,
     pub(super) operations: Operations,
-    pub(super) node: NodeName,
     max_volumes_per_node: u32,
     publishing: publish::Publishing,
 }
 
 impl Controller {
-    /// A controller for the volumes of `node`, of which at most `max_volumes_per_node` are published at a time.
-    pub fn new(catalog: Catalog, control: Control, node: NodeName, max_volumes_per_node: u32) -> Self {
+    /// A controller for the volumes of `nodes`, of which at most `max_volumes_per_node` are published to one at a time.
+    pub fn new(catalog: Catalog, nodes: Nodes, max_volumes_per_node: u32) -> Self {
         let (operations, publishing) = (Operations::default(), publish::Publishing::default());
-        Self { catalog, control, operations, node, max_volumes_per_node, publishing }
+        Self { catalog, nodes, operations, max_volumes_per_node, publishing }
+    }
+
+    /// The node that holds the volume.
+    pub(super) async fn home(&self, volume: &Volume) -> Result<Node, Transient> {
+        self.nodes.holder(volume.spec.node.as_ref()).await
+    }
+
+    /// Where the volume can be used.
+    pub(super) fn holders(&self, volume: &Volume) -> Vec<NodeName> {
+        self.nodes.name_of(volume.spec.node.as_ref()).into_iter().collect()
     }
 
     pub(super) fn start(&self, subject: Subject) -> Result<Operation, Transient> {
@@ -99,6 +109,12 @@ impl Controller {
             _ => Err(Transient::Conflict(format!("{} {key}", T::KIND))),
         }
     }
+}
+
+/// For messages.
+fn names<'a>(nodes: impl IntoIterator<Item = &'a NodeName>) -> String {
+    let names: Vec<_> = nodes.into_iter().map(|node| node.0.as_str()).collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
 impl From<UpdateError> for Transient {

@@ -5,6 +5,7 @@
 
 use super::Controller;
 use super::create::short;
+use super::names;
 use super::request::{Publish, Unpublish, Validate};
 use crate::catalog::{Access, AccessMode, NodeName, Publication, Stored, Volume};
 use crate::csi::errors::{PublishError, UnpublishError, ValidateError};
@@ -48,10 +49,11 @@ impl Controller {
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let _volume = self.start(Subject::Volume(id))?;
         let mut stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
-        if wanted.node != self.node.0 {
-            return Err(PublishError::NodeNotFound { node: short(&wanted.node), here: self.node.clone() });
+        let node = NodeName(wanted.node.clone());
+        let holders = self.holders(&stored.object);
+        if !holders.contains(&node) {
+            return Err(self.not_here(id, node, &holders).await?);
         }
-        let node = self.node.clone();
         let capability = &wanted.capability;
         let publication = Publication { readonly: wanted.readonly, access: capability.access, mode: capability.mode };
         match stored.object.spec.publications.get(&node) {
@@ -67,6 +69,15 @@ impl Controller {
         stored.object.spec.publications.insert(node, publication);
         self.update(stored).await?;
         Ok(())
+    }
+
+    /// Why a volume cannot be used on a node that holds no copy of it.
+    async fn not_here(&self, id: VolumeId, node: NodeName, holders: &[NodeName]) -> Result<PublishError, PublishError> {
+        if self.nodes.find(&node).await?.is_none() {
+            let known = names(self.nodes.all().await?.iter().map(|node| &node.name));
+            return Ok(PublishError::NodeNotFound { node: short(&node.0), known });
+        }
+        Ok(PublishError::NoCopy { id, node, holders: names(holders) })
     }
 
     async fn check_limit(
