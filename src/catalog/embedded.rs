@@ -7,6 +7,7 @@
 //! so an empty or short file is damage and never a new catalogue.
 
 use super::{CatalogError, Change, CreateError, Object, OpenError, Stored, UpdateError, Version, WATCH_BACKLOG};
+use crate::protocol::Generation;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -14,12 +15,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::broadcast;
 
-/// Format of the file: tables and value encoding below.
-const FORMAT: u32 = 1;
+/// Format of the file: tables and value encoding below. 2 has tables for nodes and configurations, and volumes whose
+/// copies an older version would forget; a file of format 1 is raised when it is opened.
+const FORMAT: u32 = 2;
+const FIRST_FORMAT: u32 = 1;
 /// "magic" and "version" counters.
 const META: TableDefinition<'static, &str, u64> = TableDefinition::new("tandem-catalogue");
 const FORMAT_KEY: &str = "format";
 const VERSION_KEY: &str = "version";
+/// Not there: 0.
+const GENERATION_KEY: &str = "generation";
 /// `kind/name` -> key.
 const NAMES: TableDefinition<'static, &str, &str> = TableDefinition::new("names");
 /// Memory for pages: the whole of a catalogue with thousands of volumes.
@@ -82,6 +87,7 @@ impl Embedded {
                 create_file(path)?;
             }
             let database = open_database(path)?;
+            raise_format(path, &database)?;
             check(path, &database)?;
             Ok::<_, OpenError>(database)
         });
@@ -210,6 +216,30 @@ impl Embedded {
         Ok(())
     }
 
+    /// The catalogue's generation: 0 until it was rebuilt from the disks for the first time.
+    pub async fn generation(&self) -> Result<Generation, CatalogError> {
+        self.run(|inner| {
+            let meta = inner.database.begin_read()?.open_table(META)?;
+            Ok(Generation(meta.get(GENERATION_KEY)?.map_or(0, |value| value.value())))
+        })
+        .await
+    }
+
+    /// Raises the generation above its own and above the highest that was found on the disks; returns the new one.
+    pub async fn raise_generation(&self, found: Generation) -> Result<Generation, CatalogError> {
+        let raised = self
+            .write(move |transaction| {
+                let mut meta = transaction.open_table(META)?;
+                let own = meta.get(GENERATION_KEY)?.map_or(0, |value| value.value());
+                let next = own.max(found.0) + 1;
+                meta.insert(GENERATION_KEY, next)?;
+                Ok(Ok::<_, std::convert::Infallible>(Generation(next)))
+            })
+            .await?;
+        let Ok(generation) = raised;
+        Ok(generation)
+    }
+
     fn announce<T: Object>(&self, key: String) {
         // Nobody watching is no error.
         let _ = self.0.changes.send(Change { kind: T::KIND, key });
@@ -292,6 +322,8 @@ fn create_file(path: &Path) -> Result<(), OpenError> {
             transaction.open_table(table::<super::Volume>())?;
             transaction.open_table(table::<super::Snapshot>())?;
             transaction.open_table(table::<super::GroupSnapshot>())?;
+            transaction.open_table(table::<super::Node>())?;
+            transaction.open_table(table::<super::VolumeConfiguration>())?;
         }
         transaction.commit()?;
         Ok(())
@@ -308,6 +340,22 @@ fn create_file(path: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
+/// Makes a file of an older format one of this format.
+fn raise_format(path: &Path, database: &Database) -> Result<(), OpenError> {
+    let raise = || -> Result<(), Trouble> {
+        if read_format(database)? != u64::from(FIRST_FORMAT) {
+            return Ok(());
+        }
+        let transaction = database.begin_write()?;
+        transaction.open_table(table::<super::Node>())?;
+        transaction.open_table(table::<super::VolumeConfiguration>())?;
+        transaction.open_table(META)?.insert(FORMAT_KEY, u64::from(FORMAT))?;
+        transaction.commit()?;
+        Ok(())
+    };
+    raise().map_err(|trouble| trouble.named(path).into())
+}
+
 /// Format and every value.
 fn check(path: &Path, database: &Database) -> Result<(), OpenError> {
     let format = read_format(database).map_err(|trouble| trouble.named(path))?;
@@ -319,7 +367,9 @@ fn check(path: &Path, database: &Database) -> Result<(), OpenError> {
         let transaction = database.begin_read()?;
         check_kind::<super::Volume>(&transaction)?;
         check_kind::<super::Snapshot>(&transaction)?;
-        check_kind::<super::GroupSnapshot>(&transaction)
+        check_kind::<super::GroupSnapshot>(&transaction)?;
+        check_kind::<super::Node>(&transaction)?;
+        check_kind::<super::VolumeConfiguration>(&transaction)
     };
     values().map_err(|trouble| trouble.named(path).into())
 }

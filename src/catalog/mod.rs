@@ -17,8 +17,9 @@ mod objects;
 
 pub use embedded::Embedded;
 pub use objects::{
-    Access, AccessMode, Descriptor, FsType, GroupMember, GroupSnapshot, GroupStatus, NodeName, Publication, Snapshot,
-    SnapshotStatus, Source, Volume, VolumePhase, VolumeRequest, VolumeSpec, VolumeStatus,
+    Access, AccessMode, BadConfiguration, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot, GroupStatus,
+    MirrorSpec, Node, NodeName, Publication, Replication, Snapshot, SnapshotStatus, Source, Volume,
+    VolumeConfiguration, VolumePhase, VolumeRequest, VolumeSpec, VolumeStatus,
 };
 
 use serde::Serialize;

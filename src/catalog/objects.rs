@@ -3,8 +3,14 @@
 //! Invariants: `request` is what the caller asked for and never changes (a repeated call is compared with it);
 //! `spec` is what is wanted now; `status` is what the replica has confirmed.
 
+mod mirror;
+mod node;
+
+pub use mirror::{BadConfiguration, CopySpec, MirrorSpec, Replication, VolumeConfiguration};
+pub use node::Node;
+
 use super::Object;
-use crate::volume::{GroupSnapshotId, SnapshotId, VolumeId, VolumeSize};
+use crate::volume::{GroupSnapshotId, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -114,6 +120,9 @@ pub struct VolumeRequest {
     pub access: BTreeSet<Access>,
     /// What it was made from.
     pub source: Option<Source>,
+    /// The parameter.
+    #[serde(default)]
+    pub replication: Replication,
 }
 
 /// What is wanted of a volume.
@@ -126,6 +135,9 @@ pub struct VolumeSpec {
     pub verify_reads: bool,
     /// Where it may be used.
     pub publications: BTreeMap<NodeName, Publication>,
+    /// Where its copies shall be; `None`: one copy, known to the node alone that has it.
+    #[serde(default)]
+    pub mirror: Option<MirrorSpec>,
     /// It shall not be.
     pub deleted: bool,
     /// Who holds the one copy of a volume without replication; `None`: the only node that there is.
@@ -153,6 +165,9 @@ pub struct VolumeStatus {
     pub size: VolumeSize,
     /// Whether reads are checked now.
     pub verify_reads: bool,
+    /// Copies that are durably on their nodes; empty without [`VolumeSpec::mirror`].
+    #[serde(default)]
+    pub copies: BTreeSet<InstanceId>,
 }
 
 /// A volume.
@@ -173,8 +188,9 @@ impl Volume {
     /// A volume that is to be made.
     pub fn wanted(id: VolumeId, request: VolumeRequest) -> Self {
         let (size, verify_reads) = (request.size, request.verify_reads);
-        let spec = VolumeSpec { size, verify_reads, publications: BTreeMap::new(), deleted: false, node: None };
-        Self { id, request, spec, status: VolumeStatus { phase: VolumePhase::Creating, size, verify_reads } }
+        let spec = VolumeSpec { size, verify_reads, publications: BTreeMap::new(), mirror: None, deleted: false, node: None };
+        let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies: BTreeSet::new() };
+        Self { id, request, spec, status }
     }
     /// Whether a caller may know its id: it is there and shall stay.
     pub fn is_visible(&self) -> bool {

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tandem::catalog::{Access, Descriptor, NodeName, Source, VolumeRequest};
+use tandem::catalog::{Access, Descriptor, NodeName, Replication, Source, VolumeRequest};
 use tandem::csi::control::Control;
 use tandem::csi::node::{NodeConfig, NodeService, Steps};
 use tandem::rpc::control::replica_server::{Replica, ReplicaServer};
@@ -89,6 +89,7 @@ impl Node {
             verify_reads: false,
             access: [Access::Mount(None)].into(),
             source,
+            replication: Replication::None,
         };
         let descriptor = Descriptor::Volume { request }.encode();
         let volume = FakeVolume { file, size: bytes, descriptor, ready: true, device: None };

@@ -1,5 +1,6 @@
 use super::*;
-use crate::catalog::{Catalog, GroupSnapshot, Snapshot, SnapshotStatus, Volume, VolumeRequest};
+use crate::catalog::Node;
+use crate::catalog::{Catalog, GroupSnapshot, Replication, Snapshot, SnapshotStatus, Volume, VolumeRequest};
 use crate::volume::{SnapshotId, VolumeId, VolumeSize};
 use std::collections::BTreeSet;
 
@@ -12,6 +13,7 @@ fn volume(name: &str) -> Volume {
         verify_reads: false,
         access: BTreeSet::new(),
         source: None,
+        replication: Replication::None,
     };
     Volume::wanted(VolumeId::random(), request)
 }
@@ -122,7 +124,7 @@ async fn a_later_format_is_named() {
     transaction.commit().expect("commits");
     drop(catalog);
     let refused = Catalog::open(&directory.path().join("catalog.redb")).err().expect("refused").to_string();
-    assert!(refused.contains("has format 7, this version of tandem knows 1"), "{refused}");
+    assert!(refused.contains("has format 7, this version of tandem knows 2"), "{refused}");
 }
 
 /// One flipped bit anywhere: either it is reported with the file's name, or it is in a place that holds nothing.
@@ -155,4 +157,52 @@ async fn a_flipped_bit_is_reported_or_harmless() {
         }
     }
     assert!(reported > 10, "only {reported} flips were reported");
+}
+
+/// A catalogue as the first version wrote it: no tables for nodes and configurations, volumes without copies.
+#[tokio::test]
+async fn a_catalogue_of_format_1_is_read_and_raised() {
+    let directory = tempfile::Builder::new().prefix("tandem-catalog").tempdir().expect("a directory");
+    let path = directory.path().join("catalog.redb");
+    let text = std::fs::read_to_string("tests/golden/catalogue-volume-v1.json").expect("the golden file");
+    let id = "6f1c2c4e-3f0e-4c1f-9a55-0d9f6a1b2c3d";
+    {
+        let database = Database::create(&path).expect("a database");
+        let transaction = database.begin_write().expect("a transaction");
+        let mut meta = transaction.open_table(META).expect("a table");
+        meta.insert(FORMAT_KEY, 1).expect("writes");
+        meta.insert(VERSION_KEY, 7).expect("writes");
+        drop(meta);
+        let mut value = vec![0; 4];
+        value.extend(7_u64.to_le_bytes());
+        value.extend(text.trim_end().as_bytes());
+        let crc = checksum(id, &value[4..]);
+        value[..4].copy_from_slice(&crc.to_le_bytes());
+        transaction.open_table(table::<Volume>()).expect("a table").insert(id, value.as_slice()).expect("writes");
+        transaction.open_table(NAMES).expect("a table").insert("volume/pvc-1", id).expect("writes");
+        transaction.open_table(table::<Snapshot>()).expect("a table");
+        transaction.open_table(table::<GroupSnapshot>()).expect("a table");
+        transaction.commit().expect("commits");
+    }
+    for _ in 0..2 {
+        let catalog = Catalog::open(&path).expect("opens");
+        let volume = catalog.find::<Volume>("pvc-1").await.expect("reads").expect("is there").object;
+        assert_eq!((volume.request.replication, &volume.spec.mirror), (Replication::None, &None));
+        assert!(volume.status.copies.is_empty() && volume.is_visible());
+        assert!(catalog.list::<Node>().await.expect("lists").is_empty());
+        assert_eq!(catalog.generation().await.expect("reads"), Generation(0));
+    }
+    let database = Database::open(&path).expect("opens");
+    assert_eq!(read_format(&database).ok(), Some(2), "an older tandem would drop what it does not know");
+}
+
+#[tokio::test]
+async fn a_generation_is_raised_and_kept() {
+    let (directory, catalog) = fresh();
+    assert_eq!(catalog.generation().await.expect("reads"), Generation(0));
+    assert_eq!(catalog.raise_generation(Generation(4)).await.expect("raises"), Generation(5), "above what disks have");
+    assert_eq!(catalog.raise_generation(Generation(2)).await.expect("raises"), Generation(6));
+    drop(catalog);
+    let catalog = Catalog::open(&directory.path().join("catalog.redb")).expect("opens");
+    assert_eq!(catalog.generation().await.expect("reads"), Generation(6));
 }

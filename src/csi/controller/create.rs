@@ -6,7 +6,8 @@
 use super::Controller;
 use super::request::{DEFAULT_VOLUME_BYTES, NewVolume, WantedSource};
 use crate::catalog::{
-    Access, Descriptor, FsType, NodeName, Snapshot, SnapshotStatus, Source, Stored, Volume, VolumePhase, VolumeRequest,
+    Access, Descriptor, FsType, NodeName, Replication, Snapshot, SnapshotStatus, Source, Stored, Volume, VolumePhase,
+    VolumeRequest,
 };
 use crate::csi::control::ControlError;
 use crate::csi::errors::{CreateVolumeError, DeleteVolumeError, Transient};
@@ -89,6 +90,7 @@ impl Controller {
             verify_reads: wanted.parameters.verify_reads,
             access: wanted.access.clone(),
             source: found.map(|found| found.source),
+            replication: Replication::None,
         };
         let mut volume = Volume::wanted(VolumeId::random(), request);
         volume.spec.node = Some(node);

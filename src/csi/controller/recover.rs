@@ -5,8 +5,8 @@
 //! or taken, it gets one that says so. Which nodes a volume is published to is not on the disks: the callers publish again.
 
 use crate::catalog::{
-    Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, Object, Snapshot, SnapshotStatus, Volume,
-    VolumePhase, VolumeRequest,
+    Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, Object, Replication, Snapshot,
+    SnapshotStatus, Volume, VolumePhase, VolumeRequest,
 };
 use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::Transient;
@@ -71,6 +71,7 @@ async fn recover_volume(catalog: &Catalog, copy: &control::Volume, report: &mut 
                 verify_reads: copy.verify_reads,
                 access: BTreeSet::from([Access::Block, Access::Mount(None)]),
                 source: None,
+                replication: Replication::None,
             }
         }
     };
