@@ -6,8 +6,11 @@
 use crate::catalog::NodeName;
 use crate::crash::crash_point;
 use crate::rpc::control::replica_client::ReplicaClient;
+use crate::tls::{Credentials, Expected, Role, dial};
 use hyper_util::rt::TokioIo;
+use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -20,6 +23,12 @@ pub type Client = ReplicaClient<Channel>;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest wait for the connection: a replica that restarts listens again within a second.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Another machine that says nothing is asked whether it is there after this time,
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// and given up when it does not answer so long: who provisions repeats its call after 15 s.
+const KEEP_ALIVE_LIMIT: Duration = Duration::from_secs(3);
+/// Bytes of the largest answer: 100,000 volumes with their descriptors.
+const LARGEST_ANSWER: usize = 256 << 20;
 
 /// A client of the control socket; clones share the connection.
 #[derive(Clone, Debug)]
@@ -92,6 +101,30 @@ impl Control {
             }
         }));
         Self { client: ReplicaClient::new(channel), machine: None }
+    }
+
+    /// A client of the replica of another machine. Does not connect yet, so that machine may start later.
+    pub fn remote(machine: NodeName, address: SocketAddr, credentials: Arc<Credentials>) -> Self {
+        let endpoint = Endpoint::from_static("http://localhost")
+            .timeout(ANSWER_TIMEOUT)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE_LIMIT)
+            .keep_alive_while_idle(true);
+        // A name that is none in a certificate is nobody's.
+        let expected = Expected { role: Some(Role::Node), name: machine.0.parse().ok() };
+        let channel = endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+            let (credentials, expected) = (Arc::clone(&credentials), expected.clone());
+            async move {
+                let connected = tokio::time::timeout(CONNECT_TIMEOUT, dial(address, &credentials, expected)).await;
+                let connected = connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
+                let named = |error: std::io::Error| {
+                    std::io::Error::new(error.kind(), format!("{address} cannot be connected: {error}"))
+                };
+                connected.map(TokioIo::new).map_err(named)
+            }
+        }));
+        let client = ReplicaClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
+        Self { client, machine: Some(machine) }
     }
 
     /// For one call: generated clients want to be owned, and cloning is cheap.

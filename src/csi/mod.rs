@@ -16,4 +16,4 @@ pub mod snapshot_metadata;
 pub mod status;
 
 pub use node::TOPOLOGY_KEY;
-pub use server::{CsiConfig, ServeError, serve};
+pub use server::{ControllerConfig, CsiConfig, ServeError, serve, serve_controller, serve_node};

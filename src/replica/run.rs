@@ -1,5 +1,6 @@
 //! The process `tandem replica`: from its flags to a served control socket.
 
+use super::cluster::{ClusterConfig, ListenError, Member};
 use super::device::mount::private_mount_namespace;
 use super::engine::{self, EngineConfig, IoChoice, StartError};
 use super::holder::{Holder, HolderError};
@@ -38,6 +39,8 @@ pub struct ReplicaConfig {
     pub metrics: Option<SocketAddr>,
     /// The program to start as holder.
     pub executable: PathBuf,
+    /// `None`: this machine alone.
+    pub cluster: Option<ClusterConfig>,
 }
 
 /// Why the replica stopped.
@@ -61,6 +64,9 @@ pub enum RunError {
     /// No socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// No port.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The server failed.
     #[error("the control socket failed: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -100,13 +106,19 @@ async fn serve(config: ReplicaConfig) -> Result<(), RunError> {
         .map_err(|source| RunError::Metrics { address, source })?;
     }
     let listener = uds::listen_on(&config.dir.join("replica.sock"))?;
+    let service = ReplicaService::new(manager.clone(), config.node_id);
+    let member = match config.cluster {
+        Some(cluster) => Some(Member::join(cluster, service.clone()).await?),
+        None => None,
+    };
     tracing::info!(attached = manager.attached().len(), "the replica serves");
     tonic::transport::Server::builder()
-        .add_service(ReplicaServer::new(ReplicaService::new(manager.clone(), config.node_id)))
+        .add_service(ReplicaServer::new(service))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             terminate.recv().await;
         })
         .await?;
+    drop(member);
     manager.close().await;
     for volume in manager.attached() {
         tracing::warn!(%volume, "its device freezes until tandem is started again");

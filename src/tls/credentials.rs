@@ -78,7 +78,7 @@ impl Loaded {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let loaded = Self { own: identity, anchors: Arc::new(anchors), chain, key, provider };
         // A key of another certificate is found here, not at the first connection.
-        loaded.server(Role::Node).map_err(|error| wrong(error.to_string()))?;
+        loaded.server(None).map_err(|error| wrong(error.to_string()))?;
         Ok(loaded)
     }
 
@@ -97,11 +97,11 @@ impl Loaded {
         &self.own
     }
 
-    /// For a server that takes clients of this role.
+    /// For a server that takes clients of this role, or anybody of the cluster.
     ///
     /// # Errors
     /// The key does not fit the certificate; [`Credentials::open`] and [`Credentials::current`] never return such a pair.
-    pub fn server(&self, role: Role) -> Result<Arc<ServerConfig>, rustls::Error> {
+    pub fn server(&self, role: Option<Role>) -> Result<Arc<ServerConfig>, rustls::Error> {
         let verifier = Arc::new(self.verifier(Expected { role, name: None }));
         let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&TLS13])?
