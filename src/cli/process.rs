@@ -121,7 +121,9 @@ where
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build();
     runtime.map_err(CliError::Runtime)?.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(CliError::Runtime)?;
-        let stop = Box::pin(async move { drop(terminate.recv().await) });
+        let stop = Box::pin(async move {
+            terminate.recv().await;
+        });
         server(stop).await
     })
 }

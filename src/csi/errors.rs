@@ -42,6 +42,14 @@ pub enum ArgumentError {
     /// A parameter.
     #[error(transparent)]
     Parameter(#[from] ParameterError),
+    /// What cannot be done on all copies at once.
+    #[error("volume {id} has copies on several nodes, and such a volume cannot be {done} in this version")]
+    Mirrored {
+        /// The volume.
+        id: VolumeId,
+        /// What was asked for.
+        done: &'static str,
+    },
     /// A capability.
     #[error(transparent)]
     Capability(#[from] CapabilityError),
@@ -56,12 +64,32 @@ pub enum Transient {
     /// Another call changed it meanwhile.
     #[error("the {0} was changed by another call meanwhile; repeat this one")]
     Conflict(String),
+    /// The catalogue may have taken the change or not.
+    #[error(
+        "the catalogue did not answer ({reason}), so it is not known whether the {what} was changed; repeat the call"
+    )]
+    NoAnswer {
+        /// Which object.
+        what: String,
+        /// Why there is no answer.
+        reason: String,
+    },
     /// The catalogue cannot be read or written.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
     /// The replica did not answer, or not what this call can use.
     #[error(transparent)]
     Replica(#[from] ControlError),
+    /// The nodes have not done it yet.
+    #[error("the copies of volume {id} on {nodes} are not {done} yet; repeat the call until they are, or start those nodes")]
+    Waiting {
+        /// The volume.
+        id: VolumeId,
+        /// What they have to be.
+        done: &'static str,
+        /// Comma separated.
+        nodes: String,
+    },
     /// No node has announced itself, or not the one that it is about.
     #[error("{0}; `tandem replica` announces its node when it reaches the controller: repeat the call")]
     NoNode(String),
@@ -185,6 +213,14 @@ rpc_errors! {
             /// The volume.
             id: VolumeId,
             /// Where.
+            node: NodeName,
+        },
+        /// The copy there lacks acknowledged writes.
+        #[error("the copy of volume {id} on node {node} is not up to date, so it cannot be used there; use another node, or wait")]
+        NotUpToDate {
+            /// The volume.
+            id: VolumeId,
+            /// As asked for.
             node: NodeName,
         },
         /// The node has as many as it may.

@@ -4,6 +4,7 @@
 //! is ready when all its members are in the catalogue; a group is deleted as a whole.
 
 use super::controller::request::{name, present};
+use super::controller::mirror::single;
 use super::controller::snapshot::{ready, transient};
 use super::controller::{Controller, response};
 use super::errors::{ArgumentError, CreateGroupError, DeleteGroupError, DeleteSnapshotError, GetGroupError, Transient};
@@ -109,7 +110,9 @@ impl Controller {
             let missing = || CreateGroupError::SourceNotFound(text.chars().take(128).collect());
             let volume: VolumeId = text.parse().map_err(|_| missing())?;
             let source = self.get::<Volume>(volume).await?.filter(|stored| stored.object.is_visible());
-            homes.insert(source.ok_or_else(missing)?.object.spec.node);
+            let source = source.ok_or_else(missing)?.object;
+            single(&source, "snapshotted")?;
+            homes.insert(source.spec.node);
             members.push(GroupMember { snapshot: SnapshotId::random(), volume });
         }
         let node = homes.pop_first().flatten();

@@ -154,7 +154,7 @@ pub async fn serve_controller(config: ControllerConfig, stop: impl Future<Output
     let nodes = Nodes::Announced(Announced::new(catalog.clone(), Arc::clone(&credentials), config.encrypted));
     let controller = Arc::new(Controller::new(catalog, nodes, config.max_volumes_per_node));
     let router = with_controller(services(None), &controller);
-    let (stopping, stopped) = oneshot::channel();
+    let (stopping, stopped) = oneshot::channel::<()>();
     let serving = tokio::spawn(catalog::serve(file, listener, credentials, async { drop(stopped.await) }));
     let served = tokio::select! {
         served = listen(&path, router, Some(controller), stop) => served,

@@ -35,8 +35,8 @@ impl Coded for ArgumentError {
 impl Coded for Transient {
     fn code(&self) -> Code {
         match self {
-            Self::UnderWay(_) | Self::Conflict(_) => Code::Aborted,
-            Self::Catalog(_) | Self::Replica(_) | Self::NoNode(_) => Code::Unavailable,
+            Self::UnderWay(_) | Self::Conflict(_) | Self::Waiting { .. } => Code::Aborted,
+            Self::NoAnswer { .. } | Self::Catalog(_) | Self::Replica(_) | Self::NoNode(_) => Code::Unavailable,
         }
     }
 }
@@ -74,6 +74,7 @@ codes! {
         VolumeNotFound => NotFound,
         NodeNotFound => NotFound,
         NoCopy => FailedPrecondition,
+        NotUpToDate => FailedPrecondition,
         Incompatible => AlreadyExists,
         Elsewhere => FailedPrecondition,
         NodeFull => ResourceExhausted,
@@ -122,9 +123,11 @@ mod tests {
             ("ArgumentError", "", Code::InvalidArgument),
             ("Transient", "UnderWay", Code::Aborted),
             ("Transient", "Conflict", Code::Aborted),
+            ("Transient", "NoAnswer", Code::Unavailable),
             ("Transient", "Catalog", Code::Unavailable),
             ("Transient", "Replica", Code::Unavailable),
             ("Transient", "NoNode", Code::Unavailable),
+            ("Transient", "Waiting", Code::Aborted),
         ];
         for (error, variant, code) in shared.iter().chain(CODES) {
             let name = if variant.is_empty() { (*error).to_owned() } else { format!("{error}::{variant}") };

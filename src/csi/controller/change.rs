@@ -5,6 +5,7 @@
 
 use super::Controller;
 use super::create::short;
+use super::mirror::single;
 use super::request::{Expand, Modify};
 use crate::catalog::{Access, Stored, Volume};
 use crate::csi::control::ControlError;
@@ -29,6 +30,7 @@ impl Controller {
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let _volume = self.start(Subject::Volume(id))?;
         let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
+        single(&stored.object, "grown")?;
         let is_block = match wanted.capability {
             Some(capability) => capability.access == Access::Block,
             None => stored.object.request.access.iter().all(|access| *access == Access::Block),
@@ -76,6 +78,7 @@ impl Controller {
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let _volume = self.start(Subject::Volume(id))?;
         let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
+        single(&stored.object, "modified")?;
         match wanted.changes.verify_reads {
             Some(verify_reads) => self.set_verify_reads(stored, verify_reads).await,
             None => Ok(()),

@@ -4,6 +4,7 @@
 //! replica and then in the catalogue, before the caller hears of the failure.
 
 use super::Controller;
+use super::mirror::{placed, single};
 use super::request::{DEFAULT_VOLUME_BYTES, NewVolume, WantedSource};
 use crate::catalog::{
     Access, Descriptor, FsType, NodeName, Replication, Snapshot, SnapshotStatus, Source, Stored, Volume, VolumePhase,
@@ -63,6 +64,7 @@ impl Controller {
             (request.pool != wanted.parameters.pool, "parameter pool"),
             (request.fs_type != wanted.parameters.fs_type, "parameter csi.storage.k8s.io/fstype"),
             (request.verify_reads != wanted.parameters.verify_reads, "parameter verifyReads"),
+            (request.replication != wanted.parameters.replication, "parameter replication or replicas"),
             (source != wanted.source, "volume_content_source"),
             (!self.holders(volume).iter().any(|node| wanted.places.include(node)), "accessibility_requirements"),
         ];
@@ -71,16 +73,22 @@ impl Controller {
 
     /// Writes down what is wanted, before anything is done for it.
     async fn record_volume(&self, wanted: &NewVolume) -> Result<Stored<Volume>, CreateVolumeError> {
+        let replication = wanted.parameters.replication;
+        self.can_replicate(&wanted.parameters)?;
         let found = match &wanted.source {
             None => None,
+            Some(_) if replication != Replication::None => {
+                let text = "one with copies on several nodes cannot have a source in this version".to_owned();
+                return Err(CreateVolumeError::Refused(text));
+            }
             Some(source) => Some(self.look_up_source(source).await?),
         };
         let source_size = found.as_ref().map(|found| found.size.bytes());
         let floor = smallest(wanted.parameters.fs_type, &wanted.access).max(source_size.unwrap_or(0));
         let size = wanted.size.choose(floor, source_size.unwrap_or(DEFAULT_VOLUME_BYTES))?;
-        let node = match &found {
-            None => self.place(wanted, size).await?,
-            Some(found) => self.place_beside(wanted, found.node.as_ref())?,
+        let (node, mirror) = match &found {
+            None => placed(replication, self.place(wanted, size).await?),
+            Some(found) => (Some(self.place_beside(wanted, found.node.as_ref())?), None),
         };
         let request = VolumeRequest {
             name: wanted.name.clone(),
@@ -90,10 +98,10 @@ impl Controller {
             verify_reads: wanted.parameters.verify_reads,
             access: wanted.access.clone(),
             source: found.map(|found| found.source),
-            replication: Replication::None,
+            replication,
         };
         let mut volume = Volume::wanted(VolumeId::random(), request);
-        volume.spec.node = Some(node);
+        (volume.spec.node, volume.spec.mirror) = (node, mirror);
         Ok(self.create(volume).await?)
     }
 
@@ -115,6 +123,7 @@ impl Controller {
                 let id = text.parse().map_err(|_| missing())?;
                 let volume = self.get::<Volume>(id).await?.map(|stored| stored.object);
                 let volume = volume.filter(Volume::is_visible).ok_or_else(missing)?;
+                single(&volume, "cloned")?;
                 Ok(Found { source: Source::Volume(id), size: volume.status.size, node: volume.spec.node })
             }
         }
@@ -122,6 +131,9 @@ impl Controller {
 
     /// Has the replica make what is written down, and writes down that it is so.
     async fn make_volume(&self, mut stored: Stored<Volume>) -> Result<Volume, CreateVolumeError> {
+        if stored.object.spec.mirror.is_some() {
+            return self.make_mirror(stored).await;
+        }
         let id = stored.object.id;
         let node = self.home(&stored.object).await?;
         let answer = node.control.client().ensure_volume(ensure_request(&stored.object)).await;

@@ -34,6 +34,12 @@ impl Controller {
             stored.object.spec.deleted = true;
             stored = self.update(stored).await?;
         }
+        if stored.object.spec.mirror.is_some() {
+            self.erase_mirror(id).await?;
+            // The nodes have changed its status since.
+            let Some(stored) = self.get::<Volume>(id).await? else { return Ok(()) };
+            return Ok(self.remove(&stored).await?);
+        }
         let control = self.home(&stored.object).await?.control;
         match erase_copy(&control, id).await {
             Ok(()) => Ok(self.remove(&stored).await?),

@@ -54,6 +54,9 @@ impl Controller {
             GetVolumeError::Argument(error) => error.into(),
             GetVolumeError::Transient(error) => error.into(),
         })?;
+        if volume.spec.mirror.is_some() {
+            return Ok(self.mirror_health(&volume).await?);
+        }
         let request = GetVolumeRequest { volume_id: volume.id.to_string() };
         let control = self.home(&volume).await?.control;
         match control.client().get_volume(request).await.map_err(|status| control.refusal(status)) {
@@ -75,6 +78,10 @@ impl Controller {
         let mut nodes = BTreeMap::new();
         let mut entries = Vec::new();
         for volume in &volumes {
+            if volume.spec.mirror.is_some() {
+                entries.push(self.mirror_health(volume).await?);
+                continue;
+            }
             let place = volume.spec.node.as_ref();
             let name = self.nodes.name_of(place);
             if !nodes.contains_key(&name) {

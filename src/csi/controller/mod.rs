@@ -16,6 +16,7 @@ mod change;
 mod create;
 mod delete;
 mod list;
+pub(in crate::csi) mod mirror;
 mod place;
 mod publish;
 mod recover;
@@ -34,6 +35,7 @@ use super::nodes::{Node, Nodes};
 use super::operations::{Operation, Operations, Subject};
 use crate::catalog::{Catalog, CreateError, NodeName, Object, Stored, UpdateError, Volume};
 use crate::crash::crash_point;
+use std::collections::BTreeSet;
 
 /// The domain behind the Controller, GroupController and SnapshotMetadata services.
 pub struct Controller {
@@ -41,6 +43,8 @@ pub struct Controller {
     pub(super) nodes: Nodes,
     pub(super) operations: Operations,
     max_volumes_per_node: u32,
+    /// Whether volumes may have copies on several nodes.
+    mirrors: bool,
     publishing: publish::Publishing,
 }
 
@@ -48,17 +52,26 @@ impl Controller {
     /// A controller for the volumes of `nodes`, of which at most `max_volumes_per_node` are published to one at a time.
     pub fn new(catalog: Catalog, nodes: Nodes, max_volumes_per_node: u32) -> Self {
         let (operations, publishing) = (Operations::default(), publish::Publishing::default());
-        Self { catalog, nodes, operations, max_volumes_per_node, publishing }
+        Self { catalog, nodes, operations, max_volumes_per_node, mirrors: false, publishing }
     }
 
-    /// The node that holds the volume.
+    /// The same, whose nodes can keep volumes with copies on several of them.
+    #[must_use]
+    pub fn with_mirrors(self) -> Self {
+        Self { mirrors: true, ..self }
+    }
+
+    /// The node that holds a volume with one copy.
     pub(super) async fn home(&self, volume: &Volume) -> Result<Node, Transient> {
         self.nodes.holder(volume.spec.node.as_ref()).await
     }
 
     /// Where the volume can be used.
     pub(super) fn holders(&self, volume: &Volume) -> Vec<NodeName> {
-        self.nodes.name_of(volume.spec.node.as_ref()).into_iter().collect()
+        match &volume.spec.mirror {
+            Some(mirror) => mirror.copies.values().map(|copy| copy.node.clone()).collect::<BTreeSet<_>>().into_iter().collect(),
+            None => self.nodes.name_of(volume.spec.node.as_ref()).into_iter().collect(),
+        }
     }
 
     pub(super) fn start(&self, subject: Subject) -> Result<Operation, Transient> {
@@ -79,10 +92,7 @@ impl Controller {
 
     pub(super) async fn create<T: Object>(&self, object: T) -> Result<Stored<T>, Transient> {
         crash_point("csi.create");
-        let created = self.catalog.create(object).await.map_err(|error| match error {
-            CreateError::Exists { kind, key } => Transient::Conflict(format!("{kind} {key}")),
-            CreateError::Failed(error) => error.into(),
-        });
+        let created = self.catalog.create(object).await.map_err(Transient::from);
         crash_point("csi.created");
         created
     }
@@ -117,10 +127,21 @@ fn names<'a>(nodes: impl IntoIterator<Item = &'a NodeName>) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
+impl From<CreateError> for Transient {
+    fn from(error: CreateError) -> Self {
+        match error {
+            CreateError::Exists { kind, key } => Self::Conflict(format!("{kind} {key}")),
+            CreateError::Ambiguous { kind, key, reason } => Self::NoAnswer { what: format!("{kind} {key}"), reason },
+            CreateError::Failed(error) => error.into(),
+        }
+    }
+}
+
 impl From<UpdateError> for Transient {
     fn from(error: UpdateError) -> Self {
         match error {
             UpdateError::Conflict { kind, key } => Self::Conflict(format!("{kind} {key}")),
+            UpdateError::Ambiguous { kind, key, reason } => Self::NoAnswer { what: format!("{kind} {key}"), reason },
             UpdateError::Failed(error) => error.into(),
         }
     }

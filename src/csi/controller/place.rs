@@ -4,19 +4,19 @@
 //! now" with its name, and nothing is made. The replica has the last word on bytes.
 
 use super::create::smallest;
+use super::mirror::copies;
 use super::request::{Capacity, NewVolume};
 use super::{Controller, names, response};
 use crate::catalog::NodeName;
-use crate::csi::control::ControlError;
 use crate::csi::errors::{CapacityError, CreateVolumeError, Transient};
 use crate::csi::nodes::Pools;
-use crate::placement::{self, Place, Refusal, Wanted};
+use crate::placement::{self, Choice, Place, Refusal, Wanted};
 use crate::rpc::csi;
 use crate::volume::VolumeSize;
 
 impl Controller {
-    /// The node for a volume of this size.
-    pub(super) async fn place(&self, wanted: &NewVolume, size: VolumeSize) -> Result<NodeName, CreateVolumeError> {
+    /// The places for the copies of a volume of this size, the best first.
+    pub(super) async fn place(&self, wanted: &NewVolume, size: VolumeSize) -> Result<Vec<Choice>, CreateVolumeError> {
         let Pools { pools, silent } = self.nodes.pools().await?;
         if pools.is_empty() && silent.is_empty() {
             return Err(Transient::NoNode("there is no node with a pool".to_owned()).into());
@@ -24,15 +24,16 @@ impl Controller {
         let asked = Wanted {
             pool: &wanted.parameters.pool,
             bytes: certain(size),
-            copies: 1,
+            copies: copies(wanted.parameters.replication),
             requisite: &wanted.places.requisite,
             preferred: &wanted.places.preferred,
         };
         let refusal = match placement::choose(&pools, &asked) {
-            Ok(mut choices) => return Ok(choices.remove(0).node),
+            Ok(choices) => return Ok(choices),
             Err(refusal) => refusal,
         };
-        match silent.into_iter().find(|(node, _)| wanted.places.include(node)) {
+        let may_help = |node: &NodeName| asked.copies > 1 || wanted.places.include(node);
+        match silent.into_iter().find(|(node, _)| may_help(node)) {
             Some((_, error)) => Err(Transient::Replica(error).into()),
             None => Err(refusal.into()),
         }
@@ -51,15 +52,20 @@ impl Controller {
 
     /// What can be created with these parameters at this place. A pool that is not there has no room.
     pub async fn capacity(&self, wanted: Capacity) -> Result<csi::GetCapacityResponse, CapacityError> {
+        self.can_replicate(&wanted.parameters)?;
         let Pools { mut pools, silent } = self.nodes.pools().await?;
         let place = wanted.topology.unwrap_or(Place::Anywhere);
         if let Some((_, error)) = silent.into_iter().find(|(node, _)| place.includes(node)) {
             // Less than there is would be believed.
             return Err(Transient::Replica(error).into());
         }
-        pools.retain(|pool| pool.pool == wanted.parameters.pool && place.includes(&pool.node));
-        let available = pools.iter().map(|pool| pool.free).fold(0, u64::saturating_add);
-        let largest = pools.iter().map(|pool| pool.largest).max().unwrap_or(0);
+        let (pool, copies) = (wanted.parameters.pool.as_str(), copies(wanted.parameters.replication));
+        let asked = Wanted { pool, bytes: 1, copies, requisite: std::slice::from_ref(&place), preferred: &[] };
+        let largest = placement::largest(&pools, &asked);
+        pools.retain(|known| known.pool == pool && place.includes(&known.node));
+        // Of several copies, what the smallest of them leaves is all that is certain.
+        let free = pools.iter().map(|pool| pool.free).fold(0, u64::saturating_add);
+        let available = if copies > 1 { largest } else { free };
         let minimum = smallest(wanted.parameters.fs_type, &wanted.access);
         Ok(csi::GetCapacityResponse {
             available_capacity: response::bytes(available),

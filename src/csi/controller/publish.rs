@@ -5,6 +5,7 @@
 
 use super::Controller;
 use super::create::short;
+use super::mirror::take_wish_back;
 use super::names;
 use super::request::{Publish, Unpublish, Validate};
 use crate::catalog::{Access, AccessMode, NodeName, Publication, Stored, Volume};
@@ -66,6 +67,7 @@ impl Controller {
         }
         let ticket = self.publishing.enter(id);
         self.check_limit(&node, id, &ticket.earlier).await?;
+        self.wish_for(&mut stored.object, &node).await?;
         stored.object.spec.publications.insert(node, publication);
         self.update(stored).await?;
         Ok(())
@@ -110,6 +112,7 @@ impl Controller {
             None => publications.clear(),
         }
         if publications.len() < before {
+            take_wish_back(&mut stored.object);
             self.update(stored).await?;
         }
         Ok(())
@@ -144,8 +147,9 @@ fn allows(volume: &Volume, wanted: Access) -> bool {
 
 /// The other node that keeps the volume from being used with this mode here.
 fn conflicting(volume: &Volume, mode: AccessMode) -> Option<NodeName> {
-    let publications = volume.spec.publications.iter();
-    let mut others = publications
-        .filter(|(_, other)| mode != AccessMode::MultiNodeReader || other.mode != AccessMode::MultiNodeReader);
+    let reads = |mode| mode == AccessMode::MultiNodeReader;
+    // Several copies have one primary, and it serves the readers, too.
+    let shared = |other: &Publication| reads(mode) && reads(other.mode) && volume.spec.mirror.is_none();
+    let mut others = volume.spec.publications.iter().filter(|(_, other)| !shared(other));
     others.next().map(|(node, _)| node.clone())
 }

@@ -5,6 +5,7 @@
 
 use super::Controller;
 use super::create::short;
+use super::mirror::single;
 use super::names;
 use super::request::NewSnapshot;
 use crate::catalog::{Descriptor, Snapshot, SnapshotStatus, Stored, Volume};
@@ -47,6 +48,7 @@ impl Controller {
         let volume: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let source = self.get::<Volume>(volume).await?;
         let source = source.filter(|stored| stored.object.is_visible()).ok_or_else(missing)?.object;
+        single(&source, "snapshotted")?;
         let holders = self.holders(&source);
         if !holders.iter().any(|node| wanted.places.include(node)) {
             return Err(CreateSnapshotError::NotHere(names(&holders)));
