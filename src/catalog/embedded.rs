@@ -6,7 +6,7 @@
 //! process, because the state in memory may be wrong then. A new file appears under its name only when it is complete,
 //! so an empty or short file is damage and never a new catalogue.
 
-use super::{CatalogError, Change, CreateError, Object, OpenError, Stored, UpdateError, Version, WATCH_BACKLOG};
+use super::{CatalogError, Change, CreateError, Object, OpenError, Stored, UpdateError, Version, WATCH_BACKLOG, Watch};
 use crate::protocol::Generation;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -137,8 +137,8 @@ impl Embedded {
     }
 
     /// Changes from now on, of all kinds. A watcher that lags must list again.
-    pub fn watch(&self) -> broadcast::Receiver<Change> {
-        self.0.changes.subscribe()
+    pub fn watch(&self) -> Watch {
+        Watch::local(self.0.changes.subscribe())
     }
 
     /// Puts a new object in.
@@ -240,7 +240,7 @@ impl Embedded {
         Ok(generation)
     }
 
-    fn announce<T: Object>(&self, key: String) {
+    pub(super) fn announce<T: Object>(&self, key: String) {
         // Nobody watching is no error.
         let _ = self.0.changes.send(Change { kind: T::KIND, key });
     }

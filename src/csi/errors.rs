@@ -56,6 +56,16 @@ pub enum Transient {
     /// Another call changed it meanwhile.
     #[error("the {0} was changed by another call meanwhile; repeat this one")]
     Conflict(String),
+    /// The catalogue may have taken the change or not.
+    #[error(
+        "the catalogue did not answer ({reason}), so it is not known whether the {what} was changed; repeat the call"
+    )]
+    NoAnswer {
+        /// Which object.
+        what: String,
+        /// Why there is no answer.
+        reason: String,
+    },
     /// The catalogue cannot be read or written.
     #[error(transparent)]
     Catalog(#[from] CatalogError),

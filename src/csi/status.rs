@@ -36,7 +36,7 @@ impl Coded for Transient {
     fn code(&self) -> Code {
         match self {
             Self::UnderWay(_) | Self::Conflict(_) => Code::Aborted,
-            Self::Catalog(_) | Self::Replica(_) => Code::Unavailable,
+            Self::NoAnswer { .. } | Self::Catalog(_) | Self::Replica(_) => Code::Unavailable,
         }
     }
 }
@@ -116,6 +116,7 @@ mod tests {
             ("ArgumentError", "", Code::InvalidArgument),
             ("Transient", "UnderWay", Code::Aborted),
             ("Transient", "Conflict", Code::Aborted),
+            ("Transient", "NoAnswer", Code::Unavailable),
             ("Transient", "Catalog", Code::Unavailable),
             ("Transient", "Replica", Code::Unavailable),
         ];

@@ -78,7 +78,7 @@ impl Loaded {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let loaded = Self { own: identity, anchors: Arc::new(anchors), chain, key, provider };
         // A key of another certificate is found here, not at the first connection.
-        loaded.server(Role::Node).map_err(|error| wrong(error.to_string()))?;
+        loaded.server(None).map_err(|error| wrong(error.to_string()))?;
         Ok(loaded)
     }
 
@@ -97,11 +97,11 @@ impl Loaded {
         &self.own
     }
 
-    /// For a server that takes clients of this role.
+    /// For a server that takes clients of this role, or anybody of the cluster.
     ///
     /// # Errors
     /// The key does not fit the certificate; [`Credentials::open`] and [`Credentials::current`] never return such a pair.
-    pub fn server(&self, role: Role) -> Result<Arc<ServerConfig>, rustls::Error> {
+    pub fn server(&self, role: Option<Role>) -> Result<Arc<ServerConfig>, rustls::Error> {
         let verifier = Arc::new(self.verifier(Expected { role, name: None }));
         let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&TLS13])?
@@ -153,6 +153,13 @@ impl Credentials {
         let seen = fingerprint(directory);
         let loaded = Arc::new(Loaded::read(directory)?);
         Ok(Self { directory: directory.into(), state: Mutex::new(State { loaded, seen }) })
+    }
+
+    /// These, which are in no files.
+    #[cfg(test)]
+    pub(crate) fn fixed(loaded: Loaded) -> Self {
+        let state = State { loaded: Arc::new(loaded), seen: [None; 3] };
+        Self { directory: "no files".into(), state: Mutex::new(state) }
     }
 
     /// What the files hold now: asked for at each new connection. Costs three `stat` when nothing has changed.

@@ -15,8 +15,8 @@ use std::sync::Arc;
 /// Who the other side has to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expected {
-    /// As what.
-    pub role: Role,
+    /// As what; `None`: anybody of the cluster.
+    pub role: Option<Role>,
     /// Called so; `None`: anybody in that role.
     pub name: Option<Name>,
 }
@@ -42,11 +42,12 @@ impl Verifier {
     }
 
     fn expect(&self, found: Identity) -> Result<(), Refusal> {
-        let Expected { role, name } = &self.expected;
-        match name {
-            _ if found.role != *role => Err(Refusal::Role { wanted: *role, found }),
-            Some(name) if found.name != *name => Err(Refusal::Name { wanted: name.clone(), found }),
-            _ => Ok(()),
+        match &self.expected {
+            Expected { role: Some(role), .. } if found.role != *role => Err(Refusal::Role { wanted: *role, found }),
+            Expected { name: Some(name), .. } if found.name != *name => {
+                Err(Refusal::Name { wanted: name.clone(), found })
+            }
+            Expected { .. } => Ok(()),
         }
     }
 

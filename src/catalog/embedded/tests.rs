@@ -1,7 +1,6 @@
 use super::*;
-use crate::catalog::Node;
-use crate::catalog::{Catalog, GroupSnapshot, Replication, Snapshot, SnapshotStatus, Volume, VolumeRequest};
-use crate::volume::{SnapshotId, VolumeId, VolumeSize};
+use crate::catalog::{GroupSnapshot, Node, Replication, Snapshot, Volume, VolumeRequest};
+use crate::volume::{VolumeId, VolumeSize};
 use std::collections::BTreeSet;
 
 fn volume(name: &str) -> Volume {
@@ -18,14 +17,9 @@ fn volume(name: &str) -> Volume {
     Volume::wanted(VolumeId::random(), request)
 }
 
-fn snapshot(volume: VolumeId) -> Snapshot {
-    let status = SnapshotStatus::Creating;
-    Snapshot { id: SnapshotId::random(), name: None, volume, group: None, deleted: false, status }
-}
-
-fn fresh() -> (tempfile::TempDir, Catalog) {
+fn fresh() -> (tempfile::TempDir, Embedded) {
     let directory = tempfile::Builder::new().prefix("tandem-catalog").tempdir().expect("a directory");
-    let catalog = Catalog::open(&directory.path().join("catalog.redb")).expect("a new catalogue");
+    let catalog = Embedded::open(&directory.path().join("catalog.redb")).expect("a new catalogue");
     (directory, catalog)
 }
 
@@ -34,7 +28,7 @@ async fn what_was_created_is_there_after_opening_again() {
     let (directory, catalog) = fresh();
     let stored = catalog.create(volume("Größe / ../ 名前")).await.expect("created");
     drop(catalog);
-    let catalog = Catalog::open(&directory.path().join("catalog.redb")).expect("opens");
+    let catalog = Embedded::open(&directory.path().join("catalog.redb")).expect("opens");
     let key = stored.object.key();
     assert_eq!(catalog.get::<Volume>(&key).await.expect("reads").as_ref(), Some(&stored));
     assert_eq!(catalog.find::<Volume>("Größe / ../ 名前").await.expect("reads"), Some(stored));
@@ -43,64 +37,9 @@ async fn what_was_created_is_there_after_opening_again() {
 }
 
 #[tokio::test]
-async fn a_name_is_unique_in_its_kind_and_free_after_deletion() {
-    let (_directory, catalog) = fresh();
-    let first = catalog.create(volume("data")).await.expect("created");
-    let refused = catalog.create(volume("data")).await.expect_err("the name is taken");
-    assert!(matches!(refused, CreateError::Exists { kind: "volume", key } if key == first.object.key()));
-    let refused = catalog.create(first.object.clone()).await.expect_err("the key is taken");
-    assert!(matches!(refused, CreateError::Exists { .. }));
-    catalog.delete(&first).await.expect("deleted");
-    catalog.delete(&first).await.expect("deleted already");
-    let second = catalog.create(volume("data")).await.expect("the name is free");
-    assert!(second.version > first.version);
-    assert_eq!(catalog.list::<Volume>().await.expect("lists"), [second]);
-}
-
-#[tokio::test]
-async fn of_two_updates_of_one_version_one_is_refused() {
-    let (_directory, catalog) = fresh();
-    let read = catalog.create(volume("data")).await.expect("created");
-    let mut mine = read.clone();
-    mine.object.spec.verify_reads = true;
-    let written = catalog.update(mine).await.expect("first");
-    assert!(matches!(catalog.update(read.clone()).await, Err(UpdateError::Conflict { .. })));
-    assert!(matches!(catalog.delete(&read).await, Err(UpdateError::Conflict { .. })));
-    assert_eq!(catalog.get::<Volume>(&read.object.key()).await.expect("reads"), Some(written.clone()));
-    catalog.delete(&written).await.expect("deleted");
-    assert!(matches!(catalog.update(written).await, Err(UpdateError::Conflict { .. })));
-}
-
-#[tokio::test]
-async fn objects_without_a_name_need_none() {
-    let (_directory, catalog) = fresh();
-    let id = VolumeId::random();
-    for _ in 0..3 {
-        catalog.create(snapshot(id)).await.expect("created");
-    }
-    let listed = catalog.list::<Snapshot>().await.expect("lists");
-    let keys: Vec<_> = listed.iter().map(|stored| stored.object.key()).collect();
-    assert!(keys.len() == 3 && keys.is_sorted());
-    assert!(catalog.list::<GroupSnapshot>().await.expect("lists").is_empty());
-}
-
-#[tokio::test]
-async fn watchers_hear_of_changes_and_learn_that_they_lag() {
-    let (_directory, catalog) = fresh();
-    let mut watch = catalog.watch();
-    let stored = catalog.create(volume("data")).await.expect("created");
-    let heard = watch.recv().await.expect("a change");
-    assert_eq!(heard, Change { kind: "volume", key: stored.object.key() });
-    for _ in 0..=WATCH_BACKLOG {
-        catalog.announce::<Volume>(String::new());
-    }
-    assert!(matches!(watch.recv().await, Err(broadcast::error::RecvError::Lagged(_))));
-}
-
-#[tokio::test]
 async fn a_second_server_is_told_that_the_catalogue_is_in_use() {
     let (directory, _catalog) = fresh();
-    let refused = Catalog::open(&directory.path().join("catalog.redb")).err().expect("refused");
+    let refused = Embedded::open(&directory.path().join("catalog.redb")).err().expect("refused");
     assert!(matches!(refused, OpenError::InUse { .. }), "{refused}");
 }
 
@@ -110,7 +49,7 @@ fn an_empty_or_foreign_file_is_damage_and_no_new_catalogue() {
     let path = directory.path().join("catalog.redb");
     for content in [&b""[..], b"not a catalogue", &[0; 8192]] {
         std::fs::write(&path, content).expect("writes");
-        let refused = Catalog::open(&path).err().expect("refused").to_string();
+        let refused = Embedded::open(&path).err().expect("refused").to_string();
         assert!(refused.contains("is damaged") && refused.contains("catalog.redb"), "{refused}");
         assert_eq!(std::fs::read(&path).expect("reads"), content, "the evidence is untouched");
     }
@@ -123,7 +62,7 @@ async fn a_later_format_is_named() {
     transaction.open_table(META).expect("a table").insert(FORMAT_KEY, 7).expect("writes");
     transaction.commit().expect("commits");
     drop(catalog);
-    let refused = Catalog::open(&directory.path().join("catalog.redb")).err().expect("refused").to_string();
+    let refused = Embedded::open(&directory.path().join("catalog.redb")).err().expect("refused").to_string();
     assert!(refused.contains("has format 7, this version of tandem knows 2"), "{refused}");
 }
 
@@ -144,7 +83,7 @@ async fn a_flipped_bit_is_reported_or_harmless() {
         let mut flipped = sound.clone();
         flipped[place] ^= 1 << (turn % 8);
         std::fs::write(&path, &flipped).expect("writes");
-        match Catalog::open(&path) {
+        match Embedded::open(&path) {
             Err(error) => {
                 let text = error.to_string();
                 assert!(text.contains("catalog.redb"), "byte {place}: {text}");
@@ -185,7 +124,7 @@ async fn a_catalogue_of_format_1_is_read_and_raised() {
         transaction.commit().expect("commits");
     }
     for _ in 0..2 {
-        let catalog = Catalog::open(&path).expect("opens");
+        let catalog = Embedded::open(&path).expect("opens");
         let volume = catalog.find::<Volume>("pvc-1").await.expect("reads").expect("is there").object;
         assert_eq!((volume.request.replication, &volume.spec.mirror), (Replication::None, &None));
         assert!(volume.status.copies.is_empty() && volume.is_visible());
@@ -203,6 +142,6 @@ async fn a_generation_is_raised_and_kept() {
     assert_eq!(catalog.raise_generation(Generation(4)).await.expect("raises"), Generation(5), "above what disks have");
     assert_eq!(catalog.raise_generation(Generation(2)).await.expect("raises"), Generation(6));
     drop(catalog);
-    let catalog = Catalog::open(&directory.path().join("catalog.redb")).expect("opens");
+    let catalog = Embedded::open(&directory.path().join("catalog.redb")).expect("opens");
     assert_eq!(catalog.generation().await.expect("reads"), Generation(6));
 }

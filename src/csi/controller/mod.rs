@@ -69,10 +69,7 @@ impl Controller {
 
     pub(super) async fn create<T: Object>(&self, object: T) -> Result<Stored<T>, Transient> {
         crash_point("csi.create");
-        let created = self.catalog.create(object).await.map_err(|error| match error {
-            CreateError::Exists { kind, key } => Transient::Conflict(format!("{kind} {key}")),
-            CreateError::Failed(error) => error.into(),
-        });
+        let created = self.catalog.create(object).await.map_err(Transient::from);
         crash_point("csi.created");
         created
     }
@@ -101,10 +98,21 @@ impl Controller {
     }
 }
 
+impl From<CreateError> for Transient {
+    fn from(error: CreateError) -> Self {
+        match error {
+            CreateError::Exists { kind, key } => Self::Conflict(format!("{kind} {key}")),
+            CreateError::Ambiguous { kind, key, reason } => Self::NoAnswer { what: format!("{kind} {key}"), reason },
+            CreateError::Failed(error) => error.into(),
+        }
+    }
+}
+
 impl From<UpdateError> for Transient {
     fn from(error: UpdateError) -> Self {
         match error {
             UpdateError::Conflict { kind, key } => Self::Conflict(format!("{kind} {key}")),
+            UpdateError::Ambiguous { kind, key, reason } => Self::NoAnswer { what: format!("{kind} {key}"), reason },
             UpdateError::Failed(error) => error.into(),
         }
     }

@@ -149,13 +149,12 @@ async fn put<T: Object>(
     let taken = match catalog.create(object).await {
         Ok(_) => return Ok(true),
         Err(CreateError::Exists { key, .. }) => key,
-        Err(CreateError::Failed(error)) => return Err(error.into()),
+        Err(error) => return Err(error.into()),
     };
     rename(&mut renamed, lost_name(&key));
     report.problems.push(format!("{} {key} has a new name, because {taken} has its own", T::KIND));
     match catalog.create(renamed).await {
         Ok(_) => Ok(true),
-        Err(CreateError::Exists { kind, key }) => Err(Transient::Conflict(format!("{kind} {key}"))),
-        Err(CreateError::Failed(error)) => Err(error.into()),
+        Err(error) => Err(error.into()),
     }
 }

@@ -71,7 +71,7 @@ impl Security {
         let socket = connected.map_err(|_| ConnectionError::Unreachable)??;
         prepare(&socket)?;
         let Self::Tls(credentials) = self else { return Ok((buffered(socket), None)) };
-        let expected = Expected { role: Role::Node, name: Some(node.clone()) };
+        let expected = Expected { role: Some(Role::Node), name: Some(node.clone()) };
         let connector = TlsConnector::from(credentials.current().client(expected)?);
         let name = ServerName::IpAddress(address.ip().into());
         let stream = connector.connect(name, socket).await.map_err(HandshakeError::from)?;
@@ -97,7 +97,7 @@ impl Security {
                 Err(connection::refuse(&mut stream, hello.volume, rejection).await)
             }
             Self::Tls(credentials) => {
-                let acceptor = TlsAcceptor::from(credentials.current().server(Role::Node)?);
+                let acceptor = TlsAcceptor::from(credentials.current().server(Some(Role::Node))?);
                 let stream = acceptor.accept(socket).await.map_err(HandshakeError::from)?;
                 let certificate = peer_identity(stream.get_ref().1);
                 Ok((buffered(stream), certificate))

@@ -31,7 +31,7 @@ fn node(dir: &Path, authority: &Authority, text: &str) -> PathBuf {
 }
 
 fn expected(role: Role, text: Option<&str>) -> Expected {
-    Expected { role, name: text.map(name) }
+    Expected { role: Some(role), name: text.map(name) }
 }
 
 /// What client and server find out about each other.
@@ -41,7 +41,7 @@ async fn connect(
     wanted: Expected,
 ) -> (Result<Identity, HandshakeError>, Result<Identity, HandshakeError>) {
     let (here, there) = tokio::io::duplex(4096);
-    let acceptor = TlsAcceptor::from(server.server(Role::Node).expect("a configuration"));
+    let acceptor = TlsAcceptor::from(server.server(Some(Role::Node)).expect("a configuration"));
     let connector = TlsConnector::from(client.client(wanted).expect("a configuration"));
     let address = ServerName::IpAddress(std::net::IpAddr::from([127, 0, 0, 1]).into());
     let serve = async {

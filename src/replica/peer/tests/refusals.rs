@@ -18,7 +18,7 @@ use tokio_rustls::client::TlsStream;
 
 /// Connects to a node, as whoever the certificates say, expecting the node's name.
 async fn encrypted(node: &Node, who: &Loaded) -> std::io::Result<TlsStream<TcpStream>> {
-    let expected = Expected { role: Role::Node, name: None };
+    let expected = Expected { role: Some(Role::Node), name: None };
     let connector = TlsConnector::from(who.client(expected).expect("a configuration"));
     let socket = TcpStream::connect(node.address).await?;
     connector.connect(ServerName::IpAddress(node.address.ip().into()), socket).await

@@ -1,0 +1,73 @@
+//! Who may write what over the network: a controller everything, a node what its replica alone knows.
+//!
+//! Invariants: whoever has a certificate of the cluster may read everything; what a node may write follows from the name in
+//! its certificate and from the object as it is in the catalogue, never from what the caller says of itself.
+
+use super::{GroupSnapshot, Node, NodeName, Object, Snapshot, Volume, VolumeConfiguration};
+use crate::tls::{Identity, Role};
+
+/// A change of one object: what it is, and what it shall be. Neither is `None` twice.
+pub(super) struct Write<'a, T> {
+    pub before: Option<&'a T>,
+    pub after: Option<&'a T>,
+}
+
+/// Objects that are reachable over the network.
+pub(super) trait Guarded: Object {
+    /// Whether a node's replica may change it so.
+    fn node_may(node: &NodeName, write: &Write<'_, Self>) -> bool;
+}
+
+/// Whether the holder of this certificate may change an object so.
+pub(super) fn may<T: Guarded>(who: &Identity, write: &Write<'_, T>) -> bool {
+    match who.role {
+        Role::Controller => true,
+        Role::Node => T::node_may(&NodeName(who.name.to_string()), write),
+    }
+}
+
+impl Guarded for Node {
+    /// Its own; it is there until an operator removes the node.
+    fn node_may(node: &NodeName, write: &Write<'_, Self>) -> bool {
+        write.after.is_some_and(|after| after.name == *node)
+    }
+}
+
+impl Guarded for VolumeConfiguration {
+    /// The version that follows. Whether the copy may propose it is the protocol's to say.
+    fn node_may(_: &NodeName, write: &Write<'_, Self>) -> bool {
+        let (Some(before), Some(after)) = (write.before, write.after) else { return false };
+        let (old, new) = (before.stamp(), after.stamp());
+        new.generation == old.generation && new.version == old.version.next()
+    }
+}
+
+impl Guarded for Volume {
+    /// Which copies are there: its own, and those that nobody wants any more.
+    fn node_may(node: &NodeName, write: &Write<'_, Self>) -> bool {
+        let (Some(before), Some(after)) = (write.before, write.after) else { return false };
+        let mut expected = before.clone();
+        expected.status.copies.clone_from(&after.status.copies);
+        let owner = |copy| {
+            let mirror = before.spec.mirror.as_ref();
+            mirror.and_then(|mirror| mirror.copies.get(copy)).map(|spec| &spec.node)
+        };
+        let mut added = after.status.copies.difference(&before.status.copies);
+        let mut removed = before.status.copies.difference(&after.status.copies);
+        expected == *after
+            && added.all(|copy| owner(copy) == Some(node))
+            && removed.all(|copy| owner(copy).is_none_or(|owner| owner == node))
+    }
+}
+
+impl Guarded for Snapshot {
+    fn node_may(_: &NodeName, _: &Write<'_, Self>) -> bool {
+        false
+    }
+}
+
+impl Guarded for GroupSnapshot {
+    fn node_may(_: &NodeName, _: &Write<'_, Self>) -> bool {
+        false
+    }
+}
