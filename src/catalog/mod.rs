@@ -14,6 +14,7 @@
 //! why nothing here knows of redb, prost or kube.
 
 mod access;
+mod configuration;
 mod embedded;
 mod objects;
 mod remote;
@@ -22,6 +23,7 @@ mod server;
 mod tests;
 mod watch;
 
+pub use configuration::ConfigurationError;
 pub use embedded::Embedded;
 pub use objects::{
     Access, AccessMode, BadConfiguration, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot, GroupStatus,

@@ -13,7 +13,7 @@ use super::{
 use crate::protocol::Generation;
 use crate::rpc::catalog as rpc;
 use crate::rpc::catalog::catalogue_client::CatalogueClient;
-use crate::tls::{Credentials, Expected, HandshakeError, Role, dial};
+use crate::tls::{Credentials, Expected, Role, dial};
 use hyper_util::rt::TokioIo;
 use std::error::Error;
 use std::io;
@@ -71,7 +71,7 @@ impl Remote {
             async move {
                 let slow = || io::Error::new(io::ErrorKind::TimedOut, "it does not answer");
                 let expected = Expected { role: Some(Role::Controller), name: None };
-                let connected = timeout(CONNECT_LIMIT, dial(&*target, &credentials, expected)).await;
+                let connected = timeout(CONNECT_LIMIT, dial(&target, &credentials, expected)).await;
                 connected.map_err(|_| slow())?.map(TokioIo::new)
             }
         }));
@@ -223,17 +223,12 @@ impl Failure {
     }
 }
 
-/// Why it is certain that a call was not sent, if it is: there was no connection, or the server let this end not in.
+/// Why it is certain that a call was not sent, if it is: there was no connection.
 fn not_sent(status: &Status) -> Option<String> {
     let mut next = status.source();
     while let Some(error) = next {
         if let Some(ConnectError(inner)) = error.downcast_ref::<ConnectError>() {
             return Some(inner.to_string());
-        }
-        // A server reads no call before its handshake is done, and a client sees only then that it is not let in.
-        let io = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        if let Some(alert @ rustls::Error::AlertReceived(_)) = io.and_then(|inner| inner.downcast_ref()) {
-            return Some(HandshakeError::from(io::Error::other(alert.clone())).to_string());
         }
         next = error.source();
     }

@@ -61,6 +61,7 @@ mod simulation;
 mod term;
 #[cfg(test)]
 mod tests;
+mod view;
 
 pub use admission::MAX_TAGS;
 pub use configuration::{Configuration, ConfigurationVersion, Generation, Lacks, MAX_COPIES, Stamp};
@@ -71,6 +72,7 @@ pub use primary::{HEARTBEAT, LEASE, SILENCE};
 pub use replica::Replica;
 pub use secondary::MARGIN;
 pub use term::Outcome;
+pub use view::Standing;
 
 use crate::volume::BlockRange;
 use std::time::Duration;

@@ -50,7 +50,6 @@ impl Apply {
     }
 
     /// Its serial, if its bytes are still needed.
-    #[cfg(test)]
     pub fn waiting(&self) -> Option<SerialNumber> {
         (self.phase == Phase::Waiting).then_some(self.serial)
     }

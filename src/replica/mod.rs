@@ -12,6 +12,7 @@ pub mod executor;
 pub mod holder;
 pub mod io;
 pub mod manager;
+pub mod mirror;
 pub mod operations;
 pub mod peer;
 pub mod pool;

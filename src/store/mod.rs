@@ -376,6 +376,11 @@ impl Store {
         self.tree.snapshots.iter().filter_map(info).collect()
     }
 
+    /// Whether there is a snapshot of this id, its seal done or not.
+    pub fn has_snapshot(&self, snapshot: SnapshotId) -> bool {
+        self.tree.snapshots.contains_key(&snapshot)
+    }
+
     /// What the tree may grow to: every volume fully written, plus what its sealed layers occupy.
     pub fn promised_blocks(&self) -> u64 {
         let tops: u64 = self.tree.volumes.values().map(|volume| volume.size.blocks()).sum();

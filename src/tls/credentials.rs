@@ -155,6 +155,13 @@ impl Credentials {
         Ok(Self { directory: directory.into(), state: Mutex::new(State { loaded, seen }) })
     }
 
+    /// These, which are in no files.
+    #[cfg(test)]
+    pub(crate) fn fixed(loaded: Loaded) -> Self {
+        let state = State { loaded: Arc::new(loaded), seen: [None; 3] };
+        Self { directory: "no files".into(), state: Mutex::new(state) }
+    }
+
     /// What the files hold now: asked for at each new connection. Costs three `stat` when nothing has changed.
     pub fn current(&self) -> Arc<Loaded> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,7 +1,6 @@
 use super::*;
-use crate::catalog::Node;
-use crate::catalog::{GroupSnapshot, Replication, Snapshot, SnapshotStatus, Volume, VolumeRequest};
-use crate::volume::{SnapshotId, VolumeId, VolumeSize};
+use crate::catalog::{GroupSnapshot, Node, Replication, Snapshot, Volume, VolumeRequest};
+use crate::volume::{VolumeId, VolumeSize};
 use std::collections::BTreeSet;
 
 fn volume(name: &str) -> Volume {
@@ -16,11 +15,6 @@ fn volume(name: &str) -> Volume {
         replication: Replication::None,
     };
     Volume::wanted(VolumeId::random(), request)
-}
-
-fn snapshot(volume: VolumeId) -> Snapshot {
-    let status = SnapshotStatus::Creating;
-    Snapshot { id: SnapshotId::random(), name: None, volume, group: None, node: None, deleted: false, status }
 }
 
 fn fresh() -> (tempfile::TempDir, Embedded) {

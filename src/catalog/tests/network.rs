@@ -1,7 +1,9 @@
 //! What the network does: strangers, servers that come and go, answers that are lost.
 
 use super::rig::{Lab, Served, anywhere, embedded, volume};
-use crate::catalog::{Catalog, CatalogError, CreateError, Object, Remote, Seen, UpdateError, Volume};
+use crate::catalog::{
+    Catalog, CatalogError, CreateError, Embedded, Object, Remote, Seen, Stored, UpdateError, Volume, VolumeConfiguration,
+};
 use crate::tls::{Credentials, Loaded, Role};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -97,38 +99,74 @@ async fn a_server_that_is_away_is_said_to_be_and_watchers_list_when_it_is_back()
     served.stop().await;
 }
 
-/// Carries bytes between clients and a server; answers pass only while it is told so.
-struct Relay {
-    address: SocketAddr,
-    answers: watch::Sender<bool>,
+/// Which answers of the server pass.
+#[derive(Clone)]
+enum Answers {
+    All,
+    /// All until this object has another version: the connection is cut at the answer to what changed it.
+    Until(Embedded, Stored<VolumeConfiguration>),
+    None,
+}
+
+impl Answers {
+    async fn pass(&self) -> bool {
+        match self {
+            Self::All => true,
+            Self::Until(catalog, before) => {
+                let now = catalog.get::<VolumeConfiguration>(&before.object.key()).await.expect("reads");
+                now.is_some_and(|now| now.version == before.version)
+            }
+            Self::None => false,
+        }
+    }
+}
+
+/// Carries bytes between clients and a server, and loses answers.
+pub struct Relay {
+    pub address: SocketAddr,
+    answers: watch::Sender<Answers>,
 }
 
 impl Relay {
-    async fn start(server: SocketAddr) -> Self {
+    pub async fn start(server: SocketAddr) -> Self {
         let listener = TcpListener::bind(anywhere()).await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        let (answers, allowed) = watch::channel(true);
+        let (answers, _) = watch::channel(Answers::All);
+        let control = answers.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(carry(client, server, allowed.clone()));
+                tokio::spawn(carry(client, server, control.clone()));
             }
         });
         Self { address, answers }
     }
+
+    /// No answer passes any more: connections are cut where one would.
+    pub fn cut(&self, cut: bool) {
+        self.answers.send_replace(if cut { Answers::None } else { Answers::All });
+    }
+
+    /// The answer to what changes this object is lost, and everything else passes.
+    pub fn cut_after_a_change(&self, catalog: Embedded, stored: Stored<VolumeConfiguration>) {
+        self.answers.send_replace(Answers::Until(catalog, stored));
+    }
 }
 
 /// Until one end is closed, or an answer comes that may not pass.
-async fn carry(client: TcpStream, server: SocketAddr, allowed: watch::Receiver<bool>) {
+async fn carry(client: TcpStream, server: SocketAddr, control: watch::Sender<Answers>) {
     let Ok(server) = TcpStream::connect(server).await else { return };
-    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
-        (client.into_split(), server.into_split());
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.into_split(), server.into_split());
     let asked = tokio::io::copy(&mut from_client, &mut to_server);
     let answered = async {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = from_server.read(&mut buffer).await {
-            // Long enough for the server to have done what it was asked for.
-            if !*allowed.borrow() {
+            let answers = control.borrow().clone();
+            if !answers.pass().await {
+                // Long enough for the server to have done what it was asked for.
                 tokio::time::sleep(Duration::from_millis(500)).await;
+                if let Answers::Until(..) = answers {
+                    control.send_replace(Answers::All);
+                }
                 return;
             }
             if to_client.write_all(&buffer[..count]).await.is_err() {
@@ -157,21 +195,21 @@ async fn a_write_whose_answer_is_lost_is_ambiguous_and_reading_back_resolves_it(
     let client = lab.client(relay.address, Role::Controller, "controller");
     let stored = client.create(volume("data")).await.expect("created");
 
-    relay.answers.send_replace(false);
+    relay.cut(true);
     let mut wanted = stored.clone();
     wanted.object.spec.verify_reads = true;
     let answer = client.update(wanted.clone()).await.expect_err("no answer");
     assert!(matches!(answer, UpdateError::Ambiguous { .. }), "{answer}");
-    relay.answers.send_replace(true);
+    relay.cut(false);
     assert!(resolve(&client, &wanted.object).await, "the server has executed it");
     let again = client.update(wanted.clone()).await.expect_err("it was executed once, so it cannot be again");
     assert!(matches!(again, UpdateError::Conflict { .. }), "a mistake: a lost answer taken for a lost race");
 
-    relay.answers.send_replace(false);
+    relay.cut(true);
     let other = volume("other");
     let answer = client.create(other.clone()).await.expect_err("no answer");
     assert!(matches!(answer, CreateError::Ambiguous { .. }), "{answer}");
-    relay.answers.send_replace(true);
+    relay.cut(false);
     assert!(resolve(&client, &other).await, "the server has executed it");
     served.stop().await;
 }

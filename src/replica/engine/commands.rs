@@ -4,19 +4,19 @@
 //! for the answer changes nothing.
 
 use super::files::TreeFiles;
+use super::mirror::{MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
 use super::tree::{Phase as TreePhase, Tree, TreeKey};
 use super::turn::Engine;
-use super::volume::{Phase, TICKETS, Ticket, Volume, VolumeKey};
+use super::volume::{Ticket, VolumeKey};
 use super::{ControlError, EngineError};
-use crate::protocol::{DiskError, Input, OperationId, Replica, Request, SealName, Tag};
+use crate::protocol::{DiskError, Input, OperationId, Request, Role, SealName, Tag};
 use crate::replica::device::FuseLoop;
 use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::device::slots::RESERVED_SLOTS;
-use crate::replica::io::WatchKey;
-use crate::store::{Control, ControlError as Refusal, Store};
+use crate::store::{Control, ControlError as Refusal, MAX_SNAPSHOTS, Store};
 use crate::volume::{InstanceId, VolumeId, VolumeSize};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -55,7 +55,7 @@ pub(super) enum Command {
         volume: VolumeId,
         reply: Reply<Option<Found>>,
     },
-    AddVolume {
+    AddDevice {
         tree: InstanceId,
         device: Box<FuseLoop>,
         reply: Reply<Result<(), EngineError>>,
@@ -64,12 +64,30 @@ pub(super) enum Command {
         volume: VolumeId,
         device: LoopDevice,
     },
-    RemoveVolume {
+    RemoveDevice {
         volume: VolumeId,
         reply: Reply<()>,
     },
     Reattach {
         reply: Reply<Vec<VolumeId>>,
+    },
+    OpenMirror {
+        config: Box<MirrorConfig>,
+        reply: Reply<Result<(), EngineError>>,
+    },
+    /// Peers' events are answered by nobody: many are on their way at a time.
+    TellMirror {
+        volume: VolumeId,
+        input: MirrorInput,
+        reply: Option<Reply<Result<(), EngineError>>>,
+    },
+    CloseMirror {
+        volume: VolumeId,
+        reply: Reply<Result<(), EngineError>>,
+    },
+    MirrorStatus {
+        volume: VolumeId,
+        reply: Reply<Option<MirrorStatus>>,
     },
 }
 
@@ -82,8 +100,14 @@ impl Engine {
             }
             Command::CloseTree { tree, reply } => self.close_tree(tree, reply),
             Command::Control(items) => {
+                let group = items.len() > 1;
                 for (tree, control, reply) in items {
-                    self.control(tree, control, reply);
+                    match control {
+                        Control::Seal { volume, .. } if group && self.is_mirrored(volume) => {
+                            drop(reply.send(Err(EngineError::MirroredGroup(volume).into())));
+                        }
+                        _ => self.control(tree, control, reply),
+                    }
                 }
             }
             Command::Inspect { tree, look } => {
@@ -95,23 +119,32 @@ impl Engine {
                 }
             }
             Command::Find { volume, reply } => drop(reply.send(self.find(volume))),
-            Command::AddVolume { tree, device, reply } => {
+            Command::AddDevice { tree, device, reply } => {
                 let added = self.tree_of(tree).ok_or(EngineError::UnknownTree(tree));
-                let added = added.and_then(|tree| self.add_volume(tree, *device, None)).map(drop);
+                let added = added.and_then(|tree| self.add_device(tree, *device, None)).map(drop);
                 drop(reply.send(added));
             }
             Command::SetDevice { volume, device } => {
                 if let Some(key) = self.volume_of(volume)
-                    && let Some(volume) = self.volume_mut(key)
+                    && let Some(found) = self.device_mut(key)
                 {
-                    volume.device = Some(device);
+                    found.loop_device = Some(device);
                 }
             }
-            Command::RemoveVolume { volume, reply } => self.remove_volume(volume, reply),
+            Command::RemoveDevice { volume, reply } => self.remove_device(volume, reply),
             Command::Reattach { reply } => {
                 self.reattached = true;
                 drop(reply.send(self.revive()));
             }
+            Command::OpenMirror { config, reply } => self.open_mirror(config, reply),
+            Command::TellMirror { volume, input, reply } => {
+                let told = self.tell_mirror(volume, input);
+                if let Some(reply) = reply {
+                    drop(reply.send(told));
+                }
+            }
+            Command::CloseMirror { volume, reply } => self.close_mirror(volume, reply),
+            Command::MirrorStatus { volume, reply } => drop(reply.send(self.mirror_status(volume))),
         }
     }
 
@@ -151,7 +184,9 @@ impl Engine {
             return;
         };
         if let Some(volume) = self.volumes.iter().flatten().find(|v| v.tree == key) {
-            drop(reply.send(Err(EngineError::VolumeAttached(volume.fuse.volume))));
+            let attached = volume.device.is_some();
+            let error = if attached { EngineError::VolumeAttached } else { EngineError::MirrorIsOpen };
+            drop(reply.send(Err(error(volume.id))));
             return;
         }
         if let Some(parked) = self.parked.iter().find(|p| p.tree == id) {
@@ -194,10 +229,17 @@ impl Engine {
             drop(reply.send(Err(EngineError::UnknownTree(id).into())));
             return;
         };
-        if let Control::Seal { volume, .. } = control
-            && let Some(attached) = self.volume_of(volume)
-        {
-            return self.seal(attached, control, reply);
+        if let Control::Seal { volume, snapshot, .. } = control {
+            let settled = self.tree_mut(key).is_some_and(|tree| tree.store.has_snapshot(snapshot));
+            match self.volume_of(volume) {
+                // One that is there already is only waited for: a second time would be at another point.
+                Some(served) if !(settled && self.is_mirrored(volume)) => return self.seal(served, control, reply),
+                Some(_) => {}
+                None if self.waits_for_core(key, volume) => {
+                    return drop(reply.send(Err(EngineError::MirrorNotOpen(volume).into())));
+                }
+                None => {}
+            }
         }
         if let Control::DeleteVolume(volume) = control
             && self.volume_of(volume).is_some()
@@ -224,6 +266,12 @@ impl Engine {
     /// A seal of an attached volume takes its place among the device's requests.
     fn seal(&mut self, key: VolumeKey, control: Control, reply: Reply<Result<(), ControlError>>) {
         let first = self.arena.slots.count() + RESERVED_SLOTS;
+        if self.mirror_mut(key).is_some()
+            && let Err(error) = self.may_seal(key, control)
+        {
+            drop(reply.send(Err(error)));
+            return;
+        }
         let Some(volume) = self.volume_mut(key) else { return };
         let Some(index) = volume.tickets.iter().position(Option::is_none) else {
             drop(reply.send(Err(Refusal::Busy.into())));
@@ -233,6 +281,31 @@ impl Engine {
         let request = Request::Seal(SealName(index as u32));
         self.step(key, Input::Request { tag: Tag(first + index as u32), request });
         self.pump();
+    }
+
+    pub fn is_mirrored(&mut self, id: VolumeId) -> bool {
+        self.volume_of(id).is_some_and(|key| self.mirror_mut(key).is_some())
+    }
+
+    /// What every copy would refuse is refused before any is asked.
+    fn may_seal(&mut self, key: VolumeKey, control: Control) -> Result<(), ControlError> {
+        let Some(volume) = self.volume_mut(key) else { return Ok(()) };
+        let (id, tree) = (volume.id, volume.tree);
+        let same = |ticket: &&Ticket| match (ticket.control, control) {
+            (Control::Seal { snapshot: one, .. }, Control::Seal { snapshot: other, .. }) => one == other,
+            _ => false,
+        };
+        if !matches!(volume.replica.role(), Role::Primary(_)) {
+            return Err(EngineError::NotPrimary(id).into());
+        }
+        if volume.tickets.iter().flatten().any(|ticket| same(&ticket)) {
+            return Err(Refusal::Busy.into());
+        }
+        let volumes = self.tree_mut(tree).map(|tree| tree.store.volumes()).unwrap_or_default();
+        match volumes.iter().find(|info| info.volume == id) {
+            Some(info) if info.layers as usize > MAX_SNAPSHOTS => Err(Refusal::TooManySnapshots(id).into()),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// The store says more of a seal than the core needs to know.
@@ -252,96 +325,5 @@ impl Engine {
             let refused = |error| ticket.refusal.unwrap_or(Refusal::Disk(error));
             drop(ticket.reply.send(result.map_err(|error| refused(error).into())));
         }
-    }
-
-    fn find(&self, id: VolumeId) -> Option<Found> {
-        let volume = self.volumes[self.volume_of(id)?.0 as usize].as_deref()?;
-        Some(Found {
-            size: volume.size,
-            device: volume.device,
-            control: volume.fuse.control(),
-            broken: matches!(volume.phase, Phase::Broken),
-        })
-    }
-
-    /// Serves a device from now on.
-    pub fn add_volume(
-        &mut self,
-        tree_key: TreeKey,
-        fuse: FuseLoop,
-        device: Option<LoopDevice>,
-    ) -> Result<VolumeKey, EngineError> {
-        let id = fuse.volume;
-        if self.volume_of(id).is_some() {
-            return Err(EngineError::VolumeAttached(id));
-        }
-        let tree = self.tree_mut(tree_key).filter(|t| t.is_open()).ok_or(EngineError::UnknownVolume(id))?;
-        let copy = tree.id;
-        let info = tree.store.volumes().into_iter().find(|info| info.volume == id);
-        let size = info.ok_or(EngineError::UnknownVolume(id))?.size;
-        let key = VolumeKey(self.volumes.len() as u32);
-        let tags = (self.arena.slots.count() + fuse.slots.count()) as usize;
-        let watched = self.io.watch(WatchKey(key.0), fuse.connection().as_raw_fd());
-        watched.map_err(|error| EngineError::Watch { volume: id, error })?;
-        self.volumes.push(Some(Box::new(Volume {
-            tree: tree_key,
-            size,
-            device,
-            replica: Replica::sole(copy),
-            pending: vec![None; tags],
-            tickets: [const { None }; TICKETS],
-            arena_used: 0,
-            own_free: (0..fuse.slots.count()).collect(),
-            fuse,
-            ready: false,
-            flushing: false,
-            phase: Phase::Serving,
-            statistics: self.statistics.add(id),
-        })));
-        // Requests may be there already, from before the watch.
-        self.make_ready(key);
-        Ok(key)
-    }
-
-    /// The loop device is gone, so nothing new comes; what was written is put on stable media.
-    fn remove_volume(&mut self, id: VolumeId, reply: Reply<()>) {
-        let Some(key) = self.volume_of(id) else {
-            let _ = reply.send(());
-            return;
-        };
-        let Self { volumes, trees, operations, actions, .. } = self;
-        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
-        let phase = std::mem::replace(&mut volume.phase, Phase::Broken);
-        let fd = volume.fuse.connection().as_raw_fd();
-        let is_watched = matches!(phase, Phase::Serving);
-        if let Phase::Leaving(mut replies) = phase {
-            replies.push(reply);
-            volume.phase = Phase::Leaving(replies);
-            return;
-        }
-        volume.phase = Phase::Leaving(vec![reply]);
-        let tree_key = volume.tree;
-        if let Some(tree) = trees[tree_key.0 as usize].as_mut() {
-            volume.flushing = true;
-            tree.under_way += 1;
-            let operation = operations.add(tree_key, Purpose::LastFlushOfVolume(key));
-            tree.store.start(operation, id, Request::Flush, actions);
-        }
-        if is_watched {
-            self.io.unwatch(WatchKey(key.0), fd);
-        }
-        self.collect_actions(tree_key);
-        self.pump();
-        self.let_go(key);
-    }
-
-    pub fn flushed_for_good(&mut self, key: VolumeKey, result: Result<(), DiskError>) {
-        if let Some(volume) = self.volume_mut(key) {
-            volume.flushing = false;
-            if let Err(error) = result {
-                tracing::error!(volume = %volume.fuse.volume, %error, "the last flush before its device went failed");
-            }
-        }
-        self.let_go(key);
     }
 }

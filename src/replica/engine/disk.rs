@@ -4,7 +4,7 @@
 //! appends is executed in its order.
 #![allow(unsafe_code, reason = "operations point into the slots of their requests")]
 
-use super::operations::Purpose;
+use super::operations::{Kept, Purpose};
 use super::requests::slot_of;
 use super::tree::TreeKey;
 use super::turn::{Engine, TICK, Work};
@@ -20,13 +20,25 @@ use std::sync::atomic::Ordering::Relaxed;
 impl Engine {
     /// Starts what the core wants done on this node's copy.
     pub fn start(&mut self, key: VolumeKey, operation: OperationId, tag: Tag, request: Request) {
+        if let Request::Seal(name) = request
+            && let Some(volume) = self.volume_mut(key)
+            && volume.mirror.is_some()
+            && let Some(control) = volume.tickets.get(name.0 as usize).and_then(|ticket| Some(ticket.as_ref()?.control))
+        {
+            return self.seal_again(key, operation, control);
+        }
         let Self { volumes, trees, arena, operations, actions, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let tree_key = volume.tree;
         let Some(tree) = trees[tree_key.0 as usize].as_mut() else { return };
         tree.under_way += 1;
-        let memory = slot_of(arena, volume, tag).map_or(std::ptr::null_mut(), |slot| slot.payload());
-        let id = operations.add(tree_key, Purpose::Core { volume: key, operation, memory, corrupt: false });
+        volume.running += 1;
+        let memory = volume
+            .device
+            .as_ref()
+            .and_then(|device| slot_of(arena, device, tag))
+            .map_or(std::ptr::null_mut(), |slot| slot.payload());
+        let id = operations.add(tree_key, Purpose::Core { volume: key, operation, memory, corrupt: false, kept: None });
         match request {
             Request::Seal(_) => {
                 let index = (tag.0 - arena.slots.count() - RESERVED_SLOTS) as usize;
@@ -35,7 +47,7 @@ impl Engine {
                 }
             }
             Request::Read(_) | Request::Write(_) | Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) => {
-                tree.store.start(id, volume.fuse.volume, request, actions);
+                tree.store.start(id, volume.id, request, actions);
             }
         }
         self.collect_actions(tree_key);
@@ -145,11 +157,20 @@ impl Engine {
             tree.under_way -= 1;
         }
         match operation.purpose {
-            Purpose::Core { volume, operation, corrupt, .. } => {
+            Purpose::Core { volume, operation, corrupt, kept, .. } => {
+                self.ran(volume);
                 let result = if corrupt { result.and(Err(DiskError::Corrupt)) } else { result };
+                if let (Some(Kept::Read { blocks, stays }), true) = (kept.map(|kept| *kept), result.is_ok()) {
+                    self.keep_read(volume, operation, blocks, stays);
+                }
                 self.step(volume, Input::Completed { operation, result });
+                self.after_core(volume);
             }
-            Purpose::LastFlushOfVolume(volume) => self.flushed_for_good(volume, result),
+            Purpose::FirstRecord(volume) => {
+                self.ran(volume);
+                self.first_record_done(volume, result);
+            }
+            Purpose::LastFlushOfDevice(volume) => self.flushed_for_good(volume, result),
             Purpose::LastFlushOfTree => {
                 if let Err(error) = result {
                     tracing::error!(%error, "the last flush of a tree failed; what was not flushed waits in memory");
@@ -159,6 +180,47 @@ impl Engine {
         }
     }
 
+    /// An operation of its core is over.
+    fn ran(&mut self, key: VolumeKey) {
+        if let Some(volume) = self.volume_mut(key) {
+            volume.running -= 1;
+        }
+    }
+
+    /// What was only lent for that input is gone, and so may be the core.
+    fn after_core(&mut self, key: VolumeKey) {
+        if let Some(mirror) = self.mirror_mut(key) {
+            mirror.answer = None;
+            self.close_if_done(key);
+        }
+    }
+
+    fn seal_done(
+        &mut self,
+        key: VolumeKey,
+        operation: OperationId,
+        kept: Option<Box<Kept>>,
+        result: Result<(), Refusal>,
+    ) {
+        let seal = match kept.map(|kept| *kept) {
+            Some(Kept::Seal(control)) => Some(control),
+            Some(Kept::Frame(_) | Kept::Read { .. }) | None => None,
+        };
+        if let (Some(control), Err(Refusal::Busy), Some(mirror)) = (seal, result, self.mirror_mut(key)) {
+            // It must happen at this point of the stream of writes on every copy: not answered, but tried again.
+            mirror.busy.push((operation, control));
+            return;
+        }
+        self.note_seal(key, operation, result);
+        let result = result.map_err(|refusal| match refusal {
+            Refusal::Disk(error) => error,
+            // It had no effect: no reason for a copy to take its disk for broken.
+            _ if seal.is_some() => DiskError::NoSpace,
+            _ => DiskError::Failed,
+        });
+        self.step(key, Input::Completed { operation, result });
+    }
+
     fn control_done(&mut self, key: TreeKey, id: OperationId, result: Result<(), Refusal>) {
         let operation = self.operations.remove(id);
         let operation = operation.unwrap_or_else(|| panic!("the store finished {id:?}, which does not run"));
@@ -166,13 +228,10 @@ impl Engine {
             tree.under_way -= 1;
         }
         match operation.purpose {
-            Purpose::Core { volume, operation, .. } => {
-                self.note_seal(volume, operation, result);
-                let result = result.map_err(|refusal| match refusal {
-                    Refusal::Disk(error) => error,
-                    _ => DiskError::Failed,
-                });
-                self.step(volume, Input::Completed { operation, result });
+            Purpose::Core { volume, operation, kept, .. } => {
+                self.ran(volume);
+                self.seal_done(volume, operation, kept, result);
+                self.after_core(volume);
             }
             Purpose::Control { reply, resized } => {
                 if let (Ok(()), Some((volume, size))) = (result, resized)
@@ -183,7 +242,7 @@ impl Engine {
                 }
                 drop(reply.send(result.map_err(Into::into)));
             }
-            Purpose::LastFlushOfVolume(_) | Purpose::LastFlushOfTree => {}
+            Purpose::LastFlushOfDevice(_) | Purpose::LastFlushOfTree | Purpose::FirstRecord(_) => {}
         }
     }
 }

@@ -6,6 +6,7 @@
 use super::commands::{Command, Found, Reply};
 use super::files::TreeFiles;
 use super::jobs::Bell;
+use super::mirror::{MirrorConfig, MirrorInput, MirrorStatus};
 use super::statistics::Statistics;
 use super::{
     AttachError, ControlError, DetachError, EngineError, EngineStatus, Recovered, VolumeHealth, pending_key,
@@ -177,7 +178,7 @@ impl EngineHandle {
                 Ok::<_, AttachError>((Box::new(device), control))
             })
             .await??;
-        let added = self.ask(|reply| Command::AddVolume { tree, device, reply }).await?;
+        let added = self.ask(|reply| Command::AddDevice { tree, device, reply }).await?;
         if let Err(error) = added {
             self.blocking(move |shared| shared.hold(|holder| holder.remove(&volume_key(volume)))).await??;
             return Err(error.into());
@@ -202,7 +203,7 @@ impl EngineHandle {
             Err(error) => return Err(DetachError::Loop(error)),
         }
         crash_point("device.detached");
-        self.ask(|reply| Command::RemoveVolume { volume, reply }).await?;
+        self.ask(|reply| Command::RemoveDevice { volume, reply }).await?;
         crash_point("device.release");
         self.blocking(move |shared| shared.hold(|holder| holder.remove(&volume_key(volume)))).await??;
         Ok(())
@@ -251,6 +252,43 @@ impl EngineHandle {
         }
         let served = recovered.devices.into_iter().filter(|(volume, _)| !waiting.contains(volume));
         served.filter_map(|(volume, device)| Some((volume, device.map(LoopDevice::path)?))).collect()
+    }
+
+    /// Runs a copy of a mirrored volume; returns when the copy has a durable record and its core goes. A device that a killed
+    /// engine left goes on with it; a volume that is attached without mirror stops for a moment and goes on with it.
+    ///
+    /// # Errors
+    /// The tree or the volume is not there, the copy is open already, or its first record cannot be made durable.
+    pub async fn open_mirror(&self, config: MirrorConfig) -> Result<(), EngineError> {
+        self.ask(|reply| Command::OpenMirror { config: Box::new(config), reply }).await?
+    }
+
+    /// Tells a copy what happened. Awaiting it is the back pressure on peers: the engine takes a bounded number of inputs.
+    /// A peer's event for a copy that is not open is lost, like its connection.
+    ///
+    /// # Errors
+    /// The copy is not open, or the engine has stopped.
+    pub async fn tell_mirror(&self, volume: VolumeId, input: MirrorInput) -> Result<(), EngineError> {
+        if let MirrorInput::Peer(_) = input {
+            return self.send(Command::TellMirror { volume, input, reply: None }).await;
+        }
+        self.ask(|reply| Command::TellMirror { volume, input, reply: Some(reply) }).await?
+    }
+
+    /// Ends the core of a copy that has no device; returns when nothing of it is under way. A copy that is not open is fine.
+    ///
+    /// # Errors
+    /// The volume has a device.
+    pub async fn close_mirror(&self, volume: VolumeId) -> Result<(), EngineError> {
+        self.ask(|reply| Command::CloseMirror { volume, reply }).await?
+    }
+
+    /// What a copy is and how far the others are; `None` if it is not open.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub async fn mirror_status(&self, volume: VolumeId) -> Result<Option<MirrorStatus>, EngineError> {
+        self.ask(|reply| Command::MirrorStatus { volume, reply }).await
     }
 
     /// How an attached volume does; all is well for others.

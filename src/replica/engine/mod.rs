@@ -14,12 +14,16 @@
 //!   memory, [`EngineHandle::open_tree`], [`EngineHandle::reattach`].
 #![allow(unsafe_code, reason = "prctl, setpriority and mlockall")]
 
+mod attach;
 mod commands;
+mod copies;
 mod disk;
 mod files;
 mod handle;
 mod jobs;
+mod mirror;
 mod operations;
+mod outputs;
 mod recover;
 mod requests;
 mod statistics;
@@ -30,6 +34,7 @@ mod volume;
 pub use crate::replica::io::Choice as IoChoice;
 pub use files::{TreeFiles, drain};
 pub use handle::EngineHandle;
+pub use mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus, SealReserve};
 pub use statistics::{BUCKETS, Direction, DirectionStatistics, STALL, Statistics, VolumeStatistics};
 
 use crate::replica::device::loop_device::{self, LoopDevice, LoopError};
@@ -44,7 +49,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 const ARENA: &str = "arena";
@@ -131,6 +136,28 @@ pub enum EngineError {
     /// The volume has a device.
     #[error("volume {0} is attached; detach it first")]
     VolumeAttached(VolumeId),
+    /// A core runs the volume's copy already.
+    #[error("the copy of volume {0} is open already")]
+    MirrorIsOpen(VolumeId),
+    /// The volume is mirrored and nothing runs its copy.
+    #[error("the copy of volume {0} on this node is not open yet; repeat the call")]
+    MirrorNotOpen(VolumeId),
+    /// Their seals are ordered in the stream of writes of each.
+    #[error(
+        "volume {0} is mirrored: snapshots of a group with it are not taken at one point in time; take them singly"
+    )]
+    MirroredGroup(VolumeId),
+    /// Snapshots are taken at the primary.
+    #[error("the copy of volume {0} on this node is not its primary")]
+    NotPrimary(VolumeId),
+    /// What the volume's copy is under could not be made durable.
+    #[error("volume {volume}: what its copy is under cannot be made durable: {error}")]
+    Record {
+        /// The volume.
+        volume: VolumeId,
+        /// Why not.
+        error: crate::protocol::DiskError,
+    },
     /// The kernel does not watch its connection.
     #[error("volume {volume}: its FUSE connection cannot be watched: {error}")]
     Watch {
@@ -326,8 +353,11 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
             trees: vec![],
             ticking: vec![],
             volumes: vec![None],
+            watched: vec![volume::VolumeKey(0)],
             parked,
             reattached: false,
+            mirrored: vec![],
+            next_heartbeat: Duration::ZERO,
             arena,
             operations: Default::default(),
             ready: Default::default(),
@@ -335,7 +365,7 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
             work: Default::default(),
             actions: vec![],
             outputs: vec![],
-            began: Instant::now(),
+            began: since_boot(),
             now: Default::default(),
             next_tick: Duration::ZERO,
             next_patrol: Duration::ZERO,
@@ -358,6 +388,15 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
         io,
     };
     Ok(EngineHandle { shared: Arc::new(shared) })
+}
+
+/// Time since the node's start, its sleep included.
+fn since_boot() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes into `time`.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+    assert_eq!(result, 0, "every kernel that has io_uring or FUSE has this clock");
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Best effort: everybody who waits for a disk waits for this thread, and it never computes for long.

@@ -6,7 +6,10 @@ use super::ControlError;
 use super::tree::TreeKey;
 use super::volume::VolumeKey;
 use crate::protocol::OperationId;
+use crate::replica::peer::Blocks;
+use crate::store::Control;
 use crate::volume::{VolumeId, VolumeSize};
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 /// Bits of an id that are the place in the slab: a million operations at a time.
@@ -14,14 +17,26 @@ const PLACE_BITS: u32 = 20;
 
 /// What happens when the operation is done.
 pub(super) enum Purpose {
-    /// A volume's core goes on. `memory` is the payload of the request's slot.
-    Core { volume: VolumeKey, operation: OperationId, memory: *mut u8, corrupt: bool },
+    /// A volume's core goes on. `memory` is the payload of the request's slot, or inside of what is kept.
+    Core { volume: VolumeKey, operation: OperationId, memory: *mut u8, corrupt: bool, kept: Option<Box<Kept>> },
+    /// A copy of a mirrored volume may begin.
+    FirstRecord(VolumeKey),
     /// An operator gets an answer; a resize becomes visible before.
     Control { reply: oneshot::Sender<Result<(), ControlError>>, resized: Option<(VolumeId, VolumeSize)> },
-    /// A volume that is detached has its last flush.
-    LastFlushOfVolume(VolumeKey),
+    /// A device that is removed has its last flush.
+    LastFlushOfDevice(VolumeKey),
     /// A tree that is closed has its last flush.
     LastFlushOfTree,
+}
+
+/// What an operation needs that has no slot: only volumes with copies elsewhere have such.
+pub(super) enum Kept {
+    /// The bytes that another copy has sent.
+    Frame(Bytes),
+    /// Where blocks for another copy are read to; `stays`: until the next range.
+    Read { blocks: Blocks, stays: bool },
+    /// A seal, which is tried again when the store is busy.
+    Seal(Control),
 }
 
 pub(super) struct Operation {

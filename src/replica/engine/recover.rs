@@ -60,7 +60,13 @@ impl Engine {
                 self.parked.push(parked);
                 continue;
             }
-            match self.add_volume(tree, parked.fuse, parked.device) {
+            if self.waits_for_core(tree, volume) {
+                // Executed by a core of its own it would change this copy alone.
+                tracing::info!(%volume, "its device waits for its copy to be opened");
+                self.parked.push(parked);
+                continue;
+            }
+            match self.add_device(tree, parked.fuse, parked.device) {
                 Ok(key) => self.replay(key),
                 // The device is gone from here; the holder keeps it, and the next engine tries again.
                 Err(error) => tracing::error!(%volume, %error, "its device cannot be served"),
@@ -74,18 +80,19 @@ impl Engine {
         let mut filled = vec![];
         let shared = self.arena.slots.count();
         let Some(volume) = self.volumes[key.0 as usize].as_deref_mut() else { return };
-        let id = volume.fuse.volume;
-        let tags = (0..shared + volume.fuse.slots.count()).map(Tag);
+        let id = volume.id;
+        let Some(device) = volume.device.as_mut() else { return };
+        let tags = (0..shared + device.fuse.slots.count()).map(Tag);
         let mut repeated = vec![];
         for tag in tags {
-            let Some(slot) = slot_of(&self.arena, volume, tag) else { continue };
+            let Some(slot) = slot_of(&self.arena, device, tag) else { continue };
             if slot.volume() != id {
                 continue;
             }
             match slot.state() {
                 SlotState::Done(result) => {
                     if let Ok(message) = slot.message() {
-                        write_reply(volume, slot, &message.completion(result));
+                        write_reply(device, slot, &message.completion(result));
                     }
                     repeated.push(tag);
                 }
@@ -95,12 +102,12 @@ impl Engine {
         }
         for tag in repeated.iter().chain(filled.iter().map(|(_, tag)| tag)) {
             match tag.0.checked_sub(shared) {
-                None => volume.arena_used += 1,
-                Some(index) => volume.own_free.retain(|free| *free != index),
+                None => device.arena_used += 1,
+                Some(index) => device.own_free.retain(|free| *free != index),
             }
         }
         let count = (repeated.len() + filled.len()) as u64;
-        volume.statistics.recovered.fetch_add(count, Relaxed);
+        device.statistics.recovered.fetch_add(count, Relaxed);
         self.statistics.recovered.fetch_add(count, Relaxed);
         for tag in repeated {
             self.free(key, tag);

@@ -6,11 +6,10 @@
 
 use super::statistics::Direction;
 use super::turn::{Arena, Engine, Work};
-use super::volume::{Pending, Phase, TICKETS, Volume, VolumeKey};
+use super::volume::{Device, Pending, Phase, TICKETS, VolumeKey};
 use crate::protocol::{DiskError, Input, MAX_TAGS, Output, Request, Tag};
 use crate::replica::device::fuse::{Dispatch, Malformed, Message, Reply};
 use crate::replica::device::slots::{RESERVED_SLOTS, Slot};
-use crate::replica::io::WatchKey;
 use nix::errno::Errno;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
@@ -27,30 +26,34 @@ impl Arena {
 }
 
 /// The slot that a tag stands for.
-pub(super) fn slot_of<'a>(arena: &'a Arena, volume: &'a Volume, tag: Tag) -> Option<Slot<'a>> {
+pub(super) fn slot_of<'a>(arena: &'a Arena, device: &'a Device, tag: Tag) -> Option<Slot<'a>> {
     let shared = arena.slots.count();
     if tag.0 < shared {
         Some(arena.slots.slot(tag.0))
     } else {
-        (tag.0 - shared < volume.fuse.slots.count()).then(|| volume.fuse.slots.slot(tag.0 - shared))
+        (tag.0 - shared < device.fuse.slots.count()).then(|| device.fuse.slots.slot(tag.0 - shared))
     }
 }
 
 impl Engine {
     /// Reads requests of a volume until there are no more or no slot is free for them.
     pub fn read_requests(&mut self, key: VolumeKey) {
+        if self.volume_mut(key).is_some_and(|volume| volume.opening.is_some()) {
+            // They wait in the kernel while the volume gets another core.
+            return;
+        }
         loop {
             let Some(tag) = self.take_slot(key) else {
-                if self.volume_mut(key).is_some() {
+                if self.device_mut(key).is_some() {
                     self.starving.push(key);
                 }
                 return;
             };
             let sequence = self.sequence;
-            let Some(volume) = self.volumes[key.0 as usize].as_deref() else { return };
-            let Some(slot) = slot_of(&self.arena, volume, tag) else { return };
-            slot.prepare(volume.fuse.volume, sequence);
-            match read_request(volume.fuse.connection(), slot) {
+            let Some(device) = self.volumes[key.0 as usize].as_deref().and_then(|v| v.device.as_ref()) else { return };
+            let Some(slot) = slot_of(&self.arena, device, tag) else { return };
+            slot.prepare(device.fuse.volume, sequence);
+            match read_request(device.fuse.connection(), slot) {
                 Ok(()) => {
                     self.sequence += 1;
                     self.statistics.reads.fetch_add(1, Relaxed);
@@ -59,8 +62,8 @@ impl Engine {
                 }
                 Err(errno) => {
                     self.give_back(key, tag);
-                    let Some(volume) = self.volume_mut(key) else { return };
-                    volume.ready = false;
+                    let Some(device) = self.device_mut(key) else { return };
+                    device.ready = false;
                     if errno == Errno::EAGAIN {
                         self.statistics.empty_reads.fetch_add(1, Relaxed);
                     } else {
@@ -74,23 +77,23 @@ impl Engine {
 
     fn take_slot(&mut self, key: VolumeKey) -> Option<Tag> {
         let Self { volumes, arena, .. } = self;
-        let volume = volumes.get_mut(key.0 as usize)?.as_deref_mut()?;
-        if arena.allows(volume.arena_used) {
-            volume.arena_used += 1;
+        let device = volumes.get_mut(key.0 as usize)?.as_deref_mut()?.device.as_mut()?;
+        if arena.allows(device.arena_used) {
+            device.arena_used += 1;
             return arena.free.pop().map(Tag);
         }
-        volume.own_free.pop().map(|index| Tag(arena.slots.count() + index))
+        device.own_free.pop().map(|index| Tag(arena.slots.count() + index))
     }
 
     fn give_back(&mut self, key: VolumeKey, tag: Tag) {
         let Self { volumes, arena, .. } = self;
-        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
+        let Some(device) = volumes[key.0 as usize].as_deref_mut().and_then(|v| v.device.as_mut()) else { return };
         match tag.0.checked_sub(arena.slots.count()) {
             None => {
-                volume.arena_used -= 1;
+                device.arena_used -= 1;
                 arena.free.push(tag.0);
             }
-            Some(index) => volume.own_free.push(index),
+            Some(index) => device.own_free.push(index),
         }
         for key in std::mem::take(&mut self.starving) {
             self.ready.push_back(key);
@@ -99,30 +102,31 @@ impl Engine {
 
     /// The connection was ended by somebody else: nothing can be asked or answered any more.
     fn broken(&mut self, key: VolumeKey, errno: Errno) {
-        let Some(volume) = self.volume_mut(key) else { return };
-        let (id, fd) = (volume.fuse.volume, volume.fuse.connection().as_raw_fd());
-        if matches!(volume.phase, Phase::Serving) {
-            volume.phase = Phase::Broken;
+        let Some(device) = self.device_mut(key) else { return };
+        let (id, watch, fd) = (device.fuse.volume, device.watch, device.fuse.connection().as_raw_fd());
+        if matches!(device.phase, Phase::Serving) {
+            device.phase = Phase::Broken;
             tracing::error!(
                 volume = %id,
                 "its device was taken away ({errno}): somebody removed the loop device or aborted the FUSE connection; \
                  detach and attach the volume"
             );
         }
-        self.io.unwatch(WatchKey(key.0), fd);
+        self.io.unwatch(watch, fd);
     }
 
     /// Takes in the request in a slot: a new one, or one that a killed engine left.
     pub fn admit(&mut self, key: VolumeKey, tag: Tag) {
         let Self { volumes, arena, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
-        let Some(slot) = slot_of(arena, volume, tag) else { return };
+        let Some(device) = volume.device.as_mut() else { return };
+        let Some(slot) = slot_of(arena, device, tag) else { return };
         let message = match slot.message() {
             Ok(message) => message,
             Err(error) => {
-                tracing::error!(volume = %volume.fuse.volume, %error, "the kernel sent what is no request");
+                tracing::error!(volume = %volume.id, %error, "the kernel sent what is no request");
                 if matches!(error, Malformed::Arguments { .. }) {
-                    write_reply(volume, slot, &Reply::Error(Errno::EIO));
+                    write_reply(device, slot, &Reply::Error(Errno::EIO));
                 }
                 return self.free(key, tag);
             }
@@ -130,7 +134,7 @@ impl Engine {
         match message.dispatch(volume.size) {
             Dispatch::Submit(request) => self.submit(key, tag, message, request),
             Dispatch::Answer(reply) => {
-                write_reply(volume, slot, &reply);
+                write_reply(device, slot, &reply);
                 self.free(key, tag);
             }
             Dispatch::Ignore => self.free(key, tag),
@@ -139,13 +143,13 @@ impl Engine {
 
     fn submit(&mut self, key: VolumeKey, tag: Tag, message: Message, request: Request) {
         let since = self.now;
-        let Some(volume) = self.volume_mut(key) else { return };
+        let Some(device) = self.device_mut(key) else { return };
         let direction = Direction::of(request).unwrap_or(Direction::Flush);
         let bytes = request.range().map_or(0, |range| range.bytes());
-        if let Some(place) = volume.pending(tag) {
+        if let Some(place) = device.pending.get_mut(tag.0 as usize) {
             *place = Some(Pending { message, direction, bytes, since });
         }
-        volume.statistics.in_flight.fetch_add(1, Relaxed);
+        device.statistics.in_flight.fetch_add(1, Relaxed);
         self.in_flight += 1;
         if self.in_flight == 1 {
             self.next_patrol = since.0 + super::turn::PATROL;
@@ -157,13 +161,16 @@ impl Engine {
     pub fn step(&mut self, key: VolumeKey, input: Input) {
         let Self { volumes, outputs, work, now, .. } = self;
         let Some(volume) = volumes.get_mut(key.0 as usize).and_then(Option::as_deref_mut) else { return };
+        if volume.mirror.is_some() {
+            return self.step_mirrored(key, input);
+        }
         let frees = matches!(input, Input::Completed { .. } | Input::SpaceFreed);
         volume.replica.step(*now, input, outputs);
         work.extend(outputs.drain(..).map(|output| Work::Output(key, output)));
-        if frees {
+        if frees && let Some(device) = volume.device.as_ref() {
             let waiting = volume.replica.waiting_for_space() as u64;
-            if volume.statistics.waiting_for_space.swap(waiting, Relaxed) == 0 && waiting > 0 {
-                tracing::warn!(volume = %volume.fuse.volume, "a write waits: its pool is full");
+            if device.statistics.waiting_for_space.swap(waiting, Relaxed) == 0 && waiting > 0 {
+                tracing::warn!(volume = %volume.id, "a write waits: its pool is full");
             }
         }
     }
@@ -179,6 +186,7 @@ impl Engine {
                 }
                 self.step(key, Input::Replied { tag });
                 self.let_go(key);
+                self.open_if_quiet(key);
             }
             Output::Apply { .. }
             | Output::ReadRange { .. }
@@ -189,9 +197,7 @@ impl Engine {
             | Output::NextRange { .. }
             | Output::Send { .. }
             | Output::Propose { .. }
-            | Output::ReadConfiguration => {
-                unreachable!("{output:?} of a volume that has one copy for ever (`Replica::sole`)")
-            }
+            | Output::ReadConfiguration => self.mirror_output(key, output),
         }
     }
 
@@ -199,19 +205,20 @@ impl Engine {
         let Self { volumes, arena, now, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let Some(pending) = volume.pending(tag).and_then(Option::take) else { return };
-        note_errors(volume, result);
+        let Some(device) = volume.device.as_mut() else { return };
+        note_errors(device, result);
         let result = result.map_err(|_| Errno::EIO);
-        if let Some(slot) = slot_of(arena, volume, tag) {
+        if let Some(slot) = slot_of(arena, device, tag) {
             // Persist, then promise: from here on a successor repeats the reply and does not execute the request again.
             slot.done(result);
-            write_reply(volume, slot, &pending.message.completion(result));
+            write_reply(device, slot, &pending.message.completion(result));
         }
         let took = now.0.saturating_sub(pending.since.0);
-        volume.statistics.answered(pending.direction, pending.bytes, took, result.is_err());
+        device.statistics.answered(pending.direction, pending.bytes, took, result.is_err());
         if pending.direction == Direction::Write {
             self.statistics.device_bytes_written.fetch_add(pending.bytes, Relaxed);
         }
-        volume.statistics.in_flight.fetch_sub(1, Relaxed);
+        device.statistics.in_flight.fetch_sub(1, Relaxed);
         self.in_flight -= 1;
         self.statistics.replies.fetch_add(1, Relaxed);
         self.free(key, tag);
@@ -219,8 +226,8 @@ impl Engine {
 
     /// Frees the slot, in shared memory first: what is free here may be filled again at once.
     pub fn free(&mut self, key: VolumeKey, tag: Tag) {
-        if let Some(volume) = self.volumes[key.0 as usize].as_deref()
-            && let Some(slot) = slot_of(&self.arena, volume, tag)
+        if let Some(device) = self.volumes[key.0 as usize].as_deref().and_then(|volume| volume.device.as_ref())
+            && let Some(slot) = slot_of(&self.arena, device, tag)
         {
             slot.free();
         }
@@ -229,18 +236,23 @@ impl Engine {
 }
 
 /// An error that a person must hear of, once.
-fn note_errors(volume: &Volume, result: Result<(), DiskError>) {
-    let statistics = &volume.statistics;
+fn note_errors(device: &Device, result: Result<(), DiskError>) {
+    let (statistics, volume) = (&device.statistics, device.fuse.volume);
     match result {
         Ok(()) => {}
         Err(DiskError::Corrupt) => {
             if !statistics.corrupt.swap(true, Relaxed) {
-                tracing::error!(volume = %volume.fuse.volume, "a read found damaged blocks");
+                tracing::error!(%volume, "a read found damaged blocks");
             }
         }
-        Err(DiskError::Failed | DiskError::NoSpace | DiskError::Fenced) => {
+        Err(DiskError::Failed | DiskError::NoSpace) => {
             if !statistics.disk_failed.swap(true, Relaxed) {
-                tracing::error!(volume = %volume.fuse.volume, "its disk failed a request");
+                tracing::error!(%volume, "its disk failed a request");
+            }
+        }
+        Err(DiskError::Fenced) => {
+            if !statistics.fenced.swap(true, Relaxed) {
+                tracing::error!(%volume, "its device gets errors: another copy is the volume's primary, or shall be");
             }
         }
     }
@@ -261,17 +273,17 @@ fn read_request(connection: BorrowedFd<'_>, slot: Slot<'_>) -> Result<(), Errno>
 }
 
 /// Writes an answer. Only a killed engine's request can have one already (ENOENT).
-pub(super) fn write_reply(volume: &Volume, slot: Slot<'_>, reply: &Reply) {
+pub(super) fn write_reply(device: &Device, slot: Slot<'_>, reply: &Reply) {
     let (memory, length) = slot.encode(reply);
     loop {
         // SAFETY: `encode` returns memory of the slot.
-        let count = unsafe { libc::write(volume.fuse.connection().as_raw_fd(), memory.cast(), length) };
+        let count = unsafe { libc::write(device.fuse.connection().as_raw_fd(), memory.cast(), length) };
         match Errno::result(count) {
             // Nobody waits any more: answered before, or the connection is gone.
             Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ENOTCONN) => return,
             Err(Errno::EINTR) => {}
             Err(errno) => {
-                tracing::error!(volume = %volume.fuse.volume, %errno, ?reply, "the kernel refuses an answer");
+                tracing::error!(volume = %device.fuse.volume, %errno, ?reply, "the kernel refuses an answer");
                 return;
             }
         }

@@ -88,6 +88,8 @@ pub struct VolumeStatistics {
     pub disk_failed: AtomicBool,
     /// A read found damaged blocks since the volume was attached.
     pub corrupt: AtomicBool,
+    /// A request was refused since the volume was attached, because another copy is its primary.
+    pub fenced: AtomicBool,
 }
 
 impl VolumeStatistics {

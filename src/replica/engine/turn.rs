@@ -15,7 +15,7 @@ use super::operations::Operations;
 use super::recover::Parked;
 use super::statistics::{STALL, Statistics};
 use super::tree::{Tree, TreeKey};
-use super::volume::{Phase, Volume, VolumeKey};
+use super::volume::{Device, Volume, VolumeKey};
 use crate::protocol::{Input, Now, Output};
 use crate::replica::device::slots::Slots;
 use crate::replica::io::{Event, Io, Sleep, WatchKey};
@@ -24,7 +24,7 @@ use crate::volume::{InstanceId, VolumeId};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// How often a store may do a step in the background: one takes some 100 us, so requests keep most of the time.
@@ -56,9 +56,14 @@ pub(super) struct Engine {
     pub trees: Vec<Option<Tree>>,
     /// Trees whose store has something to do in the background.
     pub ticking: Vec<TreeKey>,
-    /// By key; key 0 is the bell.
+    /// By key.
     pub volumes: Vec<Option<Box<Volume>>>,
+    /// By the key of a watched descriptor: whose it is or was; 0 is the bell.
+    pub watched: Vec<VolumeKey>,
     pub parked: Vec<Parked>,
+    /// Volumes whose cores have peers, and when time passes for them.
+    pub mirrored: Vec<VolumeKey>,
+    pub next_heartbeat: Duration,
     /// Parked devices go on as soon as their tree is open.
     pub reattached: bool,
     pub arena: Arena,
@@ -70,7 +75,8 @@ pub(super) struct Engine {
     pub work: VecDeque<Work>,
     pub actions: Vec<Action<Job>>,
     pub outputs: Vec<Output>,
-    pub began: Instant,
+    /// Of the clock that counts while the node sleeps: a lease must not outlive that.
+    pub began: Duration,
     pub now: Now,
     pub next_tick: Duration,
     pub next_patrol: Duration,
@@ -108,20 +114,21 @@ impl Engine {
                 match *event {
                     Event::Done { token, result } => self.disk_done(token, result),
                     Event::Ready(BELL) => self.bell_rang(),
-                    Event::Ready(key) => self.make_ready(VolumeKey(key.0)),
+                    Event::Ready(key) => self.make_ready(self.watched[key.0 as usize]),
                 }
             }
             self.pump();
             self.tick();
             self.patrol();
+            self.heartbeat();
             let (turns, sleeps) = self.io.counters();
             self.statistics.turns.store(turns, Relaxed);
             self.statistics.sleeps.store(sleeps, Relaxed);
         }
     }
 
-    fn tell_time(&mut self) {
-        self.now = Now(self.began.elapsed());
+    pub fn tell_time(&mut self) {
+        self.now = Now(super::since_boot().saturating_sub(self.began));
     }
 
     /// How long nothing happens by itself.
@@ -131,7 +138,8 @@ impl Engine {
         }
         let tick = (!self.ticking.is_empty()).then_some(self.next_tick);
         let patrol = (self.in_flight > 0).then_some(self.next_patrol);
-        match tick.into_iter().chain(patrol).min() {
+        let heartbeat = (!self.mirrored.is_empty()).then_some(self.next_heartbeat);
+        match tick.into_iter().chain(patrol).chain(heartbeat).min() {
             Some(due) => Sleep::AtMost(due.saturating_sub(self.now.0)),
             None => Sleep::Long,
         }
@@ -148,10 +156,10 @@ impl Engine {
     }
 
     pub fn make_ready(&mut self, key: VolumeKey) {
-        if let Some(volume) = self.volume_mut(key)
-            && !volume.ready
+        if let Some(device) = self.device_mut(key)
+            && !device.ready
         {
-            volume.ready = true;
+            device.ready = true;
             self.ready.push_back(key);
         }
     }
@@ -204,8 +212,9 @@ impl Engine {
         let now = self.now;
         for index in 0..self.volumes.len() {
             let Some(volume) = self.volumes[index].as_mut() else { continue };
-            let stalled = volume.pending.iter().flatten().filter(|p| now.0.saturating_sub(p.since.0) > STALL).count();
-            volume.statistics.stalled.store(stalled as u64, Relaxed);
+            let Some(device) = volume.device.as_mut() else { continue };
+            let stalled = device.pending.iter().flatten().filter(|p| now.0.saturating_sub(p.since.0) > STALL).count();
+            device.statistics.stalled.store(stalled as u64, Relaxed);
             if volume.replica.waiting_for_space() > 0 {
                 self.step(VolumeKey(index as u32), Input::SpaceFreed);
             }
@@ -221,32 +230,19 @@ impl Engine {
         self.volumes.get_mut(key.0 as usize)?.as_deref_mut()
     }
 
+    pub fn device_mut(&mut self, key: VolumeKey) -> Option<&mut Device> {
+        self.volume_mut(key)?.device.as_mut()
+    }
+
     /// Rare (operators' requests), so a scan is good enough.
     pub fn tree_of(&self, id: InstanceId) -> Option<TreeKey> {
         let position = self.trees.iter().position(|t| t.as_ref().is_some_and(|t| t.id == id))?;
         Some(TreeKey(position as u32))
     }
 
-    /// The attached volume with this id. Rare, as above.
+    /// The served volume with this id. Rare, as above.
     pub fn volume_of(&self, id: VolumeId) -> Option<VolumeKey> {
-        let position = self.volumes.iter().position(|v| v.as_ref().is_some_and(|v| v.fuse.volume == id))?;
+        let position = self.volumes.iter().position(|v| v.as_ref().is_some_and(|v| v.id == id))?;
         Some(VolumeKey(position as u32))
-    }
-
-    /// Lets a volume go when it is leaving and nothing of it is under way.
-    pub fn let_go(&mut self, key: VolumeKey) {
-        let Some(volume) = self.volume_mut(key) else { return };
-        if !matches!(volume.phase, Phase::Leaving(_)) || !volume.is_quiet() {
-            return;
-        }
-        let Some(volume) = self.volumes[key.0 as usize].take() else { return };
-        self.ready.retain(|k| *k != key);
-        self.starving.retain(|k| *k != key);
-        self.statistics.remove(volume.fuse.volume);
-        if let Phase::Leaving(replies) = volume.phase {
-            for reply in replies {
-                let _ = reply.send(());
-            }
-        }
     }
 }

@@ -1,18 +1,23 @@
-//! An attached volume: its device, its core, and the requests that are not answered yet.
+//! A volume that is served: its core, its device if it has one, and the requests that are not answered yet.
+//!
+//! Invariants: there is one as long as the volume has a device, or this node's copy of it is open; a device goes when its
+//! requests are answered, the core when nothing of it is under way.
 
 use super::ControlError;
+use super::copies::{Mirror, Opening};
 use super::statistics::{Direction, VolumeStatistics};
 use super::tree::TreeKey;
 use crate::protocol::{Now, Replica, Tag};
 use crate::replica::device::FuseLoop;
 use crate::replica::device::fuse::Message;
 use crate::replica::device::loop_device::LoopDevice;
+use crate::replica::io::WatchKey;
 use crate::store::{Control, ControlError as Refusal};
-use crate::volume::VolumeSize;
+use crate::volume::{VolumeId, VolumeSize};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
-/// Names an attached volume; never used again. It is also the key of its watched descriptor, where 0 is the bell.
+/// Names a served volume; never used again. 0 is nobody's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct VolumeKey(pub u32);
 
@@ -36,24 +41,23 @@ pub(super) struct Ticket {
     pub refusal: Option<Refusal>,
 }
 
-/// Whether it is served.
+/// Whether a device is served.
 pub(super) enum Phase {
     Serving,
     /// The connection is gone (somebody removed the loop device or aborted it); nothing comes any more.
     Broken,
-    /// The device is gone; the volume goes when its last flush and all requests are done.
+    /// The loop device is gone; the rest goes when its last flush and all requests are done.
     Leaving(Vec<oneshot::Sender<()>>),
 }
 
-pub(super) struct Volume {
-    pub tree: TreeKey,
-    pub size: VolumeSize,
+/// The block device of a volume on this node.
+pub(super) struct Device {
     pub fuse: FuseLoop,
-    pub device: Option<LoopDevice>,
-    pub replica: Replica,
+    pub loop_device: Option<LoopDevice>,
+    /// Of its connection.
+    pub watch: WatchKey,
     /// By tag: the arena's slots, then its own.
     pub pending: Vec<Option<Pending>>,
-    pub tickets: [Option<Ticket>; TICKETS],
     /// Slots of the arena that hold its requests.
     pub arena_used: u32,
     /// Of its own slots, those that are free.
@@ -65,13 +69,36 @@ pub(super) struct Volume {
     pub statistics: Arc<VolumeStatistics>,
 }
 
-impl Volume {
+pub(super) struct Volume {
+    pub id: VolumeId,
+    pub tree: TreeKey,
+    pub size: VolumeSize,
+    pub replica: Replica,
+    pub tickets: [Option<Ticket>; TICKETS],
+    /// Operations that the store executes for the core.
+    pub running: usize,
+    /// None: only other nodes ask for it.
+    pub device: Option<Device>,
+    /// None: the volume has one copy.
+    pub mirror: Option<Box<Mirror>>,
+    /// The core is about to be another.
+    pub opening: Option<Opening>,
+}
+
+impl Device {
     /// Whether nothing of it is under way.
     pub fn is_quiet(&self) -> bool {
-        !self.flushing && self.pending.iter().all(Option::is_none) && self.tickets.iter().all(Option::is_none)
+        !self.flushing && self.pending.iter().all(Option::is_none)
+    }
+}
+
+impl Volume {
+    pub fn pending(&mut self, tag: Tag) -> Option<&mut Option<Pending>> {
+        self.device.as_mut()?.pending.get_mut(tag.0 as usize)
     }
 
-    pub fn pending(&mut self, tag: Tag) -> Option<&mut Option<Pending>> {
-        self.pending.get_mut(tag.0 as usize)
+    /// Whether no request is in its core.
+    pub fn has_no_request(&self) -> bool {
+        self.device.as_ref().is_none_or(Device::is_quiet) && self.tickets.iter().all(Option::is_none)
     }
 }

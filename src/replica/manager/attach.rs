@@ -2,9 +2,16 @@
 
 use super::Manager;
 use super::errors::AttachFailure as Failure;
+use super::mirror::MirrorPlace;
 use crate::replica::engine::EngineError;
 use crate::volume::VolumeId;
 use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+/// How long the catalogue may take to say who shall use a volume: two calls at their slowest.
+const WISH_LIMIT: Duration = Duration::from_secs(12);
 
 impl Manager {
     /// The block device of the volume.
@@ -16,6 +23,9 @@ impl Manager {
         }
         if let Some(device) = self.place(volume).and_then(|p| p.device) {
             return Ok(device);
+        }
+        if let Some(mirror) = &place.mirror {
+            check_wish(volume, mirror).await?;
         }
         let attached = self.engine().attach(place.tree, volume).await;
         let device = attached.map_err(|error| Failure::Attach { volume, error })?;
@@ -61,5 +71,23 @@ impl Manager {
     /// Volumes that have a device now.
     pub fn attached(&self) -> Vec<VolumeId> {
         self.index().volumes.iter().filter(|(_, p)| p.device.is_some()).map(|(v, _)| *v).collect()
+    }
+}
+
+/// A mirrored volume is used where the catalogue wishes its primary. The engine is told first: a copy that is not wished
+/// answers the first request of its device with an error.
+async fn check_wish(volume: VolumeId, mirror: &MirrorPlace) -> Result<(), Failure> {
+    let refresher = mirror.refresher.as_ref().ok_or(Failure::NotOpen(volume))?;
+    let (answer, told) = oneshot::channel();
+    let asked = timeout(WISH_LIMIT, async {
+        refresher.send(Some(answer)).await.ok()?;
+        told.await.ok()
+    });
+    match asked.await {
+        Ok(Some(Ok(true))) => Ok(()),
+        Ok(Some(Ok(false))) => Err(Failure::NotWished(volume)),
+        Ok(Some(Err(problem))) => Err(Failure::NoCatalogue { volume, problem }),
+        Ok(None) => Err(Failure::NotOpen(volume)),
+        Err(_) => Err(Failure::NoCatalogue { volume, problem: "it does not answer in time".to_owned() }),
     }
 }

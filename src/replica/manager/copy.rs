@@ -6,7 +6,7 @@
 //! * The target is opened by nobody but the copy: its engine tree is opened when it is complete.
 
 use super::errors::VolumeFailure as Failure;
-use super::volumes::{NewVolume, base_of, open_tree};
+use super::volumes::{Blank, NewVolume, base_of, open_tree};
 use super::{CopyState, Manager, PoolState, VolumePlace};
 use crate::crash::crash_point;
 use crate::memory::Memory;
@@ -56,7 +56,7 @@ impl Manager {
         pool: &Arc<PoolState>,
         snapshot: SnapshotId,
     ) -> Result<(), Failure> {
-        self.create_blank(new, pool, Some(snapshot)).await?;
+        self.create_blank(new, pool, Blank::copying(snapshot)).await?;
         self.resume_copy(new.volume, snapshot);
         Ok(())
     }

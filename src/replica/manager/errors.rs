@@ -6,7 +6,7 @@ use crate::replica::pool::promises::NotEnough;
 use crate::replica::pool::{PoolError, PoolName};
 use crate::replica::records::RecordError;
 use crate::store::{ControlError as Refusal, CreateError, Inconsistent, OpenError};
-use crate::volume::{SnapshotId, VolumeId};
+use crate::volume::{InstanceId, SnapshotId, VolumeId};
 use std::io;
 use tonic::{Code, Status};
 
@@ -30,6 +30,12 @@ pub enum VolumeFailure {
     Attached(VolumeId),
     #[error("volume {0} is still being copied")]
     NotReady(VolumeId),
+    #[error("volume {0} is mirrored: its copies go when its object in the catalogue says so")]
+    Mirrored(VolumeId),
+    #[error("volume {volume} has another copy on this node, {found}; it has to go first")]
+    OtherCopy { volume: VolumeId, found: InstanceId },
+    #[error("volume {volume}: its copy {tree} cannot be opened ({problem}); repair it or give the volume another copy")]
+    Broken { volume: VolumeId, tree: InstanceId, problem: String },
     #[error("volume {volume}: {error}")]
     Busy { volume: VolumeId, error: Busy },
     #[error("volume {volume}: {error}")]
@@ -54,12 +60,12 @@ impl From<VolumeFailure> for Status {
             F::Different { .. } => Code::AlreadyExists,
             F::SmallerThanSource { .. } => Code::OutOfRange,
             F::PoolFull { .. } => Code::ResourceExhausted,
-            F::Attached(_) => Code::FailedPrecondition,
-            F::NotReady(_) | F::Busy { .. } => Code::Aborted,
+            F::Attached(_) | F::Mirrored(_) => Code::FailedPrecondition,
+            F::NotReady(_) | F::Busy { .. } | F::OtherCopy { .. } => Code::Aborted,
             F::Control { error, .. } => control_code(error),
             // Something may be half made: the caller shall come again, not give up.
             F::Engine { .. } | F::Create { .. } | F::Record { .. } | F::Io { .. } => Code::Unavailable,
-            F::Open { .. } => Code::DataLoss,
+            F::Open { .. } | F::Broken { .. } => Code::DataLoss,
         };
         Status::new(code, failure.to_string())
     }
@@ -131,6 +137,12 @@ pub enum AttachFailure {
     NoVolume(VolumeId),
     #[error("volume {0} is still being copied")]
     NotReady(VolumeId),
+    #[error("the copy of volume {0} on this node is not open yet; repeat the call")]
+    NotOpen(VolumeId),
+    #[error("volume {0} shall not be used on this node: another copy is wished to be its primary, or none; publish it here first")]
+    NotWished(VolumeId),
+    #[error("volume {volume} is mirrored, and the catalogue cannot be asked who shall use it: {problem}")]
+    NoCatalogue { volume: VolumeId, problem: String },
     #[error("{0}")]
     Busy(#[from] Busy),
     #[error("volume {volume}: {error}")]
@@ -144,8 +156,9 @@ impl From<AttachFailure> for Status {
         use AttachFailure as F;
         let code = match &failure {
             F::NoVolume(_) => Code::NotFound,
-            F::NotReady(_) | F::Busy(_) => Code::Aborted,
-            F::Attach { .. } => Code::Unavailable,
+            F::NotReady(_) | F::Busy(_) | F::NotOpen(_) => Code::Aborted,
+            F::NotWished(_) => Code::FailedPrecondition,
+            F::Attach { .. } | F::NoCatalogue { .. } => Code::Unavailable,
             F::Detach { error: DetachError::Busy(_), .. } => Code::FailedPrecondition,
             F::Detach { .. } => Code::Unavailable,
         };

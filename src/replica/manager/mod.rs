@@ -23,6 +23,7 @@ mod attach;
 mod copy;
 mod errors;
 mod measure;
+mod mirror;
 mod open;
 mod pools;
 mod snapshots;
@@ -30,6 +31,7 @@ mod status;
 mod volumes;
 
 pub use errors::{AttachFailure, PoolFailure, SnapshotFailure, VolumeFailure};
+pub use mirror::CopyHere;
 pub use open::{OpenFailure, OpenSettings};
 pub use pools::{AddPool, PoolView};
 pub use snapshots::{ExtentStream, NewSnapshot};
@@ -62,6 +64,8 @@ pub(super) struct VolumePlace {
     pub device: Option<PathBuf>,
     /// Under way, or failed with a reason.
     pub copy: Option<CopyState>,
+    /// It is one copy of several.
+    pub mirror: Option<mirror::MirrorPlace>,
 }
 
 /// A background copy into this volume.

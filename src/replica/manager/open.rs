@@ -5,6 +5,7 @@
 //! * One damaged copy is reported and left alone; the rest of the pool works on.
 
 use super::copy::copying;
+use super::mirror::{MirrorPlace, copy_record};
 use super::pools::PoolList;
 use super::volumes::{Opened, TreeFailure, base_of, base_record, open_tree};
 use super::{CopyState, Index, Inner, Manager, PoolState, SnapshotPlace, VolumePlace};
@@ -53,7 +54,17 @@ impl Manager {
     pub async fn open(
         settings: OpenSettings,
         engine: EngineHandle,
+        recovered: Recovered,
+    ) -> Result<Self, OpenFailure> {
+        Self::open_with(settings, engine, recovered, async |_, _| {}).await
+    }
+
+    /// The same; `before_devices` opens what devices need beside their trees: it gets the trees that the holder kept.
+    pub async fn open_with(
+        settings: OpenSettings,
+        engine: EngineHandle,
         mut recovered: Recovered,
+        before_devices: impl AsyncFnOnce(&Self, &BTreeSet<InstanceId>),
     ) -> Result<Self, OpenFailure> {
         let manager = Self {
             inner: Arc::new(Inner {
@@ -64,6 +75,7 @@ impl Manager {
             }),
         };
         let mut held = std::mem::take(&mut recovered.pendings);
+        let kept = held.keys().copied().collect();
         for state in manager.open_pools(settings).await? {
             manager.index().pools.insert(state.pool.name.clone(), state.clone());
             manager.open_trees(&state, &mut held).await;
@@ -71,6 +83,7 @@ impl Manager {
         for tree in held.keys() {
             tracing::error!(%tree, "a device waits for a copy that is in no pool; add its pool with `tandem pool add`");
         }
+        before_devices(&manager, &kept).await;
         manager.engine().reattach(recovered).await.into_iter().for_each(|(volume, device)| {
             if let Some(place) = manager.index().volumes.get_mut(&volume) {
                 place.device = Some(device);
@@ -167,7 +180,8 @@ impl Manager {
         for info in volumes {
             let copy = copying(&path, info.volume).map(|_| CopyState::new(info.size));
             let descriptor = descriptor(&path, &info.volume.to_string());
-            let place = VolumePlace { pool: pool.clone(), tree, descriptor, device: None, copy };
+            let mirror = mirror(&path, info.volume);
+            let place = VolumePlace { pool: pool.clone(), tree, descriptor, device: None, copy, mirror };
             self.index().volumes.insert(info.volume, place);
         }
         for info in snapshots {
@@ -214,7 +228,8 @@ impl Manager {
     /// A record whose object was never named: the call was cut off between the two.
     async fn clean_records(&self, state: &Arc<PoolState>, tree: InstanceId) {
         let names = self.engine().inspect(tree, |store| {
-            let volumes = store.volumes().into_iter().map(|info| info.volume.to_string());
+            let volumes = store.volumes().into_iter().map(|info| info.volume);
+            let volumes = volumes.flat_map(|id| [id.to_string(), copy_record(id)]);
             let snapshots = store.snapshots().into_iter().map(|info| info.snapshot);
             let snapshots = snapshots.flat_map(|id| [id.to_string(), base_record(id)]);
             volumes.chain(snapshots).collect::<BTreeSet<_>>()
@@ -267,4 +282,11 @@ fn descriptor(tree: &Path, id: &str) -> String {
             String::from("damaged")
         }
     }
+}
+
+/// A damaged record makes it one copy of several as well: nobody may take it for the only one.
+fn mirror(tree: &Path, volume: VolumeId) -> Option<MirrorPlace> {
+    let name = copy_record(volume);
+    let there = tree.join("records").join(&name).exists();
+    there.then(|| MirrorPlace { record: descriptor(tree, &name), refresher: None })
 }

@@ -1,6 +1,7 @@
 //! Volumes: made, cloned, grown, modified and deleted.
 
 use super::errors::VolumeFailure as Failure;
+use super::mirror::{MirrorPlace, copy_record};
 use super::{CopyState, Manager, PoolState, VolumePlace, growth, with_overhead};
 use crate::crash::crash_point;
 use crate::replica::engine::TreeFiles;
@@ -48,6 +49,27 @@ pub enum Source {
     Volume(VolumeId),
 }
 
+/// How a new tree begins.
+pub(super) struct Blank {
+    pub tree: InstanceId,
+    /// The volume is filled from this snapshot in the background.
+    pub copying: Option<SnapshotId>,
+    /// The volume is one copy of several: the mirror's own record.
+    pub mirror: Option<String>,
+}
+
+impl Blank {
+    /// For a volume with one copy.
+    fn new() -> Self {
+        Self { tree: InstanceId::random(), copying: None, mirror: None }
+    }
+
+    /// The same, filled from a snapshot.
+    pub fn copying(snapshot: SnapshotId) -> Self {
+        Self { copying: Some(snapshot), ..Self::new() }
+    }
+}
+
 /// The snapshot that a clone of a volume stands on until the volume is made: it has the clone's own id, so a repeated call
 /// finds it and a start after a crash can tell it from a user's.
 pub(super) fn base_of(volume: VolumeId) -> SnapshotId {
@@ -73,7 +95,7 @@ impl Manager {
         }
         let pool = self.pool(&new.pool).ok_or_else(|| Failure::NoPool(new.pool.clone()))?;
         match new.source {
-            Source::Blank => self.create_blank(&new, &pool, None).await,
+            Source::Blank => self.create_blank(&new, &pool, Blank::new()).await,
             Source::Snapshot(snapshot) => self.restore(&new, &pool, snapshot).await,
             Source::Volume(source) => self.clone_volume(&new, &pool, source).await,
         }
@@ -91,17 +113,19 @@ impl Manager {
         Err(Failure::Different { volume: new.volume, found: size.bytes(), pool: place.pool.clone() })
     }
 
-    /// A tree of its own with one empty volume. With `copying` the volume is filled from that snapshot in the background.
+    /// A tree of its own with one empty volume.
     pub(super) async fn create_blank(
         &self,
         new: &NewVolume,
         pool: &Arc<PoolState>,
-        copying: Option<SnapshotId>,
+        blank: Blank,
     ) -> Result<(), Failure> {
-        let volume = new.volume;
+        let (volume, tree) = (new.volume, blank.tree);
         let promise = self.promise(&new.pool, pool, with_overhead(new.size.bytes())).await?;
-        let (tree, made, record) = (InstanceId::random(), pool.clone(), Record::new(new.descriptor.clone(), copying));
-        let opened = tokio::task::spawn_blocking(move || make_tree(&made, tree, volume, &record))
+        let mut records = vec![(volume.to_string(), Record::new(new.descriptor.clone(), blank.copying))];
+        records.extend(blank.mirror.clone().map(|text| (copy_record(volume), Record::new(text, None))));
+        let made = pool.clone();
+        let opened = tokio::task::spawn_blocking(move || make_tree(&made, tree, volume, &records))
             .await
             .map_err(|e| Failure::Io { volume, what: "cannot make its copy", error: io::Error::other(e) })??;
         self.engine()
@@ -112,7 +136,8 @@ impl Manager {
         self.control(volume, tree, Control::CreateVolume { volume, size: new.size, verify_reads: new.verify_reads })
             .await?;
         promise.settle(tree, self.promised_bytes(tree).await);
-        self.insert(new, tree, copying.map(|_| CopyState::new(new.size)));
+        let mirror = blank.mirror.map(|record| MirrorPlace { record, refresher: None });
+        self.insert(new, tree, blank.copying.map(|_| CopyState::new(new.size)), mirror);
         Ok(())
     }
 
@@ -170,7 +195,7 @@ impl Manager {
         let clone = Control::Clone { snapshot, volume, size: new.size, verify_reads: new.verify_reads };
         self.control(volume, tree, clone).await?;
         promise.settle(tree, self.promised_bytes(tree).await);
-        self.insert(new, tree, None);
+        self.insert(new, tree, None, None);
         Ok(())
     }
 
@@ -184,6 +209,13 @@ impl Manager {
 
     /// The volume is gone; what its snapshots and clones share stays.
     pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), Failure> {
+        if self.copy_here(volume).is_some() {
+            return Err(Failure::Mirrored(volume));
+        }
+        self.delete(volume).await
+    }
+
+    pub(super) async fn delete(&self, volume: VolumeId) -> Result<(), Failure> {
         // Behind whoever makes it now: what is not there must not be there a moment later.
         let _volume = self.begin(volume, &[volume.to_bytes()]).await?;
         let Some(place) = self.place(volume) else { return Ok(()) };
@@ -200,6 +232,9 @@ impl Manager {
         self.index().volumes.remove(&volume);
         self.drop_base(volume, place.tree).await;
         self.remove_record(&place.pool, place.tree, volume.to_string()).await;
+        if place.mirror.is_some() {
+            self.remove_record(&place.pool, place.tree, copy_record(volume)).await;
+        }
         self.tidy_tree(&place.pool, place.tree).await;
         Ok(())
     }
@@ -379,9 +414,9 @@ impl Manager {
         }
     }
 
-    fn insert(&self, new: &NewVolume, tree: InstanceId, copy: Option<CopyState>) {
+    fn insert(&self, new: &NewVolume, tree: InstanceId, copy: Option<CopyState>, mirror: Option<MirrorPlace>) {
         let descriptor = new.descriptor.clone();
-        let place = VolumePlace { pool: new.pool.clone(), tree, descriptor, device: None, copy };
+        let place = VolumePlace { pool: new.pool.clone(), tree, descriptor, device: None, copy, mirror };
         self.index().volumes.insert(new.volume, place);
     }
 }
@@ -393,8 +428,13 @@ pub(super) struct Opened {
     pub pending: std::os::fd::OwnedFd,
 }
 
-/// Makes an empty tree under its final name, with the record of its first volume. Blocking.
-fn make_tree(pool: &PoolState, tree: InstanceId, volume: VolumeId, record: &Record) -> Result<Opened, Failure> {
+/// Makes an empty tree under its final name, with the records of its first volume. Blocking.
+fn make_tree(
+    pool: &PoolState,
+    tree: InstanceId,
+    volume: VolumeId,
+    records: &[(String, Record)],
+) -> Result<Opened, Failure> {
     let io = |what| move |error| Failure::Io { volume, what, error };
     let (fresh, path) = (pool.pool.new_tree(tree), pool.pool.tree(tree));
     fs::create_dir(&fresh).map_err(io("cannot make its directory"))?;
@@ -403,7 +443,9 @@ fn make_tree(pool: &PoolState, tree: InstanceId, volume: VolumeId, record: &Reco
     let files = Directory::new(&fresh);
     let superblock = Superblock { instance: tree, pool: pool.pool.id, created_ms: now_ms() };
     Store::create(&files, &superblock).map_err(|error| Failure::Create { volume, error })?;
-    record.write(&fresh, &volume.to_string()).map_err(|error| Failure::Record { volume, error })?;
+    for (name, record) in records {
+        record.write(&fresh, name).map_err(|error| Failure::Record { volume, error })?;
+    }
     crash_point("tree.name");
     // The name is the promise that the tree is whole: everything in it is durable before the rename is.
     fs::rename(&fresh, &path).map_err(io("cannot name its directory"))?;

@@ -1,12 +1,13 @@
 //! One connection: sockets, TLS, the handshake's exchange, and frames in and out with a limit on silence.
 //!
 //! Invariants: a stranger makes nothing larger than a hello allocated; whoever sends or takes no byte for as long
-//! as a peer may be silent is given up; a payload is copied once on its way in and never on its way out.
+//! as a peer may be silent is given up; a payload is copied once on its way in, to where
+//! direct I/O takes it, and never on its way out.
 
 use super::header::{FrameError, HEADER, Header, Kind};
 use super::hello::{Cluster, Copies, Hello, Nonce, Reason, Rejection};
 use super::packet::{Encoded, Packet};
-use super::payload::Payload;
+use super::payload::{Blocks, Payload};
 use crate::protocol::{Message, SILENCE};
 use crate::tls::HandshakeError;
 use crate::volume::VolumeId;
@@ -128,10 +129,10 @@ async fn read_rest(
     header: &Header,
     silence: Duration,
 ) -> Result<Packet, ConnectionError> {
-    let (mut table, mut data) = (vec![0; header.table()], vec![0; header.payload()]);
+    let (mut table, mut data) = (vec![0; header.table()], Blocks::zeros(header.payload()));
     fill(stream, &mut table, silence).await?;
-    fill(stream, &mut data, silence).await?;
-    Ok(Packet::decode(header, Bytes::from(table), Bytes::from(data))?)
+    fill(stream, data.bytes_mut(), silence).await?;
+    Ok(Packet::decode(header, Bytes::from(table), data.freeze())?)
 }
 
 /// The next frame of a session about this volume: a message, or `None` for a sign of life.

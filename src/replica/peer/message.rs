@@ -4,16 +4,21 @@
 //! decoder accepts is encoded to the same bytes.
 
 use super::header::{FrameError, Header, Kind};
+use super::payload::{Payload, Sealed};
 use crate::protocol::{
     Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Lacks, MAX_COPIES, MAX_MARKS, Message,
     Now, Request, SealName, SerialNumber, Stamp,
 };
 use crate::store::format::Input;
-use crate::volume::{BLOCK_SIZE, BlockRange, InstanceId, MAX_REQUEST_BLOCKS, VolumeId};
+use crate::volume::{BLOCK_SIZE, BlockRange, InstanceId, MAX_REQUEST_BLOCKS, SnapshotId, VolumeId};
 use std::time::Duration;
 
-/// Header and body of a message with so many blocks of payload; the header lacks the body's checksum.
-pub fn encode(volume: VolumeId, message: &Message, blocks: u32) -> (Header, Vec<u8>) {
+/// Header and body of a message with what goes with it; the header lacks the body's checksum.
+pub fn encode(volume: VolumeId, message: &Message, payload: &Payload) -> (Header, Vec<u8>) {
+    encode_parts(volume, message, payload.blocks(), payload.sealed())
+}
+
+fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, sealed: Option<Sealed>) -> (Header, Vec<u8>) {
     let mut header = Header { blocks, ..Header::new(kind(message), volume) };
     let mut body = Vec::new();
     match message {
@@ -30,6 +35,11 @@ pub fn encode(volume: VolumeId, message: &Message, blocks: u32) -> (Header, Vec<
             frame_into(*frame, &mut header);
             (header.serial, header.value) = (*serial, floor.0);
             request_into(*request, &mut header);
+            // snapshot (16), created (8)
+            if let Some(Sealed { snapshot, created_ms }) = sealed {
+                body.extend(snapshot.to_bytes());
+                body.extend(created_ms.to_le_bytes());
+            }
         }
         Message::Prepared { frame, serial, result } => {
             frame_into(*frame, &mut header);
@@ -65,8 +75,8 @@ fn kind(message: &Message) -> Kind {
     }
 }
 
-/// The message of a frame whose checksums are right.
-pub fn decode(header: &Header, body: &[u8]) -> Result<Message, FrameError> {
+/// The message of a frame whose checksums are right, and what it seals.
+pub fn decode(header: &Header, body: &[u8]) -> Result<(Message, Option<Sealed>), FrameError> {
     let frame = Frame { stamp: header.stamp, incarnation: header.incarnation };
     let serial = header.serial;
     let message = match header.kind {
@@ -87,19 +97,29 @@ pub fn decode(header: &Header, body: &[u8]) -> Result<Message, FrameError> {
             return Err(FrameError::Field("kind"));
         }
     };
+    let sealed = match message {
+        Message::Prepare { request: Request::Seal(_), .. } => Some(read_sealed(body)?),
+        _ => None,
+    };
     if !may_carry(&message, header.blocks) {
         return Err(FrameError::Field("blocks"));
     }
     // What the kind does not use is 0, and a body that says the same in other bytes is none of ours.
-    let (again, bytes) = encode(header.volume, &message, header.blocks);
+    let (again, bytes) = encode_parts(header.volume, &message, header.blocks, sealed);
     if bytes != body || (Header { body_crc: header.body_crc, ..again }) != *header {
         return Err(FrameError::Field("unused"));
     }
-    Ok(message)
+    Ok((message, sealed))
+}
+
+/// Whether a payload goes with a message.
+pub fn may_have(message: &Message, payload: &Payload) -> bool {
+    let seals = matches!(message, Message::Prepare { request: Request::Seal(_), .. });
+    may_carry(message, payload.blocks()) && payload.sealed().is_some() == seals
 }
 
 /// Whether a message may have a payload of so many blocks: a write, and the answer to a read.
-pub fn may_carry(message: &Message, blocks: u32) -> bool {
+fn may_carry(message: &Message, blocks: u32) -> bool {
     match message {
         Message::Prepare { request: Request::Write(range), .. } => range.count() == blocks,
         Message::Prepared { result: Ok(()), .. } => blocks <= MAX_REQUEST_BLOCKS,
@@ -151,6 +171,15 @@ fn read_request(header: &Header) -> Result<Request, FrameError> {
         6 => Request::Seal(SealName(header.count)),
         _ => return Err(FrameError::Field("request")),
     })
+}
+
+fn read_sealed(body: &[u8]) -> Result<Sealed, FrameError> {
+    let mut input = Input { bytes: body, at: 0 };
+    let snapshot = input.take().map(SnapshotId::from_bytes);
+    snapshot
+        .zip(input.u64())
+        .map(|(snapshot, created_ms)| Sealed { snapshot, created_ms })
+        .ok_or(FrameError::Field("seal"))
 }
 
 fn result_number(result: Result<(), DiskError>) -> u8 {

@@ -3,9 +3,6 @@
 //! ```text
 //!   engine --Session::send--> queue (bounded) --frames--> TLS --> the peer's Volume --Event--> its engine
 //! ```
-//! The engine does not use it yet: volumes with several copies are refused until the store and the engine execute the
-//! mirror's outputs (`docs/protocol.md`).
-//!
 //! # Invariants
 //! * One connection per volume and peer: a full queue, a slow disk or a large request of one volume never holds up another,
 //!   and frames of a conversation arrive in order or not at all.
@@ -29,6 +26,6 @@ mod volume;
 
 pub use endpoint::{AlreadyOpen, Endpoint, Security};
 pub use hello::Party;
-pub use payload::Payload;
+pub use payload::{Blocks, Payload, Sealed};
 pub use queue::{MAX_IN_FLIGHT, SendError};
 pub use volume::{Event, Session};

@@ -54,7 +54,7 @@ impl Packet {
                 (Header { operation: *reason as u8, ..Header::new(Kind::Refuse, volume) }, Vec::new())
             }
             Self::Heartbeat => (Header::new(Kind::Heartbeat, volume), Vec::new()),
-            Self::Message(message, payload) => message::encode(volume, message, payload.blocks()),
+            Self::Message(message, payload) => message::encode(volume, message, payload),
         };
         let mut data = Bytes::new();
         if let Self::Message(_, payload) = self {
@@ -88,7 +88,10 @@ impl Packet {
             Kind::Confirm => Self::Confirm(Nonce(body[..].try_into().map_err(|_| FrameError::Field("nonce"))?)),
             Kind::Refuse => Self::Refuse(Reason::from_number(header.operation).ok_or(FrameError::Field("reason"))?),
             Kind::Heartbeat => Self::Heartbeat,
-            _ => return Ok(Self::Message(message::decode(header, &body)?, Payload::received(data, crcs))),
+            _ => {
+                let (message, sealed) = message::decode(header, &body)?;
+                return Ok(Self::Message(message, Payload::received(data, crcs, sealed)));
+            }
         };
         // Nothing else is in these.
         let operation = if header.kind == Kind::Refuse { header.operation } else { 0 };

@@ -5,7 +5,7 @@
 
 use super::endpoint::{Identification, Shared};
 use super::hello::{Hello, Nonce, Party};
-use super::message::may_carry;
+use super::message::may_have;
 use super::packet::Packet;
 use super::payload::Payload;
 use super::queue::SendError;
@@ -156,12 +156,19 @@ impl Session {
         self.tasks().remove(&copy);
     }
 
+    /// Ends the connection to a copy and begins another: both sides are told, and say everything again that is not answered.
+    pub fn reconnect(&self, copy: InstanceId) {
+        if let Some(peer) = self.volume.peer(copy) {
+            self.add_peer(peer.party.clone(), peer.address);
+        }
+    }
+
     /// Takes a message to be sent, with the data that goes with it. Never waits.
     ///
     /// # Errors
     /// The message was not taken, and why; it may be lost later, too, when the connection ends before it was written.
     pub fn send(&self, to: InstanceId, message: &Message, payload: &Payload) -> Result<(), SendError> {
-        if !may_carry(message, payload.blocks()) {
+        if !may_have(message, payload) {
             return Err(SendError::Payload);
         }
         let peer = self.volume.peer(to).ok_or(SendError::NoPeer)?;

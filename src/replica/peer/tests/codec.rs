@@ -4,7 +4,7 @@ use super::samples::{any_message, configuration, copy, frames, payload, stamp, v
 use crate::protocol::{Extent, Lacks, MAX_MARKS, Message};
 use crate::replica::peer::header::{FrameError, HEADER, Header, Kind, MAX_FRAME};
 use crate::replica::peer::packet::Packet;
-use crate::replica::peer::payload::{BadLength, Payload};
+use crate::replica::peer::payload::{BadLength, Blocks, Payload};
 use crate::store::format::tests::{flip_every_bit, golden};
 use crate::volume::MAX_REQUEST_BLOCKS;
 use proptest::prelude::*;
@@ -78,6 +78,8 @@ fn impossible_fields_under_a_right_checksum_are_refused() {
     assert_eq!(changed(&heartbeat, 8, &huge(2, 4100)), Err(FrameError::Field("length")));
     let prepare = frame("prepare");
     assert_eq!(changed(&prepare, 7, &[0]), Err(FrameError::Field("request")));
+    assert_eq!(changed(&prepare, 7, &[6]), Err(FrameError::Field("seal")));
+    assert_eq!(changed(&frame("seal"), 7, &[3]), Err(FrameError::Field("unused")));
     // A flush has no data.
     assert_eq!(changed(&prepare, 7, &[3]), Err(FrameError::Field("blocks")));
     assert_eq!(changed(&prepare, 64, &[1]), Err(FrameError::Field("range")));
@@ -127,6 +129,18 @@ fn the_largest_frames_are_within_the_limit() {
         let bytes = bytes(&packet);
         assert!(bytes.len() <= MAX_FRAME);
         assert_eq!(Packet::parse(&bytes), Ok((volume(), packet, &[][..])));
+    }
+}
+
+#[test]
+fn blocks_lie_where_direct_io_takes_them() {
+    for length in [0, 4096, 256 * 4096] {
+        let mut blocks = Blocks::zeros(length);
+        assert!(Blocks::are_aligned(blocks.bytes_mut()) && blocks.bytes_mut().len() == length);
+        blocks.bytes_mut().fill(7);
+        let bytes = blocks.freeze();
+        assert!(length == 0 || Blocks::are_aligned(&bytes));
+        assert!(bytes.len() == length && bytes.iter().all(|byte| *byte == 7));
     }
 }
 

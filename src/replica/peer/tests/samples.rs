@@ -6,9 +6,9 @@ use crate::protocol::{
 };
 use crate::replica::peer::hello::{ENCRYPTED, Hello, Nonce, Party, Reason};
 use crate::replica::peer::packet::Packet;
-use crate::replica::peer::payload::Payload;
+use crate::replica::peer::payload::{Payload, Sealed};
 use crate::tls::Name;
-use crate::volume::{BLOCK_SIZE, BlockRange, ClusterId, InstanceId, VolumeId};
+use crate::volume::{BLOCK_SIZE, BlockRange, ClusterId, InstanceId, SnapshotId, VolumeId};
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use std::time::Duration;
@@ -46,6 +46,15 @@ pub fn payload(blocks: u8) -> Payload {
 pub fn write(serial: u64, blocks: u8) -> Message {
     let request = Request::Write(range(9, blocks.into()));
     Message::Prepare { frame: frame(), serial: SerialNumber(serial), floor: SerialNumber(3), request }
+}
+
+pub fn seal(serial: u64) -> Message {
+    let request = Request::Seal(SealName(2));
+    Message::Prepare { frame: frame(), serial: SerialNumber(serial), floor: SerialNumber(3), request }
+}
+
+pub fn sealed(number: u8) -> Payload {
+    Payload::seal(Sealed { snapshot: SnapshotId::from_bytes([number; 16]), created_ms: 0x0102_0304 })
 }
 
 pub fn hello() -> Hello {
@@ -86,6 +95,7 @@ pub fn frames() -> Vec<(&'static str, Packet)> {
         ("invite", message(Message::Invite(Box::new(configuration())))),
         ("joined", message(Message::Joined { frame: frame(), intact: true, hot })),
         ("prepare", Packet::Message(write(12, 1), payload(1))),
+        ("seal", Packet::Message(seal(12), sealed(0x77))),
         ("prepared", message(Message::Prepared { frame: frame(), serial, result: Err(DiskError::Corrupt) })),
         ("renew", message(Message::Renew { frame: frame(), sent })),
         ("granted", message(Message::Granted { frame: frame(), sent })),
@@ -158,7 +168,8 @@ pub fn any_message() -> impl Strategy<Value = Packet> {
                 Message::Prepared { result: Ok(()), .. } => small,
                 _ => 0,
             };
-            Packet::Message(message, payload(blocks))
+            let seals = matches!(message, Message::Prepare { request: Request::Seal(_), .. });
+            Packet::Message(message, if seals { sealed(small) } else { payload(blocks) })
         },
     )
 }

@@ -1,0 +1,58 @@
+//! What the engine and people may know of a copy beside the outputs.
+//!
+//! Invariants: reads only; nothing in here changes what a core does.
+
+use super::configuration::Stamp;
+use super::copying::Sync;
+use super::hot::Extent;
+use super::interface::{Primary, Role};
+use super::message::SerialNumber;
+use super::replica::Replica;
+use crate::volume::InstanceId;
+
+/// Another copy, as a primary sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Standing {
+    /// It has every acknowledged write.
+    UpToDate,
+    /// It gets all writes, and what it lacks is being copied to it.
+    SyncTarget,
+    /// It lacks writes.
+    Outdated,
+}
+
+impl Replica {
+    /// Whether the bytes of a frame are still needed: what it asks for waits for its turn.
+    pub fn wants(&self, from: InstanceId, stamp: Stamp, serial: SerialNumber) -> bool {
+        let configuration = &self.record.configuration;
+        let is_primary = configuration.primary == Some(from) && configuration.stamp == stamp;
+        is_primary && self.applies.iter().any(|apply| apply.waiting() == Some(serial))
+    }
+
+    /// The other copies, if this one is primary.
+    pub fn standings(&self) -> impl Iterator<Item = (InstanceId, Standing)> + '_ {
+        self.peers.iter().map(|peer| {
+            let standing = match peer.sync {
+                _ if peer.member => Standing::UpToDate,
+                Sync::Idle => Standing::Outdated,
+                Sync::Joining(_) | Sync::Copying | Sync::Equal => Standing::SyncTarget,
+            };
+            (peer.copy, standing)
+        })
+    }
+
+    /// Extents where the copies may differ after a crash.
+    pub fn hot_extents(&self) -> Vec<Extent> {
+        self.hot.extents()
+    }
+
+    /// Its disk failed something that it cannot do without; it serves no more before it is opened again.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Whether requests are executed here now.
+    pub fn serves(&self) -> bool {
+        self.role == Role::Primary(Primary::Serving) && !self.failed
+    }
+}

@@ -1,0 +1,138 @@
+//! A copy of a mirrored volume: what the engine is given to run one, and what it says of it.
+//!
+//! ```text
+//!   driver (src/replica/mirror) --open_mirror, tell_mirror--> engine's thread: Replica::step --Session::send--> peers
+//!            ^----------------- CatalogueRequest ------------------'
+//! ```
+//! # Invariants
+//! * The store has a record of the volume before its core acts, and from then on nothing but its core changes the volume.
+//! * What a peer sent is written only if each block is what entered at the other end.
+
+use crate::protocol::{Configuration, Memory, Outcome, Record, Role, Stamp, Wish};
+use crate::replica::peer;
+use crate::store::Reserve;
+use crate::volume::{BootId, InstanceId, VolumeId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::sync::mpsc;
+
+/// A copy of a mirrored volume that the engine shall run.
+pub struct MirrorConfig {
+    /// Its tree, which is the copy's name; open.
+    pub tree: InstanceId,
+    /// The volume, which the tree has.
+    pub volume: VolumeId,
+    /// Its conversations. The driver adds and removes peers; the engine sends.
+    pub session: Arc<peer::Session>,
+    /// The life of this node.
+    pub boot: BootId,
+    /// Whether the node's caches have what the copy's last engine wrote. A record of another boot means `Lost` anyway.
+    pub memory: Memory,
+    /// For a copy without a record on disk: made durable before the copy acts.
+    pub first: Record,
+    /// Whether a base may be kept when a copy leaves.
+    pub reserve: SealReserve,
+    /// To the driver; bounded. What finds no place is said again a heartbeat later.
+    pub requests: mpsc::Sender<CatalogueRequest>,
+}
+
+/// What a copy wants of the catalogue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CatalogueRequest {
+    /// Replace the configuration if its stamp still is `expected`; answered by [`MirrorInput::Proposed`].
+    Propose {
+        /// The compare.
+        expected: Stamp,
+        /// The swap.
+        next: Box<Configuration>,
+    },
+    /// Read it, never from a cache; answered by [`MirrorInput::Configuration`].
+    Read,
+}
+
+/// What a mirrored volume's copy is told.
+#[derive(Debug)]
+pub enum MirrorInput {
+    /// As the catalogue has it.
+    Configuration(Box<Configuration>),
+    /// What the spec wants. To be told before a device is attached: a copy that is not wished refuses its requests.
+    Wish(Wish),
+    /// The answer to a proposal.
+    Proposed {
+        /// The version that was proposed.
+        stamp: Stamp,
+        /// What became of it.
+        outcome: Outcome,
+    },
+    /// What happened on its connections, in order.
+    Peer(peer::Event),
+}
+
+/// The pool's promise of space for one seal: when a copy leaves, what is written from then on is kept apart, and may grow to
+/// a full overwrite. Whoever promises space looks whether it was taken, counts it and promises the next one.
+#[derive(Clone, Debug, Default)]
+pub struct SealReserve(Arc<AtomicBool>);
+
+impl SealReserve {
+    /// There is space for one seal.
+    pub fn promise(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether the promise was not used yet.
+    pub fn is_promised(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Uses the promise, if there is one.
+    pub(super) fn take(&self) -> Reserve {
+        if self.0.swap(false, Ordering::AcqRel) { Reserve::Promised } else { Reserve::Refused }
+    }
+}
+
+/// For people, CSI health and metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MirrorStatus {
+    /// What this copy is.
+    pub role: Role,
+    /// Requests are executed here.
+    pub serves: bool,
+    /// The last configuration that it acts under.
+    pub configuration: Configuration,
+    /// It has every acknowledged write, as far as it knows.
+    pub intact: bool,
+    /// Its disk failed something that it cannot do without.
+    pub disk_failed: bool,
+    /// The other copies of the configuration.
+    pub copies: BTreeMap<InstanceId, CopyStatus>,
+    /// Extents of 4 MiB where the copies may differ after a crash.
+    pub hot_extents: usize,
+    /// Requests that are not answered yet.
+    pub requests: usize,
+}
+
+/// Another copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyStatus {
+    /// How far it is: known to the primary only; the others say what the configuration says.
+    pub state: CopyState,
+    /// There is a connection.
+    pub connected: bool,
+}
+
+/// DRBD's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyState {
+    /// It has every acknowledged write.
+    UpToDate,
+    /// It gets all writes, and what it lacks is being copied to it.
+    SyncTarget {
+        /// Copied since it joined.
+        copied_bytes: u64,
+        /// Of the volume, behind the last range that was copied: at most so much is left.
+        left_bytes: u64,
+    },
+    /// It lacks writes.
+    Outdated,
+}

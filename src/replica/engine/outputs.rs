@@ -1,0 +1,305 @@
+//! What a core wants that has copies elsewhere: executed here, or sent.
+//!
+//! # Invariants
+//! * The bytes of a write from another copy are those of its frame, whose blocks were checked before the core heard of it;
+//!   without them nothing is written.
+//! * What needs bytes that are only lent (a request's slot, what was just read) is done before the next input.
+//! * Each output with an operation is answered once, by what the store or the plan says.
+#![allow(unsafe_code, reason = "operations point into frames and buffers; payloads are copied out of slots")]
+
+use super::copies::{Mirror, Refused};
+use super::mirror::CatalogueRequest;
+use super::operations::{Kept, Purpose};
+use super::requests::slot_of;
+use super::turn::{Engine, Work};
+use super::volume::{Volume, VolumeKey};
+use crate::protocol::{
+    Buffer, DiskError, Input, Lacks, Message, OperationId, Output, Record, Request, SealName, SerialNumber,
+};
+use crate::replica::peer::{Blocks, Payload, Sealed, SendError};
+use crate::store::{Action, Control};
+use crate::volume::{BlockRange, InstanceId};
+
+impl Engine {
+    /// Gives a core an input whose outputs may have to do with other copies.
+    pub fn step_mirrored(&mut self, key: VolumeKey, input: Input) {
+        // Leases are looked at now, not when the turn began.
+        self.tell_time();
+        let now = self.now;
+        let mut outputs = std::mem::take(&mut self.outputs);
+        let Some(volume) = self.volume_mut(key) else { return };
+        let Some(mirror) = volume.mirror.as_mut().filter(|mirror| mirror.closing.is_empty()) else { return };
+        volume.replica.step(now, input, &mut outputs);
+        let role = volume.replica.role();
+        if std::mem::replace(&mut mirror.role, role) != role {
+            let configuration = volume.replica.record().configuration.stamp;
+            tracing::info!(volume = %volume.id, ?role, ?configuration, "its copy on this node has another role");
+        }
+        for output in outputs.drain(..) {
+            match output {
+                Output::Send { to, message, buffer } => self.send(key, to, &message, buffer),
+                Output::Apply { operation, from, serial, request } => self.apply(key, operation, from, serial, request),
+                other => self.work.push_back(Work::Output(key, other)),
+            }
+        }
+        self.outputs = outputs;
+        let Some(volume) = self.volume_mut(key) else { return };
+        if let Some(mirror) = volume.mirror.as_mut()
+            && !mirror.brought.is_empty()
+        {
+            // What the core has not kept for later is not needed: it was executed, or refused, or repeated.
+            mirror.brought.retain(|(from, stamp, serial), _| volume.replica.wants(*from, *stamp, *serial));
+        }
+    }
+
+    /// An output that only a core with copies elsewhere has.
+    pub fn mirror_output(&mut self, key: VolumeKey, output: Output) {
+        match output {
+            Output::ReadRange { operation, range } => {
+                if let Some(mirror) = self.mirror_mut(key) {
+                    mirror.range = None;
+                }
+                self.read_blocks(key, operation, range, true);
+            }
+            Output::FlushHere { operation } => self.begin(key, operation, Request::Flush, std::ptr::null_mut(), None),
+            Output::Persist { operation, record } => self.persist(key, operation, *record),
+            Output::WriteHot { operation, extents } => {
+                let Some((id, volume)) = self.running_in_store(key, operation, std::ptr::null_mut(), None) else {
+                    return;
+                };
+                let (tree, volume) = (volume.tree, volume.id);
+                let Self { trees, actions, .. } = self;
+                let Some(found) = trees[tree.0 as usize].as_mut() else { return };
+                found.store.write_hot(id, volume, &extents, actions);
+                self.collect_actions(tree);
+            }
+            Output::Plan { operation, lacks, hot } => self.plan(key, operation, lacks, &hot),
+            Output::NextRange { operation } => self.next_range(key, operation, Ok(())),
+            Output::Propose { expected, next } => {
+                if let Some(mirror) = self.mirror_mut(key) {
+                    mirror.ask(CatalogueRequest::Propose { expected, next });
+                }
+            }
+            Output::ReadConfiguration => {
+                if let Some(mirror) = self.mirror_mut(key) {
+                    mirror.ask(CatalogueRequest::Read);
+                }
+            }
+            Output::Disk { .. } | Output::Complete { .. } | Output::Apply { .. } | Output::Send { .. } => {
+                unreachable!("{output:?} is executed where it is found")
+            }
+        }
+    }
+
+    /// Counts an operation of the core that the store is about to execute.
+    fn running_in_store(
+        &mut self,
+        key: VolumeKey,
+        operation: OperationId,
+        memory: *mut u8,
+        kept: Option<Box<Kept>>,
+    ) -> Option<(OperationId, &Volume)> {
+        let Self { volumes, trees, operations, .. } = self;
+        let volume = volumes.get_mut(key.0 as usize)?.as_deref_mut()?;
+        trees[volume.tree.0 as usize].as_mut()?.under_way += 1;
+        volume.running += 1;
+        let purpose = Purpose::Core { volume: key, operation, memory, corrupt: false, kept };
+        Some((operations.add(volume.tree, purpose), volume))
+    }
+
+    /// Starts a request that is no device's.
+    fn begin(
+        &mut self,
+        key: VolumeKey,
+        operation: OperationId,
+        request: Request,
+        memory: *mut u8,
+        kept: Option<Box<Kept>>,
+    ) {
+        let Some((id, volume)) = self.running_in_store(key, operation, memory, kept) else { return };
+        let (tree, volume) = (volume.tree, volume.id);
+        let Self { trees, actions, .. } = self;
+        let Some(found) = trees[tree.0 as usize].as_mut() else { return };
+        found.store.start(id, volume, request, actions);
+        self.collect_actions(tree);
+    }
+
+    /// Executes what another copy has sent.
+    fn apply(
+        &mut self,
+        key: VolumeKey,
+        operation: OperationId,
+        from: InstanceId,
+        serial: SerialNumber,
+        request: Request,
+    ) {
+        let Some(volume) = self.volume_mut(key) else { return };
+        let stamp = volume.replica.record().configuration.stamp;
+        let Some(mirror) = volume.mirror.as_mut() else { return };
+        let payload = mirror.brought.remove(&(from, stamp, serial)).unwrap_or_default();
+        match request {
+            Request::Write(range) if payload.blocks() == range.count() => {
+                let data = aligned(payload);
+                // Only read from: a write's buffer.
+                let memory = data.as_ptr().cast_mut();
+                self.begin(key, operation, request, memory, Some(Box::new(Kept::Frame(data))));
+            }
+            Request::Seal(_) if payload.sealed().is_some() => {
+                let volume = volume.id;
+                if let Some(Sealed { snapshot, created_ms }) = payload.sealed() {
+                    self.seal_again(key, operation, Control::Seal { volume, snapshot, created_ms });
+                }
+            }
+            Request::Write(_) | Request::Seal(_) => {
+                tracing::error!(volume = %volume.id, %from, ?request, "what shall be executed came without its data");
+                self.refuse(key, operation, DiskError::Corrupt);
+            }
+            Request::Read(range) => self.read_blocks(key, operation, range, false),
+            Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) => {
+                self.begin(key, operation, request, std::ptr::null_mut(), None);
+            }
+        }
+    }
+
+    /// Ends an operation that was not begun, in its place among those that were.
+    fn refuse(&mut self, key: VolumeKey, operation: OperationId, error: DiskError) {
+        let Some((id, volume)) = self.running_in_store(key, operation, std::ptr::null_mut(), None) else { return };
+        let tree = volume.tree;
+        self.work.push_back(Work::Action(tree, Action::Done { operation: id, result: Err(error) }));
+    }
+
+    /// Reads into memory of its own; `stays`: until the next range.
+    fn read_blocks(&mut self, key: VolumeKey, operation: OperationId, range: BlockRange, stays: bool) {
+        let mut blocks = Blocks::zeros(range.bytes() as usize);
+        let memory = blocks.bytes_mut().as_mut_ptr();
+        self.begin(key, operation, Request::Read(range), memory, Some(Box::new(Kept::Read { blocks, stays })));
+    }
+
+    /// What was read for another copy, for the message that follows.
+    pub fn keep_read(&mut self, key: VolumeKey, operation: OperationId, blocks: Blocks, stays: bool) {
+        let Some(mirror) = self.mirror_mut(key) else { return };
+        let Ok(payload) = Payload::new(blocks.freeze()) else { return };
+        let place = if stays { &mut mirror.range } else { &mut mirror.answer };
+        *place = Some((operation, payload));
+    }
+
+    /// Starts a seal, also one that found the store busy before.
+    pub fn seal_again(&mut self, key: VolumeKey, operation: OperationId, control: Control) {
+        let kept = Some(Box::new(Kept::Seal(control)));
+        let Some((id, volume)) = self.running_in_store(key, operation, std::ptr::null_mut(), kept) else { return };
+        let tree = volume.tree;
+        let Self { trees, actions, .. } = self;
+        let Some(found) = trees[tree.0 as usize].as_mut() else { return };
+        found.store.control(id, control, actions);
+        self.collect_actions(tree);
+    }
+
+    fn persist(&mut self, key: VolumeKey, operation: OperationId, record: Record) {
+        let Some((id, volume)) = self.running_in_store(key, operation, std::ptr::null_mut(), None) else { return };
+        let tree = volume.tree;
+        let Self { volumes, trees, actions, .. } = self;
+        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
+        let (Some(mirror), Some(found)) = (volume.mirror.as_ref(), trees[tree.0 as usize].as_mut()) else { return };
+        let before = found.store.mirrored(volume.id).map(|known| known.record.configuration.stamp);
+        let reserve = mirror.reserve_for(&record.configuration, before, found.id);
+        found.store.persist(id, volume.id, record, mirror.boot, reserve, actions);
+        self.collect_actions(tree);
+    }
+
+    fn plan(&mut self, key: VolumeKey, operation: OperationId, lacks: Option<Lacks>, hot: &[crate::protocol::Extent]) {
+        let Self { volumes, trees, .. } = self;
+        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
+        let (Some(mirror), Some(tree)) = (volume.mirror.as_mut(), trees[volume.tree.0 as usize].as_mut()) else {
+            return;
+        };
+        (mirror.range, mirror.copied_bytes, mirror.left_bytes) = (None, 0, volume.size.bytes());
+        let planned = tree.store.plan(volume.id, lacks, hot);
+        self.next_range(key, operation, planned);
+    }
+
+    fn next_range(&mut self, key: VolumeKey, operation: OperationId, planned: Result<(), DiskError>) {
+        let Self { volumes, trees, .. } = self;
+        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
+        let left = |range: Option<BlockRange>| range.map_or(0, |range| volume.behind(range) + range.bytes());
+        let Some(tree) = trees[volume.tree.0 as usize].as_mut() else { return };
+        let range = planned.map(|()| tree.store.next_range(volume.id));
+        let left = left(range.unwrap_or_default());
+        if let Some(mirror) = volume.mirror.as_mut() {
+            mirror.copied_bytes += mirror.range.take().map_or(0, |(_, payload)| payload.data().len() as u64);
+            mirror.left_bytes = left;
+        }
+        self.step(key, Input::Planned { operation, range });
+    }
+
+    /// Sends with the bytes that the buffer names. Loss is allowed: what a full queue refuses is remembered.
+    fn send(&mut self, key: VolumeKey, to: InstanceId, message: &Message, buffer: Buffer) {
+        let Self { volumes, arena, .. } = self;
+        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
+        let Some(mirror) = volume.mirror.as_deref() else { return };
+        let payload = match (message, buffer) {
+            (Message::Prepare { request: Request::Seal(name), .. }, _) => sealed(volume, *name),
+            (Message::Prepare { request: Request::Write(range), .. }, Buffer::Request(tag)) => {
+                let slot = volume.device.as_ref().and_then(|device| slot_of(arena, device, tag));
+                slot.and_then(|slot| {
+                    // SAFETY: the payload of the slot of a request that is not answered, which has this length.
+                    let data = unsafe { std::slice::from_raw_parts(slot.payload(), range.bytes() as usize) };
+                    Payload::new(bytes::Bytes::copy_from_slice(data)).ok()
+                })
+            }
+            (Message::Prepared { result: Err(_), .. }, _) | (_, Buffer::None) => Some(Payload::default()),
+            (_, Buffer::Operation(read)) => read_by(mirror, read),
+            (_, Buffer::Request(_)) => None,
+        };
+        let Some(payload) = payload else {
+            tracing::error!(volume = %volume.id, %to, ?message, "not sent: its data is not there");
+            return;
+        };
+        match mirror.session.send(to, message, &payload) {
+            // Without a connection everything is said again when there is one.
+            Ok(()) | Err(SendError::Disconnected | SendError::NoPeer) => {}
+            Err(SendError::Full) => {
+                let lost = if is_answer(message) { Refused::Answer } else { Refused::Question };
+                if let Some(mirror) = volume.mirror.as_mut() {
+                    let known = mirror.refused.entry(to).or_insert(lost);
+                    *known = lost.max(*known);
+                }
+            }
+            Err(error @ SendError::Payload) => {
+                tracing::error!(volume = %volume.id, %to, ?message, %error, "not sent");
+            }
+        }
+    }
+}
+
+/// Bytes where direct I/O takes them: as they came, since the transport puts them there.
+fn aligned(payload: Payload) -> bytes::Bytes {
+    let data = payload.data();
+    if Blocks::are_aligned(data) {
+        return data.clone();
+    }
+    let mut blocks = Blocks::zeros(data.len());
+    blocks.bytes_mut().copy_from_slice(data);
+    blocks.freeze()
+}
+
+/// What the operator's ticket says of a seal.
+fn sealed(volume: &Volume, name: SealName) -> Option<Payload> {
+    match volume.tickets.get(name.0 as usize)?.as_ref()?.control {
+        Control::Seal { snapshot, created_ms, .. } => Some(Payload::seal(Sealed { snapshot, created_ms })),
+        _ => None,
+    }
+}
+
+fn read_by(mirror: &Mirror, read: OperationId) -> Option<Payload> {
+    let mut both = mirror.range.iter().chain(&mirror.answer);
+    both.find(|(operation, _)| *operation == read).map(|(_, payload)| payload.clone())
+}
+
+/// What only a repeated question brings back.
+fn is_answer(message: &Message) -> bool {
+    match message {
+        Message::Prepared { .. } | Message::Settled(_) | Message::Joined { .. } | Message::Refused(_) => true,
+        Message::Granted { .. } | Message::Invite(_) | Message::Prepare { .. } | Message::Renew { .. } => false,
+        Message::Reconciled(_) | Message::Clear { .. } => false,
+    }
+}

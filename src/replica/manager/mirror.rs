@@ -1,0 +1,123 @@
+//! Copies of mirrored volumes: made with the id that the catalogue gives them, found again, removed.
+//!
+//! Invariants: the record that a copy is one of several is durable with the tree, so that no start takes it for a volume
+//! with one copy; a volume has at most one copy on a node.
+
+use super::errors::VolumeFailure as Failure;
+use super::volumes::{Blank, NewVolume};
+use super::{Manager, VolumePlace};
+use crate::protocol;
+use crate::replica::engine::EngineHandle;
+use crate::replica::mirror::Refresher;
+use crate::replica::records::Record;
+use crate::volume::{InstanceId, VolumeId};
+
+/// The name of the record beside a copy of a mirrored volume.
+pub(super) fn copy_record(volume: VolumeId) -> String {
+    format!("mirror-{volume}")
+}
+
+/// What makes a volume's place one copy of several.
+#[derive(Clone, Debug)]
+pub(super) struct MirrorPlace {
+    /// The text of the mirror's own record beside the copy.
+    pub record: String,
+    /// Where the catalogue can be asked to be read, while the copy is open.
+    pub refresher: Option<Refresher>,
+}
+
+/// A copy of a mirrored volume on this node.
+#[derive(Clone, Debug)]
+pub struct CopyHere {
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// Its tree, which is its name.
+    pub tree: InstanceId,
+    /// The text of the record beside it.
+    pub record: String,
+    /// It has a device.
+    pub attached: bool,
+}
+
+impl CopyHere {
+    fn of(volume: VolumeId, place: &VolumePlace) -> Option<Self> {
+        let mirror = place.mirror.as_ref()?;
+        let (record, attached) = (mirror.record.clone(), place.device.is_some());
+        Some(Self { volume, tree: place.tree, record, attached })
+    }
+}
+
+impl Manager {
+    /// All copies of mirrored volumes on this node.
+    pub fn copies(&self) -> Vec<CopyHere> {
+        self.index().volumes.iter().filter_map(|(volume, place)| CopyHere::of(*volume, place)).collect()
+    }
+
+    /// The volume's copy on this node.
+    pub fn copy_here(&self, volume: VolumeId) -> Option<CopyHere> {
+        self.index().volumes.get(&volume).and_then(|place| CopyHere::of(volume, place))
+    }
+
+    /// What is durable about the volume's mirror; `None` if its copy has never acted.
+    pub async fn durable_record(&self, volume: VolumeId) -> Option<protocol::Record> {
+        let place = self.place(volume)?;
+        let look = move |store: &mut crate::store::Store| store.mirrored(volume).map(|mirrored| mirrored.record.clone());
+        self.engine().inspect(place.tree, look).await.ok().flatten()
+    }
+
+    /// An empty copy with this id is here; made if it was not.
+    pub async fn ensure_copy(&self, new: NewVolume, tree: InstanceId, record: String) -> Result<(), Failure> {
+        let volume = new.volume;
+        let _guard = self.begin(volume, &[volume.to_bytes(), tree.to_bytes()]).await?;
+        if let Some(place) = self.place(volume) {
+            return match place.mirror {
+                Some(_) if place.tree == tree => Ok(()),
+                _ => Err(Failure::OtherCopy { volume, found: place.tree }),
+            };
+        }
+        let pool = self.pool(&new.pool).ok_or_else(|| Failure::NoPool(new.pool.clone()))?;
+        if let Some((_, problem)) = self.index().broken_trees.get(&tree).cloned() {
+            return Err(Failure::Broken { volume, tree, problem });
+        }
+        if pool.pool.tree(tree).exists() {
+            // An attempt before has failed half way: nothing is in it, or it is not taken away.
+            self.tidy_tree(&new.pool, tree).await;
+        }
+        self.create_blank(&new, &pool, Blank { tree, copying: None, mirror: Some(record) }).await
+    }
+
+    /// Replaces the record beside the copy.
+    pub async fn write_copy_record(&self, volume: VolumeId, record: String) -> Result<(), Failure> {
+        let place = self.place(volume).ok_or(Failure::NoVolume(volume))?;
+        let _guard = self.begin(volume, &[volume.to_bytes()]).await?;
+        let pool = self.pool(&place.pool).ok_or_else(|| Failure::NoPool(place.pool.clone()))?;
+        let written = Record::new(record.clone(), None);
+        self.write_record(&pool, place.tree, volume, &copy_record(volume), written).await?;
+        if let Some(mirror) = self.index().volumes.get_mut(&volume).and_then(|place| place.mirror.as_mut()) {
+            mirror.record = record;
+        }
+        Ok(())
+    }
+
+    /// Ends the copy's core, if it has no device.
+    pub async fn close_copy(&self, volume: VolumeId) -> Result<(), Failure> {
+        self.engine().close_mirror(volume).await.map_err(|error| Failure::Engine { volume, error })
+    }
+
+    /// The copy was closed and goes away with everything in it.
+    pub async fn delete_copy(&self, volume: VolumeId) -> Result<(), Failure> {
+        self.delete(volume).await
+    }
+
+    /// The copy is open, and its catalogue is asked here.
+    pub fn set_refresher(&self, volume: VolumeId, refresher: Refresher) {
+        if let Some(mirror) = self.index().volumes.get_mut(&volume).and_then(|place| place.mirror.as_mut()) {
+            mirror.refresher = Some(refresher);
+        }
+    }
+
+    /// The engine, for those who run copies.
+    pub fn engine_handle(&self) -> EngineHandle {
+        self.engine().clone()
+    }
+}

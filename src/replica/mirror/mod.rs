@@ -1,0 +1,193 @@
+//! The mirrored volumes of this node: makes true what the catalogue says of their copies here.
+//!
+//! ```text
+//!   catalogue --watch--> Mirrors (one task) --makes, removes--> Manager     trees, space, records beside the copies
+//!      ^                    └── Driver per copy ──open_mirror──> engine
+//!      └─ read, propose ── Courier          └─ Session ──peers' events──┘
+//! ```
+//! # Invariants
+//! * Level-triggered: every step is found again by looking at the catalogue and at the disk, in any order of crashes.
+//! * A copy is confirmed in the catalogue when it is durable and before it acts; one that was confirmed and is gone is never
+//!   made again under its name, because others may count on what it held.
+//! * Data is deleted only because an object in the catalogue says so, never because there is no object.
+//! * The data path does not wait for the catalogue: peers' events go to the engine in a task of their own, and copies are
+//!   opened from what is beside them ([`record`]) before anybody asks the catalogue.
+
+mod courier;
+mod driver;
+mod reconcile;
+mod record;
+#[cfg(test)]
+mod tests;
+
+use crate::catalog::{Catalog, Node, NodeName, Object, Seen, Volume, VolumeConfiguration};
+use crate::protocol::Memory;
+use crate::replica::manager::Manager;
+use crate::replica::peer::Endpoint;
+use crate::volume::{BootId, InstanceId, VolumeId};
+use driver::{Driver, Opening};
+use record::CopyRecord;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+pub use courier::{Refresh, Refresher};
+
+/// Before what failed is tried again, at first,
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// and at last: a catalogue that is back is found within seconds, and one that is away is not flooded.
+const LAST_PAUSE: Duration = Duration::from_secs(3);
+
+/// What the mirrored volumes of a node need to know.
+pub struct MirrorSettings {
+    /// This node, also in its certificate.
+    pub node: NodeName,
+    /// The cluster's.
+    pub catalog: Catalog,
+    /// Where the other nodes' copies are reached from and come in.
+    pub endpoint: Endpoint,
+    /// The life of this node: [`boot_id`].
+    pub boot: BootId,
+}
+
+/// The life of this node's kernel.
+pub fn boot_id() -> io::Result<BootId> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    text.trim().parse().map_err(io::Error::other)
+}
+
+/// See the module.
+pub struct Mirrors {
+    settings: MirrorSettings,
+    drivers: BTreeMap<VolumeId, Driver>,
+    /// Trees of which the node's caches have everything: an engine of this boot has left them to the holder, or this one
+    /// has made them.
+    kept: BTreeSet<InstanceId>,
+    /// Where nodes are reached; as the catalogue said last, which is good enough to call them.
+    addresses: BTreeMap<NodeName, SocketAddr>,
+}
+
+/// What is to be looked at.
+struct Work {
+    everything: bool,
+    nodes: bool,
+    volumes: BTreeSet<VolumeId>,
+}
+
+impl Work {
+    fn is_empty(&self) -> bool {
+        !self.everything && !self.nodes && self.volumes.is_empty()
+    }
+}
+
+impl Mirrors {
+    /// Of this node. Nothing is opened yet.
+    pub fn new(settings: MirrorSettings) -> Self {
+        let (drivers, kept, addresses) = Default::default();
+        Self { settings, drivers, kept, addresses }
+    }
+
+    /// Opens the copies that are on this node and have acted before, from what is beside them; no catalogue is asked. To be
+    /// called when the trees are open and before devices go on. `held` are the trees that the holder kept.
+    pub async fn open_copies(&mut self, manager: &Manager, held: &BTreeSet<InstanceId>) {
+        self.kept.clone_from(held);
+        for copy in manager.copies() {
+            let volume = copy.volume;
+            let record = match CopyRecord::decode(&copy.record) {
+                Ok(record) if !record.removing => record,
+                Ok(_) => continue,
+                Err(error) => {
+                    tracing::error!(%volume, %error, "the record beside a copy is not used: it waits for the catalogue");
+                    continue;
+                }
+            };
+            // Without one it has never acted: the catalogue says what it is.
+            let Some(first) = manager.durable_record(volume).await else { continue };
+            let memory = self.memory(copy.tree);
+            let opening = Opening { volume, tree: copy.tree, memory, first };
+            match Driver::open(&self.settings, manager, opening).await {
+                Ok(mut driver) => {
+                    driver.set_peers(&record.parties(&self.settings.node));
+                    self.drivers.insert(volume, driver);
+                }
+                Err(error) => tracing::error!(%volume, %error, "a copy could not be opened from its disk; it is tried again"),
+            }
+        }
+    }
+
+    fn memory(&self, tree: InstanceId) -> Memory {
+        if self.kept.contains(&tree) { Memory::Kept } else { Memory::Lost }
+    }
+
+    /// Follows the catalogue until it is dropped. The copies' tasks end with it.
+    pub async fn run(mut self, manager: Manager) {
+        let mut watch = self.settings.catalog.watch();
+        let mut work = Work { everything: true, nodes: true, volumes: BTreeSet::new() };
+        let mut pause = FIRST_PAUSE;
+        loop {
+            self.do_all(&manager, &mut work).await;
+            if work.is_empty() {
+                pause = FIRST_PAUSE;
+            }
+            tokio::select! {
+                seen = watch.next() => match seen {
+                    Some(seen) => self.note(&seen, &mut work),
+                    // The catalogue of a process that is ending.
+                    None => return,
+                },
+                () = tokio::time::sleep(pause), if !work.is_empty() => pause = (pause * 2).min(LAST_PAUSE),
+            }
+        }
+    }
+
+    fn note(&self, seen: &Seen, work: &mut Work) {
+        let Seen::Changed(change) = seen else {
+            (work.everything, work.nodes) = (true, true);
+            return;
+        };
+        match change.kind {
+            Node::KIND => work.nodes = true,
+            Volume::KIND | VolumeConfiguration::KIND => {
+                if let Ok(volume) = change.key.parse() {
+                    work.volumes.insert(volume);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// What cannot be done stays to be done.
+    async fn do_all(&mut self, manager: &Manager, work: &mut Work) {
+        if work.nodes {
+            match self.settings.catalog.list::<Node>().await {
+                Ok(nodes) => {
+                    let nodes = nodes.into_iter().map(|stored| (stored.object.name, stored.object.mirror));
+                    let addresses = nodes.collect();
+                    // Whoever has a copy beside one of ours may have moved.
+                    work.everything |= self.addresses != addresses;
+                    (self.addresses, work.nodes) = (addresses, false);
+                }
+                Err(error) => return tracing::warn!(%error, "mirrored volumes go on as they are"),
+            }
+        }
+        if work.everything {
+            match self.settings.catalog.list::<Volume>().await {
+                Ok(volumes) => {
+                    work.volumes.extend(volumes.iter().map(|stored| stored.object.id));
+                    work.volumes.extend(manager.copies().iter().map(|copy| copy.volume));
+                    work.everything = false;
+                }
+                Err(error) => return tracing::warn!(%error, "mirrored volumes go on as they are"),
+            }
+        }
+        let mut failed = BTreeSet::new();
+        for volume in std::mem::take(&mut work.volumes) {
+            if let Err(error) = self.reconcile(manager, volume).await {
+                tracing::warn!(%volume, %error, "a mirrored volume is not yet as it shall be here; it is tried again");
+                failed.insert(volume);
+            }
+        }
+        work.volumes = failed;
+    }
+}

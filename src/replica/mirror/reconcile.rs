@@ -1,0 +1,204 @@
+//! One mirrored volume on this node: what shall be, what is, and the next steps from one to the other.
+//!
+//! ```text
+//!   wanted, not here   space, tree, record ─> confirmed in the catalogue ─> open
+//!   wanted and here    record and peers follow the catalogue ─> confirmed ─> open
+//!   not wanted, here   no member, or the volume is deleted ─> recorded as going ─> taken out of the catalogue ─> removed
+//! ```
+
+use super::driver::{Driver, OpenError, Opening};
+use super::record::{CopyRecord, PeerRecord};
+use super::Mirrors;
+use crate::catalog::{
+    Catalog, CatalogError, ConfigurationError, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError, Volume,
+};
+use crate::protocol::{Configuration, Record};
+use crate::replica::manager::{CopyHere, Manager, NewVolume, Source, VolumeFailure};
+use crate::replica::pool::BadPoolName;
+use crate::volume::{InstanceId, VolumeId};
+
+/// Why a volume is not yet as it shall be.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error(transparent)]
+    Catalogue(#[from] CatalogError),
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
+    #[error(transparent)]
+    Update(#[from] UpdateError),
+    #[error(transparent)]
+    Manager(#[from] VolumeFailure),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Pool(#[from] BadPoolName),
+    #[error("the catalogue has no configuration of it yet")]
+    NoConfiguration,
+    #[error("the record beside its copy is damaged ({0}): `tandem verify` shows it")]
+    Record(#[from] serde_json::Error),
+}
+
+impl Mirrors {
+    /// Makes the next steps for one volume; all of them unless something fails.
+    pub(super) async fn reconcile(&mut self, manager: &Manager, id: VolumeId) -> Result<(), Trouble> {
+        let here = manager.copy_here(id);
+        if let Some(here) = here.as_ref().filter(|here| CopyRecord::decode(&here.record).is_ok_and(|r| r.removing)) {
+            return self.finish_removal(manager, here).await;
+        }
+        let catalog = self.settings.catalog.clone();
+        let Some(stored) = catalog.get::<Volume>(&id.to_string()).await? else {
+            if let Some(here) = here {
+                tracing::warn!(volume = %id, copy = %here.tree, "the catalogue does not know the volume of a copy on this node: it is kept, use `tandem recover`");
+            }
+            return Ok(());
+        };
+        let Some(mirror) = stored.object.spec.mirror.clone() else { return Ok(()) };
+        let deleted = stored.object.spec.deleted;
+        let wanted = mirror.copies_on(&self.settings.node).next().filter(|_| !deleted);
+        let wanted = wanted.map(|(copy, spec)| (copy, spec.clone()));
+        match (wanted, here) {
+            (None, None) if deleted => self.unconfirm_all(stored, &mirror).await,
+            (None, None) => Ok(()),
+            (Some((copy, _)), Some(here)) if here.tree == copy => self.keep(manager, stored, &here).await,
+            (Some((copy, spec)), None) => self.make(manager, stored, copy, &spec).await,
+            (_, Some(here)) => self.remove(manager, &stored.object, &here).await,
+        }
+    }
+
+    async fn committed(&self, volume: VolumeId) -> Result<Configuration, Trouble> {
+        self.settings.catalog.configuration(volume).await?.ok_or(Trouble::NoConfiguration)
+    }
+
+    /// Makes an empty copy.
+    async fn make(
+        &mut self,
+        manager: &Manager,
+        stored: Stored<Volume>,
+        copy: InstanceId,
+        spec: &CopySpec,
+    ) -> Result<(), Trouble> {
+        let volume = &stored.object;
+        if volume.status.copies.contains(&copy) {
+            tracing::error!(volume = %volume.id, %copy, "this node's copy is gone with what it held: give the volume another one");
+            return Ok(());
+        }
+        let configuration = self.committed(volume.id).await?;
+        let record = self.record_of(volume, copy, &configuration, &CopyRecord::default());
+        let new = NewVolume {
+            volume: volume.id,
+            pool: spec.pool.parse()?,
+            size: volume.spec.size,
+            descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
+            verify_reads: volume.spec.verify_reads,
+            source: Source::Blank,
+        };
+        manager.ensure_copy(new, copy, record.encode()).await?;
+        self.kept.insert(copy);
+        let Some(here) = manager.copy_here(volume.id) else { return Ok(()) };
+        self.keep(manager, stored, &here).await
+    }
+
+    /// The copy is here and shall be.
+    async fn keep(&mut self, manager: &Manager, stored: Stored<Volume>, here: &CopyHere) -> Result<(), Trouble> {
+        let (volume, copy) = (stored.object.id, here.tree);
+        let configuration = self.committed(volume).await?;
+        let before = CopyRecord::decode(&here.record)?;
+        let record = self.record_of(&stored.object, copy, &configuration, &before);
+        if record != before {
+            manager.write_copy_record(volume, record.encode()).await?;
+        }
+        confirm(&self.settings.catalog, stored, copy).await?;
+        if !self.drivers.contains_key(&volume) {
+            // Until it has a record of its own it has never acted, and nobody could count on it without its answer.
+            let first = Record { intact: configuration.is_member(copy), configuration };
+            let opening = Opening { volume, tree: copy, memory: self.memory(copy), first };
+            let driver = Driver::open(&self.settings, manager, opening).await?;
+            self.drivers.insert(volume, driver);
+        }
+        if let Some(driver) = self.drivers.get_mut(&volume) {
+            driver.set_peers(&record.parties(&self.settings.node));
+            driver.look();
+        }
+        Ok(())
+    }
+
+    /// The other copies: those that the spec names, and those that the configuration still does.
+    fn record_of(
+        &self,
+        volume: &Volume,
+        copy: InstanceId,
+        configuration: &Configuration,
+        before: &CopyRecord,
+    ) -> CopyRecord {
+        let mut peers = before.peers.clone();
+        peers.retain(|peer, _| configuration.copies().any(|named| named == *peer));
+        for (peer, spec) in volume.spec.mirror.iter().flat_map(|mirror| &mirror.copies) {
+            peers.entry(*peer).or_insert_with(|| PeerRecord { node: spec.node.clone(), address: None });
+        }
+        peers.remove(&copy);
+        for peer in peers.values_mut() {
+            // A node that the catalogue does not name now is called where it was.
+            peer.address = self.addresses.get(&peer.node).copied().or(peer.address);
+        }
+        CopyRecord { peers, removing: false }
+    }
+
+    /// The copy is here and shall not be.
+    async fn remove(&mut self, manager: &Manager, wanted: &Volume, here: &CopyHere) -> Result<(), Trouble> {
+        let volume = wanted.id;
+        if !wanted.spec.deleted && self.committed(volume).await?.is_member(here.tree) {
+            // Its primary drops it first; the change of the configuration brings this here again.
+            if let Some(driver) = self.drivers.get(&volume) {
+                driver.look();
+            }
+            return Ok(());
+        }
+        if here.attached {
+            return Err(VolumeFailure::Attached(volume).into());
+        }
+        let record = CopyRecord { removing: true, ..CopyRecord::decode(&here.record).unwrap_or_default() };
+        manager.write_copy_record(volume, record.encode()).await?;
+        self.finish_removal(manager, here).await
+    }
+
+    /// Nobody can want it back: the record beside it says that it goes.
+    async fn finish_removal(&mut self, manager: &Manager, here: &CopyHere) -> Result<(), Trouble> {
+        // Its name in the catalogue goes first: when its volume is gone there, nobody would take it out.
+        if let Some(stored) = self.settings.catalog.get::<Volume>(&here.volume.to_string()).await? {
+            unconfirm(&self.settings.catalog, stored, |copy| copy == here.tree).await?;
+        }
+        manager.close_copy(here.volume).await?;
+        self.drivers.remove(&here.volume);
+        manager.delete_copy(here.volume).await?;
+        self.kept.remove(&here.tree);
+        tracing::info!(volume = %here.volume, copy = %here.tree, "a copy was removed");
+        Ok(())
+    }
+
+    /// A deleted volume of which nothing is here.
+    async fn unconfirm_all(&self, stored: Stored<Volume>, mirror: &MirrorSpec) -> Result<(), Trouble> {
+        let ours = |copy| mirror.copies.get(&copy).is_some_and(|spec| spec.node == self.settings.node);
+        unconfirm(&self.settings.catalog, stored, ours).await
+    }
+}
+
+/// The catalogue says that the copy is durably on its node.
+async fn confirm(catalog: &Catalog, mut stored: Stored<Volume>, copy: InstanceId) -> Result<(), Trouble> {
+    if stored.object.status.copies.insert(copy) {
+        catalog.update(stored).await?;
+    }
+    Ok(())
+}
+
+async fn unconfirm(
+    catalog: &Catalog,
+    mut stored: Stored<Volume>,
+    gone: impl Fn(InstanceId) -> bool,
+) -> Result<(), Trouble> {
+    let before = stored.object.status.copies.len();
+    stored.object.status.copies.retain(|copy| !gone(*copy));
+    if stored.object.status.copies.len() != before {
+        catalog.update(stored).await?;
+    }
+    Ok(())
+}
