@@ -188,7 +188,8 @@ impl Volume {
     /// A volume that is to be made.
     pub fn wanted(id: VolumeId, request: VolumeRequest) -> Self {
         let (size, verify_reads) = (request.size, request.verify_reads);
-        let spec = VolumeSpec { size, verify_reads, publications: BTreeMap::new(), mirror: None, deleted: false, node: None };
+        let spec =
+            VolumeSpec { size, verify_reads, publications: BTreeMap::new(), mirror: None, deleted: false, node: None };
         let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies: BTreeSet::new() };
         Self { id, request, spec, status }
     }

@@ -142,7 +142,9 @@ fn incomplete(given: &[(&str, bool)]) -> String {
 /// The address is handed to others: they must be able to call it.
 fn callable(flag: &str, address: SocketAddr) -> Result<(), CliError> {
     if address.ip().is_unspecified() || address.port() == 0 {
-        let text = format!("{flag} {address} is nothing that another machine can call: name an address of this node and a port");
+        let text = format!(
+            "{flag} {address} is nothing that another machine can call: name an address of this node and a port"
+        );
         return Err(CliError::Together(text));
     }
     Ok(())
@@ -153,7 +155,9 @@ fn node_of(credentials: &Credentials, directory: &Path, asked: Option<String>) -
     let own = credentials.current().own().clone();
     let directory = directory.display();
     if own.role != Role::Node {
-        let text = format!("the certificate in {directory} is that of {own}: a replica needs one by `tandem certificates issue --role node`");
+        let text = format!(
+            "the certificate in {directory} is that of {own}: a replica needs one by `tandem certificates issue --role node`"
+        );
         return Err(CliError::Together(text));
     }
     match asked {
@@ -194,8 +198,7 @@ pub fn run_node(arguments: NodeArguments) -> Result<(), CliError> {
     let _lock = Lock::take(&dir.join("csi.lock"), PREDECESSOR)?;
     let control = dir.join("replica.sock");
     let endpoint = format!("unix://{}", socket.display());
-    let config =
-        CsiConfig { endpoint, dir, node_id: node_id.clone(), max_volumes_per_node, control: control.clone() };
+    let config = CsiConfig { endpoint, dir, node_id: node_id.clone(), max_volumes_per_node, control: control.clone() };
     until_told(|stop: Stop| async move {
         let ready = async {
             standalone::until_ready(&socket).await;
@@ -216,7 +219,10 @@ pub fn run_node(arguments: NodeArguments) -> Result<(), CliError> {
 async fn other_node(control: &Path, node_id: &str) -> Option<CliError> {
     let status = Control::new(control).client().get_status(GetStatusRequest {}).await.ok()?.into_inner();
     let text = || {
-        format!("--node-id is {node_id} and the replica in this directory is node {}: make them the same", status.node_id)
+        format!(
+            "--node-id is {node_id} and the replica in this directory is node {}: make them the same",
+            status.node_id
+        )
     };
     (status.node_id != node_id).then(|| CliError::Together(text()))
 }

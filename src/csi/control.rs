@@ -115,7 +115,8 @@ impl Control {
         let channel = endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
             let (credentials, expected) = (Arc::clone(&credentials), expected.clone());
             async move {
-                let connected = tokio::time::timeout(CONNECT_TIMEOUT, dial(&address.to_string(), &credentials, expected)).await;
+                let connected =
+                    tokio::time::timeout(CONNECT_TIMEOUT, dial(&address.to_string(), &credentials, expected)).await;
                 let connected = connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
                 let named = |error: std::io::Error| {
                     std::io::Error::new(error.kind(), format!("{address} cannot be connected: {error}"))
@@ -136,7 +137,9 @@ impl Control {
     /// What a failed call means; where the answer never came, from whom.
     pub fn refusal(&self, status: Status) -> ControlError {
         match (ControlError::from(status), &self.machine) {
-            (ControlError::Unknown(reason), Some(machine)) => ControlError::Unknown(format!("node {machine}: {reason}")),
+            (ControlError::Unknown(reason), Some(machine)) => {
+                ControlError::Unknown(format!("node {machine}: {reason}"))
+            }
             (error, _) => error,
         }
     }

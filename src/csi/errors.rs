@@ -81,7 +81,9 @@ pub enum Transient {
     #[error(transparent)]
     Replica(#[from] ControlError),
     /// The nodes have not done it yet.
-    #[error("the copies of volume {id} on {nodes} are not {done} yet; repeat the call until they are, or start those nodes")]
+    #[error(
+        "the copies of volume {id} on {nodes} are not {done} yet; repeat the call until they are, or start those nodes"
+    )]
     Waiting {
         /// The volume.
         id: VolumeId,

@@ -3,8 +3,8 @@
 //! Invariants: the ids of the members are written down before they are taken, the replica takes all or none, and a group
 //! is ready when all its members are in the catalogue; a group is deleted as a whole.
 
-use super::controller::request::{name, present};
 use super::controller::mirror::single;
+use super::controller::request::{name, present};
 use super::controller::snapshot::{ready, transient};
 use super::controller::{Controller, response};
 use super::errors::{ArgumentError, CreateGroupError, DeleteGroupError, DeleteSnapshotError, GetGroupError, Transient};

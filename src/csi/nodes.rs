@@ -67,7 +67,8 @@ impl Announced {
         let mut known = self.0.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|(other, at), _| *other != name || *at == address);
         let control = known.entry((name.clone(), address));
-        let control = control.or_insert_with(|| Control::remote(name.clone(), address, Arc::clone(&self.0.credentials)));
+        let control =
+            control.or_insert_with(|| Control::remote(name.clone(), address, Arc::clone(&self.0.credentials)));
         Node { control: control.clone(), name }
     }
 
@@ -78,7 +79,10 @@ impl Announced {
 
     async fn list(&self) -> Result<Vec<(Node, bool)>, Transient> {
         let stored = self.0.catalog.list::<catalog::Node>().await?.into_iter();
-        Ok(stored.map(|stored| (stored.object.encrypted, stored.object)).map(|(e, node)| (self.node(node), e)).collect())
+        Ok(stored
+            .map(|stored| (stored.object.encrypted, stored.object))
+            .map(|(e, node)| (self.node(node), e))
+            .collect())
     }
 }
 
@@ -127,7 +131,8 @@ impl Nodes {
     /// Nodes that may get new copies; a node with another setting of encryption than the cluster is none of them.
     async fn fitting(&self) -> Result<Vec<Node>, Transient> {
         let Self::Announced(nodes) = self else { return self.all().await };
-        let (fit, other): (Vec<_>, Vec<_>) = nodes.list().await?.into_iter().partition(|(_, e)| *e == nodes.0.encrypted);
+        let (fit, other): (Vec<_>, Vec<_>) =
+            nodes.list().await?.into_iter().partition(|(_, e)| *e == nodes.0.encrypted);
         for (node, encrypted) in other {
             let (theirs, ours) = if encrypted { ("on", "off") } else { ("off", "on") };
             tracing::warn!(node = %node.name, "it has --encryption {theirs} and this cluster {ours}: it gets no copies");

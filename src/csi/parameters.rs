@@ -126,7 +126,9 @@ pub enum ParameterError {
         value: String,
     },
     /// Several copies on one machine.
-    #[error("parameter replication: \"sync\" keeps copies on several nodes, and `tandem standalone` is one: use a cluster, see `tandem controller --help`")]
+    #[error(
+        "parameter replication: \"sync\" keeps copies on several nodes, and `tandem standalone` is one: use a cluster, see `tandem controller --help`"
+    )]
     Alone,
     /// A number of copies without replication.
     #[error("parameter replicas: it goes with \"replication: sync\" only, and without replication there is one copy")]

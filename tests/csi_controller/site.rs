@@ -49,7 +49,11 @@ impl Site {
         };
         let control = Control::new(&self.socket);
         let node = NodeName(NODE.into());
-        let controller = Arc::new(Controller::new(catalog.clone(), Nodes::Alone(Node { name: node, control: control.clone() }), LIMIT));
+        let controller = Arc::new(Controller::new(
+            catalog.clone(),
+            Nodes::Alone(Node { name: node, control: control.clone() }),
+            LIMIT,
+        ));
         Driver { service: Arc::new(ControllerService(controller.clone())), controller, catalog, control }
     }
 }

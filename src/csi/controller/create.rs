@@ -164,9 +164,11 @@ impl Controller {
         let request = stored.object.request.clone();
         let reason = match error {
             ControlError::NotFound(_) => match unknown_pool(node, &request.pool).await? {
-                Some(known) => {
-                    CreateVolumeError::UnknownPool { pool: request.pool, place: format!("on node {}", node.name), known }
-                }
+                Some(known) => CreateVolumeError::UnknownPool {
+                    pool: request.pool,
+                    place: format!("on node {}", node.name),
+                    known,
+                },
                 None => CreateVolumeError::SourceNotFound(match request.source {
                     Some(Source::Snapshot(id)) => format!("snapshot {id}"),
                     Some(Source::Volume(id)) => format!("volume {id}"),

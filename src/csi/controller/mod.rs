@@ -69,7 +69,9 @@ impl Controller {
     /// Where the volume can be used.
     pub(super) fn holders(&self, volume: &Volume) -> Vec<NodeName> {
         match &volume.spec.mirror {
-            Some(mirror) => mirror.copies.values().map(|copy| copy.node.clone()).collect::<BTreeSet<_>>().into_iter().collect(),
+            Some(mirror) => {
+                mirror.copies.values().map(|copy| copy.node.clone()).collect::<BTreeSet<_>>().into_iter().collect()
+            }
             None => self.nodes.name_of(volume.spec.node.as_ref()).into_iter().collect(),
         }
     }

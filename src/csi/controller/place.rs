@@ -40,7 +40,11 @@ impl Controller {
     }
 
     /// A volume with a source goes where the source is.
-    pub(super) fn place_beside(&self, wanted: &NewVolume, source: Option<&NodeName>) -> Result<NodeName, CreateVolumeError> {
+    pub(super) fn place_beside(
+        &self,
+        wanted: &NewVolume,
+        source: Option<&NodeName>,
+    ) -> Result<NodeName, CreateVolumeError> {
         let holder = self.nodes.name_of(source);
         if let Some(holder) = holder.as_ref().filter(|holder| wanted.places.include(holder)) {
             return Ok(holder.clone());
