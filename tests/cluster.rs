@@ -124,6 +124,44 @@ async fn a_cut_in_one_direction_is_a_node_that_is_down_and_a_controller_that_is_
     cluster.down();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_that_is_taken_down_while_volumes_are_in_use_leaves_nothing() {
+    let cluster = Cluster::up(1);
+    let mut ids = Vec::new();
+    for name in ["well", "dead"] {
+        let id = cluster.create(name, &[1]).await.expect("created").volume_id;
+        write(&cluster.stage(&id, 1).await);
+        ids.push(id);
+    }
+    assert_eq!(devices(&ids), 2);
+    // One more mount of each, elsewhere, as kubelet makes it; and nobody serves the devices any more.
+    let elsewhere = tempfile::Builder::new().prefix("tandem-target-").tempdir().expect("a directory");
+    let staging = cluster.dir().join(format!("node-1/staging-{}", ids[1]));
+    let bound = std::process::Command::new("mount").arg("--bind").args([&staging, &elsewhere.path().into()]).status();
+    assert!(bound.expect("started").success());
+    cluster.run(&["kill", "replica", "1"]);
+    cluster.down();
+    assert_eq!(devices(&ids), 0);
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("readable");
+    assert!(!mounts.contains(&elsewhere.path().display().to_string()), "{mounts}");
+}
+
+/// Loop devices of these volumes; sysfs does not ask the devices.
+fn devices(ids: &[String]) -> usize {
+    let files = fs::read_dir("/sys/block").expect("readable").flatten();
+    let backing = files.filter_map(|entry| fs::read_to_string(entry.path().join("loop/backing_file")).ok());
+    backing.filter(|backing| ids.iter().any(|id| backing.contains(id.as_str()))).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_on_several_nodes_are_refused_while_they_are_not_available() {
+    let cluster = Cluster::up(2);
+    let refused = cluster.create_with("mirrored", &[], &[("replication", "sync")]).await.expect_err("refused");
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().contains("not available in this version"), "{refused:?}");
+    cluster.down();
+}
+
 #[test]
 fn what_cannot_be_is_refused_and_a_half_made_cluster_goes() {
     let top = tempfile::Builder::new().prefix("tandem-cluster-").tempdir().expect("a directory");

@@ -230,9 +230,14 @@ fn roles_of_a_cluster_want_flags_and_certificates_that_go_together() {
     };
     let missing = ["--listen, --mirror-listen, --certificates is missing", "one that is alone takes none"];
     refused(&mut replica(&["--controller", "127.0.0.1:1"]), 1, &missing);
-    refused(&mut replica(&["--encryption", "off"]), 1, &["--controller, --listen, --mirror-listen, --certificates is missing"]);
+    refused(
+        &mut replica(&["--encryption", "off"]),
+        1,
+        &["--controller, --listen, --mirror-listen, --certificates is missing"],
+    );
     let all = |listen: &str, certificates: &str, more: &[&str]| {
-        let mut command = replica(&["--controller", "127.0.0.1:1", "--listen", listen, "--mirror-listen", "127.0.0.1:3"]);
+        let mut command =
+            replica(&["--controller", "127.0.0.1:1", "--listen", listen, "--mirror-listen", "127.0.0.1:3"]);
         command.args(["--certificates", certificates]).args(more);
         command
     };

@@ -72,11 +72,22 @@ impl Cluster {
 
     /// A volume with a filesystem, on one of these nodes.
     pub async fn create(&self, name: &str, nodes: &[usize]) -> Result<Volume, Status> {
+        self.create_with(name, nodes, &[]).await
+    }
+
+    /// The same with parameters.
+    pub async fn create_with(
+        &self,
+        name: &str,
+        nodes: &[usize],
+        parameters: &[(&str, &str)],
+    ) -> Result<Volume, Status> {
         let requisite: Vec<_> = nodes.iter().map(|number| place(*number)).collect();
         let request = CreateVolumeRequest {
             name: name.into(),
             capacity_range: Some(CapacityRange { required_bytes: 64 * MIB, limit_bytes: 0 }),
             volume_capabilities: vec![filesystem()],
+            parameters: parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
             accessibility_requirements: Some(TopologyRequirement { preferred: requisite.clone(), requisite }),
             ..Default::default()
         };
