@@ -19,9 +19,8 @@
 //!
 //! # What is here and what is not
 //! The same core mirrors a volume (`docs/protocol.md`): configurations, terms, leases, hot extents, resync. A volume with
-//! one copy, [`Replica::sole`], is a configuration with one member, and all that the engine runs today. The outputs that
-//! only a mirror has (`Apply`, `ReadRange`, `FlushHere`, `Persist`, `WriteHot`, `Plan`, `NextRange`, `Send`, `Propose`,
-//! `ReadConfiguration`) are executed by the model of the tests (`model/`) alone so far.
+//! one copy, [`Replica::sole`], is a configuration with one member. The engine executes every output
+//! (`src/replica/engine/outputs.rs`).
 //!
 //! # Invariants
 //! No clock, socket, file, random number or `await` in here (clippy's `disallowed_*` lists, denied below);

@@ -4,9 +4,10 @@
 
 use super::child::Child;
 use super::{EngineArguments, Lock, StandaloneError, StorageArguments, checks, lock};
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Embedded};
 use crate::csi::control::Control;
 use crate::csi::controller::{Report, recover};
+use crate::protocol::Generation;
 use crate::rpc::control::GetStatusRequest;
 use std::path::Path;
 use std::time::Duration;
@@ -22,7 +23,11 @@ const VOLUMES: u32 = 1000;
 pub async fn run(arguments: StorageArguments, log: &str) -> Result<Report, StandaloneError> {
     let storage = checks::prepare_storage(arguments, VOLUMES)?;
     let _lock = Lock::take(&storage.dir.join("tandem.lock"), lock::DYING_SERVER)?;
-    let catalog = Catalog::open(&storage.dir.join("catalog.redb"))?;
+    let catalog = Embedded::open(&storage.dir.join("catalog.redb"))?;
+    // Before anything is put back: what is configured from now on is newer than what the lost catalogue has said.
+    let raised = catalog.raise_generation(Generation::default()).await;
+    raised.map_err(|error| StandaloneError::Recover(error.to_string()))?;
+    let catalog = Catalog::Embedded(catalog);
     let mut replica = Child::start("replica", storage.replica_arguments(&EngineArguments::default(), log))?;
     let socket = storage.dir.join("replica.sock");
     let report = tokio::select! {

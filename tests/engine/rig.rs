@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tandem::memory::Memory;
 use tandem::replica::device::loop_device;
-use tandem::replica::engine::{self, EngineConfig, EngineHandle, IoChoice, TreeFiles};
+use tandem::replica::engine::{self, EngineConfig, EngineHandle, IoChoice, Recovered, TreeFiles};
 use tandem::replica::holder::{self, Holder};
 use tandem::store::{Control, Directory, PENDING_BYTES, Pending, Store, Superblock};
 use tandem::volume::{InstanceId, PoolId, VolumeId, VolumeSize};
@@ -22,7 +22,7 @@ pub fn size(bytes: u64) -> VolumeSize {
 }
 
 /// This program again, as something else than a test run.
-fn again(test: &str, variable: &str, value: &Path) -> Command {
+pub fn again(test: &str, variable: &str, value: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("this program"));
     command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(variable, value);
     command
@@ -137,8 +137,16 @@ pub struct Up {
     pub device: PathBuf,
 }
 
-/// The engine with what an earlier one left, the tree, the volume and its device.
-pub async fn bring_up(directory: &Path, io: IoChoice) -> Up {
+/// An engine whose tree and volume are open, and what an earlier one left of devices.
+pub struct Started {
+    pub handle: EngineHandle,
+    pub recovered: Recovered,
+    pub tree: InstanceId,
+    pub volume: VolumeId,
+}
+
+/// The engine with what an earlier one left, the tree and the volume.
+pub async fn start_engine(directory: &Path, io: IoChoice, bytes: u64) -> Started {
     let ids = std::fs::read_to_string(directory.join("ids")).expect("ids");
     let (tree, volume) = ids.split_once(' ').expect("two ids");
     let (tree, volume): (InstanceId, VolumeId) = (tree.parse().expect("an id"), volume.parse().expect("an id"));
@@ -161,8 +169,14 @@ pub async fn bring_up(directory: &Path, io: IoChoice) -> Up {
     };
     let store = Store::open(Arc::new(files), Pending::over(memory)).expect("opens");
     handle.open_tree(tree, Box::new(store), tree_files, pending).await.expect("opens");
-    let create = Control::CreateVolume { volume, size: size(SIZE), verify_reads: false };
+    let create = Control::CreateVolume { volume, size: size(bytes), verify_reads: false };
     handle.control(tree, create).await.expect("a volume");
+    Started { handle, recovered, tree, volume }
+}
+
+/// The engine with what an earlier one left, the tree, the volume and its device.
+pub async fn bring_up(directory: &Path, io: IoChoice) -> Up {
+    let Started { handle, recovered, tree, volume } = start_engine(directory, io, SIZE).await;
     handle.reattach(recovered).await;
     let device = handle.attach(tree, volume).await.expect("a device");
     Up { handle, tree, volume, device }

@@ -2,7 +2,8 @@
 
 use super::rig::{Lab, Served, anywhere, embedded, volume};
 use crate::catalog::{
-    Catalog, CatalogError, CreateError, Embedded, Object, Remote, Seen, Stored, UpdateError, Volume, VolumeConfiguration,
+    Catalog, CatalogError, CreateError, Embedded, Object, Remote, Seen, Stored, UpdateError, Volume,
+    VolumeConfiguration,
 };
 use crate::tls::{Credentials, Loaded, Role};
 use std::net::SocketAddr;
@@ -106,6 +107,8 @@ enum Answers {
     /// All until this object has another version: the connection is cut at the answer to what changed it.
     Until(Embedded, Stored<VolumeConfiguration>),
     None,
+    /// Neither answers nor requests: connections stay open, and nothing goes through.
+    Nothing,
 }
 
 impl Answers {
@@ -116,7 +119,7 @@ impl Answers {
                 let now = catalog.get::<VolumeConfiguration>(&before.object.key()).await.expect("reads");
                 now.is_some_and(|now| now.version == before.version)
             }
-            Self::None => false,
+            Self::None | Self::Nothing => false,
         }
     }
 }
@@ -146,6 +149,11 @@ impl Relay {
         self.answers.send_replace(if cut { Answers::None } else { Answers::All });
     }
 
+    /// Nothing goes through any more, and nobody is told.
+    pub fn swallow(&self) {
+        self.answers.send_replace(Answers::Nothing);
+    }
+
     /// The answer to what changes this object is lost, and everything else passes.
     pub fn cut_after_a_change(&self, catalog: Embedded, stored: Stored<VolumeConfiguration>) {
         self.answers.send_replace(Answers::Until(catalog, stored));
@@ -155,8 +163,19 @@ impl Relay {
 /// Until one end is closed, or an answer comes that may not pass.
 async fn carry(client: TcpStream, server: SocketAddr, control: watch::Sender<Answers>) {
     let Ok(server) = TcpStream::connect(server).await else { return };
-    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.into_split(), server.into_split());
-    let asked = tokio::io::copy(&mut from_client, &mut to_server);
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+        (client.into_split(), server.into_split());
+    let asked = async {
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(count @ 1..) = from_client.read(&mut buffer).await {
+            if matches!(*control.borrow(), Answers::Nothing) {
+                continue;
+            }
+            if to_server.write_all(&buffer[..count]).await.is_err() {
+                return;
+            }
+        }
+    };
     let answered = async {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = from_server.read(&mut buffer).await {
@@ -175,7 +194,7 @@ async fn carry(client: TcpStream, server: SocketAddr, control: watch::Sender<Ans
         }
     };
     tokio::select! {
-        _ = asked => {}
+        () = asked => {}
         () = answered => {}
     }
 }
@@ -223,4 +242,30 @@ async fn a_server_that_hangs_is_given_up() {
     let answer = timeout(LONG, client.create(volume("data"))).await.expect("it gives up");
     let Err(CreateError::Failed(error)) = answer else { panic!("no handshake, so nothing was sent: {answer:?}") };
     unreachable_text(error);
+}
+
+/// Whether a client that says that an update is done is right, when the request never arrives.
+async fn says_the_truth(planted: bool) -> bool {
+    let (_directory, catalog) = embedded();
+    let lab = Lab::new();
+    let served = Served::start(&lab, catalog.clone(), anywhere()).await;
+    let relay = Relay::start(served.address).await;
+    let mut client = Remote::new(&relay.address.to_string(), lab.credentials(Role::Controller, "controller"));
+    client.silence_is_consent = planted;
+    let mut stored = client.create(volume("data")).await.expect("created");
+    relay.swallow();
+    stored.object.spec.verify_reads = true;
+    let answer = timeout(LONG, client.update(stored.clone())).await.expect("it gives up");
+    let there = catalog.get::<Volume>(&stored.object.key()).await.expect("reads").expect("is there").object;
+    match answer {
+        Ok(_) => there == stored.object,
+        Err(UpdateError::Ambiguous { .. }) => true,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_never_arrives_is_not_taken_for_done() {
+    assert!(says_the_truth(false).await);
+    assert!(!says_the_truth(true).await, "the planted mistake is not found");
 }

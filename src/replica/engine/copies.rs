@@ -153,8 +153,10 @@ impl Engine {
     pub fn open_if_quiet(&mut self, key: VolumeKey) {
         let Self { volumes, trees, operations, actions, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
-        let quiet = volume.has_no_request() && volume.running == 0;
-        let Some(opening) = volume.opening.as_mut().filter(|opening| quiet && !opening.persisting) else { return };
+        if volume.opening.is_none() || !volume.has_no_request() || volume.running > 0 {
+            return;
+        }
+        let Some(opening) = volume.opening.as_mut().filter(|opening| !opening.persisting) else { return };
         let tree_key = volume.tree;
         let Some(tree) = trees[tree_key.0 as usize].as_mut() else { return };
         if tree.store.mirrored(volume.id).is_some() {
@@ -355,6 +357,7 @@ impl Engine {
             intact: record.intact,
             disk_failed: replica.has_failed(),
             copies: others.map(|copy| (copy, status(copy))).collect(),
+            copied_bytes: mirror.copied_bytes,
             hot_extents: replica.hot_extents().len(),
             requests: replica.status(now).requests,
         })

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use tokio::sync::{mpsc, oneshot};
 
-/// Commands that wait for the engine's next turn; more callers wait for a place.
+/// Commands that wait for the engine's next turn; more callers wait for a place. One may hold a frame of a peer (1 MiB).
 pub(super) const COMMANDS: usize = 128;
 
 /// Rings when the last handle is gone, so that the engine looks and ends.
@@ -248,7 +248,7 @@ impl EngineHandle {
             }
         };
         for volume in &waiting {
-            tracing::error!(%volume, "its device waits: its copy is not open");
+            tracing::warn!(%volume, "its device waits until its copy is open");
         }
         let served = recovered.devices.into_iter().filter(|(volume, _)| !waiting.contains(volume));
         served.filter_map(|(volume, device)| Some((volume, device.map(LoopDevice::path)?))).collect()

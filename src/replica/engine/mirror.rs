@@ -106,6 +106,8 @@ pub struct MirrorStatus {
     pub disk_failed: bool,
     /// The other copies of the configuration.
     pub copies: BTreeMap<InstanceId, CopyStatus>,
+    /// Copied by the resync or reconcile that was begun last.
+    pub copied_bytes: u64,
     /// Extents of 4 MiB where the copies may differ after a crash.
     pub hot_extents: usize,
     /// Requests that are not answered yet.
@@ -135,4 +137,20 @@ pub enum CopyState {
     },
     /// It lacks writes.
     Outdated,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_promise_of_space_is_one_seal() {
+        let reserve = SealReserve::default();
+        assert_eq!(reserve.take(), Reserve::Refused);
+        reserve.promise();
+        assert!(reserve.is_promised());
+        let engine = reserve.clone();
+        assert_eq!((engine.take(), engine.take()), (Reserve::Promised, Reserve::Refused));
+        assert!(!reserve.is_promised());
+    }
 }

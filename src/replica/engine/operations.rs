@@ -31,8 +31,8 @@ pub(super) enum Purpose {
 
 /// What an operation needs that has no slot: only volumes with copies elsewhere have such.
 pub(super) enum Kept {
-    /// The bytes that another copy has sent.
-    Frame(Bytes),
+    /// The bytes that another copy has sent: `memory` is theirs.
+    Frame(#[allow(dead_code, reason = "kept for as long as the disk reads them")] Bytes),
     /// Where blocks for another copy are read to; `stays`: until the next range.
     Read { blocks: Blocks, stays: bool },
     /// A seal, which is tried again when the store is busy.

@@ -10,7 +10,7 @@
 use super::copies::{Mirror, Refused};
 use super::mirror::CatalogueRequest;
 use super::operations::{Kept, Purpose};
-use super::requests::slot_of;
+use super::requests::{note_waiting, slot_of};
 use super::turn::{Engine, Work};
 use super::volume::{Volume, VolumeKey};
 use crate::protocol::{
@@ -44,6 +44,7 @@ impl Engine {
         }
         self.outputs = outputs;
         let Some(volume) = self.volume_mut(key) else { return };
+        note_waiting(volume);
         if let Some(mirror) = volume.mirror.as_mut()
             && !mirror.brought.is_empty()
         {

@@ -6,7 +6,7 @@
 
 use super::statistics::Direction;
 use super::turn::{Arena, Engine, Work};
-use super::volume::{Device, Pending, Phase, TICKETS, VolumeKey};
+use super::volume::{Device, Pending, Phase, TICKETS, Volume, VolumeKey};
 use crate::protocol::{DiskError, Input, MAX_TAGS, Output, Request, Tag};
 use crate::replica::device::fuse::{Dispatch, Malformed, Message, Reply};
 use crate::replica::device::slots::{RESERVED_SLOTS, Slot};
@@ -167,11 +167,8 @@ impl Engine {
         let frees = matches!(input, Input::Completed { .. } | Input::SpaceFreed);
         volume.replica.step(*now, input, outputs);
         work.extend(outputs.drain(..).map(|output| Work::Output(key, output)));
-        if frees && let Some(device) = volume.device.as_ref() {
-            let waiting = volume.replica.waiting_for_space() as u64;
-            if device.statistics.waiting_for_space.swap(waiting, Relaxed) == 0 && waiting > 0 {
-                tracing::warn!(volume = %volume.id, "a write waits: its pool is full");
-            }
+        if frees {
+            note_waiting(volume);
         }
     }
 
@@ -232,6 +229,15 @@ impl Engine {
             slot.free();
         }
         self.give_back(key, tag);
+    }
+}
+
+/// Whether writes wait for space, for those who ask; a person hears of it once.
+pub(super) fn note_waiting(volume: &Volume) {
+    let Some(device) = volume.device.as_ref() else { return };
+    let waiting = volume.replica.waiting_for_space() as u64;
+    if device.statistics.waiting_for_space.swap(waiting, Relaxed) == 0 && waiting > 0 {
+        tracing::warn!(volume = %volume.id, "a write waits: its pool is full");
     }
 }
 

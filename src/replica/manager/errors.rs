@@ -139,7 +139,9 @@ pub enum AttachFailure {
     NotReady(VolumeId),
     #[error("the copy of volume {0} on this node is not open yet; repeat the call")]
     NotOpen(VolumeId),
-    #[error("volume {0} shall not be used on this node: another copy is wished to be its primary, or none; publish it here first")]
+    #[error(
+        "volume {0} shall not be used on this node: another copy is wished to be its primary, or none; publish it here first"
+    )]
     NotWished(VolumeId),
     #[error("volume {volume} is mirrored, and the catalogue cannot be asked who shall use it: {problem}")]
     NoCatalogue { volume: VolumeId, problem: String },

@@ -19,7 +19,7 @@ pub(super) fn copy_record(volume: VolumeId) -> String {
 
 /// What makes a volume's place one copy of several.
 #[derive(Clone, Debug)]
-pub(super) struct MirrorPlace {
+pub(in crate::replica) struct MirrorPlace {
     /// The text of the mirror's own record beside the copy.
     pub record: String,
     /// Where the catalogue can be asked to be read, while the copy is open.
@@ -61,7 +61,8 @@ impl Manager {
     /// What is durable about the volume's mirror; `None` if its copy has never acted.
     pub async fn durable_record(&self, volume: VolumeId) -> Option<protocol::Record> {
         let place = self.place(volume)?;
-        let look = move |store: &mut crate::store::Store| store.mirrored(volume).map(|mirrored| mirrored.record.clone());
+        let look =
+            move |store: &mut crate::store::Store| store.mirrored(volume).map(|mirrored| mirrored.record.clone());
         self.engine().inspect(place.tree, look).await.ok().flatten()
     }
 

@@ -51,11 +51,7 @@ pub enum OpenFailure {
 
 impl Manager {
     /// Opens everything; `recovered` is what the holder kept. When it returns, devices go on.
-    pub async fn open(
-        settings: OpenSettings,
-        engine: EngineHandle,
-        recovered: Recovered,
-    ) -> Result<Self, OpenFailure> {
+    pub async fn open(settings: OpenSettings, engine: EngineHandle, recovered: Recovered) -> Result<Self, OpenFailure> {
         Self::open_with(settings, engine, recovered, async |_, _| {}).await
     }
 

@@ -2,9 +2,9 @@
 //!
 //! Invariants: peers' events wait for the engine and for nothing else; all of it ends when the driver is dropped.
 
+use super::MirrorSettings;
 use super::courier::{Courier, Refresh, Refresher};
 use super::record::Parties;
-use super::MirrorSettings;
 use crate::protocol::{Memory, Record};
 use crate::replica::engine::{EngineError, EngineHandle, MirrorConfig, MirrorInput, SealReserve};
 use crate::replica::manager::Manager;
@@ -48,7 +48,6 @@ impl Drop for Task {
 
 /// See the module.
 pub(super) struct Driver {
-    pub tree: InstanceId,
     session: Arc<Session>,
     peers: Parties,
     refresher: Refresher,
@@ -85,7 +84,7 @@ impl Driver {
         manager.set_refresher(volume, refresher.clone());
         let tasks = tasks.map(|task| Task(task.abort_handle()));
         tracing::info!(%volume, copy = %tree, ?memory, "a copy is open");
-        Ok(Self { tree, session, peers: Parties::new(), refresher, _tasks: tasks })
+        Ok(Self { session, peers: Parties::new(), refresher, _tasks: tasks })
     }
 
     /// Calls these copies, and nobody else.

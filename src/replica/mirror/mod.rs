@@ -17,8 +17,6 @@ mod courier;
 mod driver;
 mod reconcile;
 mod record;
-#[cfg(test)]
-mod tests;
 
 use crate::catalog::{Catalog, Node, NodeName, Object, Seen, Volume, VolumeConfiguration};
 use crate::protocol::Memory;
@@ -111,7 +109,9 @@ impl Mirrors {
                     driver.set_peers(&record.parties(&self.settings.node));
                     self.drivers.insert(volume, driver);
                 }
-                Err(error) => tracing::error!(%volume, %error, "a copy could not be opened from its disk; it is tried again"),
+                Err(error) => {
+                    tracing::error!(%volume, %error, "a copy could not be opened from its disk; it is tried again")
+                }
             }
         }
     }

@@ -6,9 +6,9 @@
 //!   not wanted, here   no member, or the volume is deleted ─> recorded as going ─> taken out of the catalogue ─> removed
 //! ```
 
+use super::Mirrors;
 use super::driver::{Driver, OpenError, Opening};
 use super::record::{CopyRecord, PeerRecord};
-use super::Mirrors;
 use crate::catalog::{
     Catalog, CatalogError, ConfigurationError, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError, Volume,
 };

@@ -64,7 +64,8 @@ mod tests {
         let copies = [1, 2, 3, 4].map(|byte| InstanceId::from_bytes([byte; 16]));
         let address = SocketAddr::from(([192, 0, 2, 7], 7001));
         let peer = |node: &str, address| PeerRecord { node: NodeName(node.into()), address };
-        let peers = [peer("n1", Some(address)), peer("n2", Some(address)), peer("n3", None), peer("N 4", Some(address))];
+        let peers =
+            [peer("n1", Some(address)), peer("n2", Some(address)), peer("n3", None), peer("N 4", Some(address))];
         let record = CopyRecord { peers: copies.into_iter().zip(peers).collect(), removing: true };
         assert_eq!(CopyRecord::decode(&record.encode()).expect("readable"), record);
         let parties = record.parties(&NodeName("n1".into()));

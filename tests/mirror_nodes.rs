@@ -1,0 +1,171 @@
+//! Mirrored volumes made from objects in the catalogue alone: two nodes in one process, devices, real disks. Needs root.
+
+#[path = "mirror_nodes/site.rs"]
+mod site;
+
+use site::{Site, eventually, has, write};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+use tandem::catalog::{Catalog, CopySpec, MirrorSpec, NodeName, Remote, Volume, serve};
+use tandem::replica::manager::AttachFailure;
+use tandem::tls::{Authority, Credentials, Leaf, Role, Validity};
+use tandem::volume::InstanceId;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_moves_from_a_node_that_dies_and_back() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volume = site.create(&["n1", "n2"]).await;
+    let (one, two) = (volume.copies["n1"], volume.copies["n2"]);
+    eventually("both copies", async || (site.volume(volume.id).await.object.status.copies.len() == 2).then_some(()))
+        .await;
+    let refused = first.manager.attach(volume.id).await.expect_err("nobody wishes it here");
+    assert!(matches!(refused, AttachFailure::NotWished(_) | AttachFailure::NotOpen(_)), "{refused}");
+
+    site.wish(volume.id, Some(one)).await;
+    let device = first.attach(volume.id).await;
+    write(&device, 0..64, 7).await;
+    assert!(has(&device, 0..64, 7).await);
+    first.until_up_to_date(volume.id, two).await;
+    let refused = second.manager.attach(volume.id).await.expect_err("it is wished elsewhere");
+    assert!(matches!(refused, AttachFailure::NotWished(_)), "{refused}");
+    assert!(first.manager.delete_volume(volume.id).await.is_err(), "only the catalogue says that a copy goes");
+
+    // It dies as primary. Its device is gone before: both nodes are on one machine, which has one device for a volume.
+    first.manager.detach(volume.id).await.expect("detached");
+    first.kill().await;
+    site.wish(volume.id, Some(two)).await;
+    let device = second.attach(volume.id).await;
+    assert!(has(&device, 0..64, 7).await, "what was acknowledged is there");
+    write(&device, 32..96, 9).await;
+
+    // It finds its copy, and is brought up to date.
+    let first = site.start("n1", site.catalog()).await;
+    second.until_up_to_date(volume.id, one).await;
+    assert!(has(&device, 0..32, 7).await && has(&device, 32..96, 9).await);
+
+    second.manager.detach(volume.id).await.expect("detached");
+    site.wish(volume.id, Some(one)).await;
+    let device = first.attach(volume.id).await;
+    assert!(has(&device, 0..32, 7).await && has(&device, 32..96, 9).await, "also what was written in between");
+
+    first.manager.detach(volume.id).await.expect("detached");
+    site.change(volume.id, |volume| volume.spec.deleted = true).await;
+    eventually("no copy", async || site.volume(volume.id).await.object.status.copies.is_empty().then_some(())).await;
+    for (node, up) in [("n1", &first), ("n2", &second)] {
+        let pool = site.path(node).join("pool");
+        eventually("no tree", async || (up.trees(&pool) == 0).then_some(())).await;
+        assert!(up.manager.copies().is_empty());
+    }
+    first.kill().await;
+    second.kill().await;
+}
+
+/// A node whose catalogue is out of reach when it starts opens its copies from what is beside them, answers its primary, and
+/// is brought up to date by it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_starts_without_a_catalogue_answers_its_primary() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let certificates = site.path("certificates");
+    let authority = Authority::create(&certificates.join("ca"), "lab".parse().expect("a name"), Validity::days(1));
+    let authority = authority.expect("made");
+    let credentials = |role: Role, name: &str| {
+        let leaf = Leaf { role, name: name.parse().expect("a name"), addresses: Vec::new() };
+        let out = certificates.join(name);
+        authority.issue(&leaf, Validity::days(1)).expect("issued").write(&out).expect("written");
+        Arc::new(Credentials::open(&out).expect("good certificates"))
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let served = serve(site.file.clone(), listener, credentials(Role::Controller, "controller"), async {
+        drop(stopped.await);
+    });
+    let served = tokio::spawn(served);
+    let (mine, theirs) = (credentials(Role::Node, "n1"), credentials(Role::Node, "n2"));
+    let remote =
+        |address: &str, credentials: &Arc<Credentials>| Catalog::Remote(Remote::new(address, credentials.clone()));
+    let first = site.start("n1", remote(&address, &mine)).await;
+    let second = site.start("n2", remote(&address, &theirs)).await;
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volume = site.create(&["n1", "n2"]).await;
+    let (one, two) = (volume.copies["n1"], volume.copies["n2"]);
+    site.wish(volume.id, Some(one)).await;
+    eventually("both copies", async || (site.volume(volume.id).await.object.status.copies.len() == 2).then_some(()))
+        .await;
+    let device = first.attach(volume.id).await;
+    write(&device, 0..16, 1).await;
+    first.until_up_to_date(volume.id, two).await;
+
+    second.kill().await;
+    let late = tokio::spawn({
+        let device = device.clone();
+        async move { write(&device, 16..32, 2).await }
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!late.is_finished(), "a write is on every member, or it is not acknowledged");
+    tokio::time::timeout(site::LONG, late).await.expect("acknowledged without the other one").expect("written");
+    assert!(!site.configuration(volume.id).await.is_member(two), "the configuration without it came first");
+    // Nobody answers there.
+    let second = site.start("n2", remote("127.0.0.1:9", &theirs)).await;
+    let refused = second.manager.attach(volume.id).await.expect_err("nobody knows who shall use it");
+    assert!(matches!(refused, AttachFailure::NoCatalogue { .. }), "{refused}");
+    first.until_up_to_date(volume.id, two).await;
+    write(&device, 32..48, 3).await;
+
+    // Now nobody reaches it. What needs no other configuration goes on.
+    drop(stop);
+    served.await.expect("ends").expect("served");
+    write(&device, 48..64, 4).await;
+    for (blocks, content) in [(0..16, 1), (16..32, 2), (32..48, 3), (48..64, 4)] {
+        assert!(has(&device, blocks, content).await, "{content}");
+    }
+    first.manager.detach(volume.id).await.expect("detached");
+    first.kill().await;
+    second.kill().await;
+}
+
+/// The spec names another copy: it is filled, the old one leaves, and its node gives the space back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_moves_to_another_node() {
+    let mut site = Site::new(&["n1", "n2", "n3"]);
+    let first = site.start("n1", site.catalog()).await;
+    let (second, third) = (site.start("n2", site.catalog()).await, site.start("n3", site.catalog()).await);
+    for node in ["n1", "n2", "n3"] {
+        site.announce(node).await;
+    }
+    let volume = site.create(&["n1", "n2"]).await;
+    let (one, two, three) = (volume.copies["n1"], volume.copies["n2"], InstanceId::random());
+    site.wish(volume.id, Some(one)).await;
+    let device = first.attach(volume.id).await;
+    write(&device, 0..64, 7).await;
+    first.until_up_to_date(volume.id, two).await;
+
+    let with =
+        |volume: &mut Volume, change: &dyn Fn(&mut MirrorSpec)| change(volume.spec.mirror.as_mut().expect("mirrored"));
+    let there = CopySpec { node: NodeName("n3".into()), pool: "default".into() };
+    site.change(volume.id, |v| with(v, &|mirror| _ = mirror.copies.insert(three, there.clone()))).await;
+    first.until_up_to_date(volume.id, three).await;
+    site.change(volume.id, |v| with(v, &|mirror| _ = mirror.copies.remove(&two))).await;
+    let pool = site.path("n2").join("pool");
+    eventually("the old copy to go", async || (second.trees(&pool) == 0).then_some(())).await;
+    let confirmed = site.volume(volume.id).await.object.status.copies;
+    assert_eq!(confirmed, BTreeSet::from([one, three]));
+    assert!(!site.configuration(volume.id).await.copies().any(|copy| copy == two));
+
+    write(&device, 64..96, 8).await;
+    first.manager.detach(volume.id).await.expect("detached");
+    first.kill().await;
+    site.wish(volume.id, Some(three)).await;
+    let device = third.attach(volume.id).await;
+    assert!(has(&device, 0..64, 7).await && has(&device, 64..96, 8).await);
+    third.manager.detach(volume.id).await.expect("detached");
+    second.kill().await;
+    third.kill().await;
+}
