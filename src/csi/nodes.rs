@@ -26,6 +26,7 @@ pub struct Node {
 
 /// All of them.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "a process has one of these")]
 pub enum Nodes {
     /// This machine, whatever it is called: `tandem standalone`.
     Alone(Node),
