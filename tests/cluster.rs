@@ -114,7 +114,7 @@ async fn a_cut_in_one_direction_is_a_node_that_is_down_and_a_controller_that_is_
     cluster.run(&["kill", "controller", "controller"]);
     write(&staging);
     cluster.run(&["start", "controller", "controller"]);
-    let asked = ControllerGetVolumeRequest { volume_id: id.clone(), ..Default::default() };
+    let asked = ControllerGetVolumeRequest { volume_id: id.clone() };
     let found = cluster.controller().controller_get_volume(asked).await.expect("it knows").into_inner();
     assert_eq!(found.status.expect("a status").published_node_ids, ["node-1"]);
     assert_eq!(read(&staging), WORD);
