@@ -7,7 +7,7 @@ use rig::{Cluster, hack_cluster, place, traces};
 use std::fs;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
-use tandem::rpc::csi::{ControllerGetVolumeRequest, GetCapacityRequest};
+use tandem::rpc::csi::{ControllerGetVolumeRequest, ControllerUnpublishVolumeRequest, GetCapacityRequest};
 use tonic::Code;
 
 const WORD: &[u8] = b"written and synced";
@@ -154,11 +154,23 @@ fn devices(ids: &[String]) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn copies_on_several_nodes_are_refused_while_they_are_not_available() {
+async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
     let cluster = Cluster::up(2);
-    let refused = cluster.create_with("mirrored", &[], &[("replication", "sync")]).await.expect_err("refused");
-    assert_eq!(refused.code(), Code::InvalidArgument);
-    assert!(refused.message().contains("not available in this version"), "{refused:?}");
+    let volume = cluster.create_with("mirrored", &[1], &[("replication", "sync")]).await.expect("created");
+    assert_eq!(volume.accessible_topology, [place(1), place(2)]);
+    let id = volume.volume_id;
+    let staging = cluster.stage(&id, 1).await;
+    write(&staging);
+    cluster.run(&["kill", "all", "1"]);
+    let asked = ControllerUnpublishVolumeRequest { volume_id: id.clone(), node_id: "node-1".into(), ..Default::default() };
+    cluster.controller().controller_unpublish_volume(asked).await.expect("unpublished");
+    let began = Instant::now();
+    let staging = cluster.stage(&id, 2).await;
+    assert_eq!(read(&staging), WORD, "what was flushed is on the other node");
+    println!("writable at the other node after {} ms", began.elapsed().as_millis());
+    cluster.run(&["start", "all", "1"]);
+    cluster.unstage(&id, 2, &staging).await;
+    cluster.delete(&id).await.expect("deleted");
     cluster.down();
 }
 

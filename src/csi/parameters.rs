@@ -36,7 +36,7 @@ pub const PARAMETERS: [Parameter; 5] = [
         values: "none, sync",
         default: "none",
         mutable: false,
-        meaning: "Whether other nodes hold the data, too; `sync` needs a cluster, and like `async` is not available in this version.",
+        meaning: "Whether other nodes hold the data, too: with `sync` each acknowledged write, which needs a cluster; `async` is not available in this version.",
     },
     Parameter {
         key: REPLICAS,

@@ -152,7 +152,7 @@ pub async fn serve_controller(config: ControllerConfig, stop: impl Future<Output
     let listener = TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })?;
     let catalog = Catalog::Embedded(file.clone());
     let nodes = Nodes::Announced(Announced::new(catalog.clone(), Arc::clone(&credentials), config.encrypted));
-    let controller = Arc::new(Controller::new(catalog, nodes, config.max_volumes_per_node));
+    let controller = Arc::new(Controller::new(catalog, nodes, config.max_volumes_per_node).with_mirrors());
     let router = with_controller(services(None), &controller);
     let (stopping, stopped) = oneshot::channel::<()>();
     let serving = tokio::spawn(catalog::serve(file, listener, credentials, async { drop(stopped.await) }));
