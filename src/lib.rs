@@ -25,6 +25,7 @@ pub mod logging;
 pub mod memory;
 pub mod metrics;
 pub mod mount;
+pub mod placement;
 pub mod protocol;
 pub mod replica;
 pub mod rpc;

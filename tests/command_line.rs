@@ -213,3 +213,45 @@ fn certificates_for_names_that_are_none_are_refused() {
     refused(&mut certificates(&arguments, dir.path()), 2, &["node, controller"]);
     assert!(entries(dir.path()).is_empty());
 }
+
+#[test]
+fn roles_of_a_cluster_want_flags_and_certificates_that_go_together() {
+    let dir = directory();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let made = |arguments: &[&str]| assert!(tandem().args(arguments).output().expect("started").status.success());
+    made(&["certificates", "init", "--dir", &path("authority")]);
+    for (role, name) in [("node", "node-1"), ("controller", "control")] {
+        let (authority, out) = (path("authority"), path(name));
+        made(&["certificates", "issue", "--dir", &authority, "--role", role, "--name", name, "--out", &out]);
+    }
+    let state = path("state");
+    let replica = |more: &[&str]| {
+        let mut command = tandem();
+        command.args(["replica", "--dir", &state]).args(more);
+        command
+    };
+    let missing = ["--listen, --mirror-listen, --certificates is missing", "one that is alone takes none"];
+    refused(&mut replica(&["--controller", "127.0.0.1:1"]), 1, &missing);
+    refused(
+        &mut replica(&["--encryption", "off"]),
+        1,
+        &["--controller, --listen, --mirror-listen, --certificates is missing"],
+    );
+    let all = |listen: &str, certificates: &str, more: &[&str]| {
+        let mut command =
+            replica(&["--controller", "127.0.0.1:1", "--listen", listen, "--mirror-listen", "127.0.0.1:3"]);
+        command.args(["--certificates", certificates]).args(more);
+        command
+    };
+    refused(&mut all("0.0.0.0:2", &path("node-1"), &[]), 1, &["--listen 0.0.0.0:2", "another machine can call"]);
+    refused(&mut all("127.0.0.1:2", &path("nothing"), &[]), 1, &["there is no", "tandem certificates"]);
+    refused(&mut all("127.0.0.1:2", &path("control"), &[]), 1, &["/controller/control", "--role node"]);
+    let another = ["--node-id is node-7", "/node/node-1"];
+    refused(&mut all("127.0.0.1:2", &path("node-1"), &["--node-id", "node-7"]), 1, &another);
+    let mut controller = tandem();
+    controller.args(["controller", "--dir", &state, "--listen", "127.0.0.1:0", "--certificates", &path("node-1")]);
+    refused(&mut controller, 1, &["/node/node-1", "--role controller"]);
+    refused(tandem().args(["controller", "--dir", &state]), 2, &["--listen", "--certificates", "Usage"]);
+    let help = tandem().args(["controller", "--help"]).output().expect("started").stdout;
+    assert!(String::from_utf8(help).expect("text").contains("tandem certificates --help"));
+}

@@ -12,6 +12,10 @@ mod fake;
 mod groups;
 #[path = "csi_controller/metadata.rs"]
 mod metadata;
+#[path = "csi_controller/mirrors.rs"]
+mod mirrors;
+#[path = "csi_controller/nodes.rs"]
+mod nodes;
 #[path = "csi_controller/publish.rs"]
 mod publish;
 #[path = "csi_controller/recover.rs"]

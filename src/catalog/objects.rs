@@ -140,6 +140,9 @@ pub struct VolumeSpec {
     pub mirror: Option<MirrorSpec>,
     /// It shall not be.
     pub deleted: bool,
+    /// Who holds the one copy of a volume without replication; `None`: the only node that there is.
+    #[serde(default)]
+    pub node: Option<NodeName>,
 }
 
 /// How far a volume is.
@@ -185,7 +188,8 @@ impl Volume {
     /// A volume that is to be made.
     pub fn wanted(id: VolumeId, request: VolumeRequest) -> Self {
         let (size, verify_reads) = (request.size, request.verify_reads);
-        let spec = VolumeSpec { size, verify_reads, publications: BTreeMap::new(), mirror: None, deleted: false };
+        let spec =
+            VolumeSpec { size, verify_reads, publications: BTreeMap::new(), mirror: None, deleted: false, node: None };
         let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies: BTreeSet::new() };
         Self { id, request, spec, status }
     }
@@ -233,6 +237,9 @@ pub struct Snapshot {
     pub volume: VolumeId,
     /// The group that it was taken with.
     pub group: Option<GroupSnapshotId>,
+    /// Who holds it; `None`: the only node that there is.
+    #[serde(default)]
+    pub node: Option<NodeName>,
     /// It shall not be.
     pub deleted: bool,
     /// What is.
@@ -283,6 +290,9 @@ pub struct GroupSnapshot {
     pub name: String,
     /// Ids are given out before the snapshots are taken, so that a repeated call means the same ones.
     pub members: Vec<GroupMember>,
+    /// Who holds them; `None`: the only node that there is.
+    #[serde(default)]
+    pub node: Option<NodeName>,
     /// It shall not be.
     pub deleted: bool,
     /// What is.

@@ -13,18 +13,14 @@ use super::{
 use crate::protocol::Generation;
 use crate::rpc::catalog as rpc;
 use crate::rpc::catalog::catalogue_client::CatalogueClient;
-use crate::tls::{Credentials, Expected, HandshakeError, Role};
+use crate::tls::{Credentials, Expected, Role, dial};
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::ServerName;
 use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, ConnectError, Status};
 
@@ -36,8 +32,6 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// and given up when it does not answer so long: watchers then connect again.
 const KEEP_ALIVE_LIMIT: Duration = Duration::from_secs(3);
-/// Bytes of the server's first word that are taken at once: its settings are fewer.
-const FIRST_WORD: usize = 256;
 /// Before a watcher connects again, at first,
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// and at last.
@@ -79,7 +73,8 @@ impl Remote {
             let (target, credentials) = (Arc::clone(&target), Arc::clone(&credentials));
             async move {
                 let slow = || io::Error::new(io::ErrorKind::TimedOut, "it does not answer");
-                let connected = timeout(CONNECT_LIMIT, connect(&target, &credentials)).await;
+                let expected = Expected { role: Some(Role::Controller), name: None };
+                let connected = timeout(CONNECT_LIMIT, dial(&target, &credentials, expected)).await;
                 connected.map_err(|_| slow())?.map(TokioIo::new)
             }
         }));
@@ -238,26 +233,6 @@ impl Failure {
             Self::Unknown(reason) | Self::Exists(reason) => UpdateError::Ambiguous { kind, key, reason },
         }
     }
-}
-
-/// A connection whose server has said its first word: in TLS 1.3 a client learns only then whether it is let in. So a call
-/// that found no connection was certainly not sent.
-async fn connect(server: &str, credentials: &Credentials) -> io::Result<impl AsyncRead + AsyncWrite + Send + use<>> {
-    let socket = TcpStream::connect(server).await?;
-    socket.set_nodelay(true)?;
-    let expected = Expected { role: Some(Role::Controller), name: None };
-    let config = credentials.current().client(expected).map_err(io::Error::other)?;
-    let name = ServerName::IpAddress(socket.peer_addr()?.ip().into());
-    let refused = |error| io::Error::other(HandshakeError::from(error));
-    let mut stream = TlsConnector::from(config).connect(name, socket).await.map_err(refused)?;
-    let mut word = vec![0; FIRST_WORD];
-    let count = stream.read(&mut word).await.map_err(refused)?;
-    if count == 0 {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it has closed the connection"));
-    }
-    word.truncate(count);
-    let (reader, writer) = tokio::io::split(stream);
-    Ok(tokio::io::join(io::Cursor::new(word).chain(reader), writer))
 }
 
 /// Why it is certain that a call was not sent, if it is: there was no connection.

@@ -14,15 +14,13 @@ use super::{
 };
 use crate::rpc::catalog as rpc;
 use crate::rpc::catalog::catalogue_server::{Catalogue, CatalogueServer};
-use crate::tls::{Credentials, Identity};
+use crate::tls::{Caller, Credentials, Identity, Port};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
-
-mod listener;
 
 /// Calls of one connection at a time; more wait in the caller.
 const MAX_CALLS: usize = 32;
@@ -57,7 +55,7 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_LIMIT))
         .add_service(service)
-        .serve_with_incoming_shutdown(listener::incoming(listener, credentials), signal)
+        .serve_with_incoming_shutdown(Port { listener, credentials, role: None }.incoming(), signal)
         .await
 }
 
@@ -146,7 +144,7 @@ fn decode_stored<T: Object>(stored: Option<rpc::Stored>) -> Result<Stored<T>, St
 }
 
 fn caller<R>(request: &Request<R>) -> Result<Identity, Status> {
-    let found = request.extensions().get::<listener::Caller>().map(|caller| caller.0.clone());
+    let found = request.extensions().get::<Caller>().map(|caller| caller.0.clone());
     found.ok_or_else(|| Status::unauthenticated("the caller shows no certificate"))
 }
 

@@ -12,6 +12,7 @@ mod output;
 mod pool;
 mod process;
 mod recover;
+mod role;
 mod snapshot;
 mod status;
 pub mod units;
@@ -143,6 +144,15 @@ pub enum CliError {
     /// A certificate.
     #[error(transparent)]
     Certificate(#[from] crate::tls::IssueError),
+    /// A directory of certificates.
+    #[error(transparent)]
+    Credentials(#[from] crate::tls::CredentialsError),
+    /// Flags or facts that do not go together.
+    #[error("{0}")]
+    Together(String),
+    /// The machine lacks something.
+    #[error(transparent)]
+    Check(#[from] standalone::CheckError),
     /// The terminal or pipe went away.
     #[error("cannot write the answer: {0}")]
     Output(std::io::Error),

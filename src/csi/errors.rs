@@ -42,6 +42,14 @@ pub enum ArgumentError {
     /// A parameter.
     #[error(transparent)]
     Parameter(#[from] ParameterError),
+    /// What cannot be done on all copies at once.
+    #[error("volume {id} has copies on several nodes, and such a volume cannot be {done} in this version")]
+    Mirrored {
+        /// The volume.
+        id: VolumeId,
+        /// What was asked for.
+        done: &'static str,
+    },
     /// A capability.
     #[error(transparent)]
     Capability(#[from] CapabilityError),
@@ -72,6 +80,21 @@ pub enum Transient {
     /// The replica did not answer, or not what this call can use.
     #[error(transparent)]
     Replica(#[from] ControlError),
+    /// The nodes have not done it yet.
+    #[error(
+        "the copies of volume {id} on {nodes} are not {done} yet; repeat the call until they are, or start those nodes"
+    )]
+    Waiting {
+        /// The volume.
+        id: VolumeId,
+        /// What they have to be.
+        done: &'static str,
+        /// Comma separated.
+        nodes: String,
+    },
+    /// No node has announced itself, or not the one that it is about.
+    #[error("{0}; `tandem replica` announces its node when it reaches the controller: repeat the call")]
+    NoNode(String),
 }
 
 /// Sizes that cannot be.
@@ -114,17 +137,19 @@ rpc_errors! {
         /// The size is impossible.
         #[error("{0}")]
         Range(#[from] RangeError),
-        /// No such pool on this node.
-        #[error("pool {pool:?} does not exist on this node; there are: {known}; see `tandem pool add`")]
+        /// No such pool on any node, or not on the node of the source.
+        #[error("pool {pool:?} does not exist {place}; there are: {known}; see `tandem pool add`")]
         UnknownPool {
             /// As asked for.
             pool: String,
+            /// Where it was looked for.
+            place: String,
             /// Comma separated.
             known: String,
         },
         /// The volume must be elsewhere.
-        #[error("this is node {0}, and the volume must be reachable from other nodes only")]
-        NotHere(NodeName),
+        #[error("{0}")]
+        NotHere(String),
         /// The pool cannot promise the bytes.
         #[error("no room for the volume: {0}")]
         NoRoom(String),
@@ -159,12 +184,22 @@ rpc_errors! {
         #[error("volume {0:?} does not exist")]
         VolumeNotFound(String),
         /// No such node.
-        #[error("node {node:?} does not exist here; this is node {here}")]
+        #[error("node {node:?} does not exist; there are: {known}")]
         NodeNotFound {
             /// As asked for.
             node: String,
-            /// Who we are.
-            here: NodeName,
+            /// Comma separated.
+            known: String,
+        },
+        /// The node does not hold the volume.
+        #[error("volume {id} has no copy on node {node} and can be used on {holders} only")]
+        NoCopy {
+            /// The volume.
+            id: VolumeId,
+            /// As asked for.
+            node: NodeName,
+            /// Comma separated.
+            holders: String,
         },
         /// Published to this node in another way.
         #[error("volume {id} is published to node {node} already, with another capability or read-only flag; unpublish it first")]
@@ -180,6 +215,14 @@ rpc_errors! {
             /// The volume.
             id: VolumeId,
             /// Where.
+            node: NodeName,
+        },
+        /// The copy there lacks acknowledged writes.
+        #[error("the copy of volume {id} on node {node} is not up to date, so it cannot be used there; use another node, or wait")]
+        NotUpToDate {
+            /// The volume.
+            id: VolumeId,
+            /// As asked for.
             node: NodeName,
         },
         /// The node has as many as it may.
@@ -256,8 +299,8 @@ rpc_errors! {
             volume: VolumeId,
         },
         /// The snapshot must be elsewhere.
-        #[error("this is node {0}, and the snapshot must be reachable from other nodes only")]
-        NotHere(NodeName),
+        #[error("the snapshot is where its volume is, on {0}, and must be reachable from other nodes only")]
+        NotHere(String),
         /// The reserve cannot be had.
         #[error("no room for the snapshot: {0}")]
         NoRoom(String),
@@ -300,6 +343,9 @@ rpc_errors! {
             /// Who has it.
             id: GroupSnapshotId,
         },
+        /// Nobody can stop the writes of several nodes at one moment.
+        #[error("the volumes are on different nodes ({0}): a group snapshot needs all of them on one")]
+        Apart(String),
         /// The reserve cannot be had for all of them.
         #[error("no room for the snapshots: {0}")]
         NoRoom(String),

@@ -3,6 +3,7 @@
 //! Invariants: the ids of the members are written down before they are taken, the replica takes all or none, and a group
 //! is ready when all its members are in the catalogue; a group is deleted as a whole.
 
+use super::controller::mirror::single;
 use super::controller::request::{name, present};
 use super::controller::snapshot::{ready, transient};
 use super::controller::{Controller, response};
@@ -104,16 +105,24 @@ impl Controller {
     }
 
     async fn record_group(&self, wanted: &NewGroup) -> Result<Stored<GroupSnapshot>, CreateGroupError> {
-        let mut members = Vec::new();
+        let (mut members, mut homes) = (Vec::new(), BTreeSet::new());
         for text in &wanted.volumes {
             let missing = || CreateGroupError::SourceNotFound(text.chars().take(128).collect());
             let volume: VolumeId = text.parse().map_err(|_| missing())?;
-            self.get::<Volume>(volume).await?.filter(|stored| stored.object.is_visible()).ok_or_else(missing)?;
+            let source = self.get::<Volume>(volume).await?.filter(|stored| stored.object.is_visible());
+            let source = source.ok_or_else(missing)?.object;
+            single(&source, "snapshotted")?;
+            homes.insert(source.spec.node);
             members.push(GroupMember { snapshot: SnapshotId::random(), volume });
+        }
+        let node = homes.pop_first().flatten();
+        if let Some(other) = homes.pop_first() {
+            let names = [node, other].map(|name| name.map_or_else(String::new, |name| name.to_string()));
+            return Err(CreateGroupError::Apart(names.join(", ")));
         }
         let (id, name) = (GroupSnapshotId::random(), wanted.name.clone());
         let status = GroupStatus::Creating;
-        Ok(self.create(GroupSnapshot { id, name, members, deleted: false, status }).await?)
+        Ok(self.create(GroupSnapshot { id, name, members, node, deleted: false, status }).await?)
     }
 
     async fn take_group(&self, mut stored: Stored<GroupSnapshot>) -> Result<GroupSnapshot, CreateGroupError> {
@@ -124,7 +133,8 @@ impl Controller {
             volume_id: member.volume.to_string(),
             descriptor: descriptor.clone(),
         });
-        let refusal = match self.seal(items.collect()).await {
+        let node = self.nodes.holder(group.node.as_ref()).await?;
+        let refusal = match node.seal(items.collect()).await {
             Ok(sealed) => {
                 let mut moment = 0;
                 for member in &group.members {
@@ -157,8 +167,8 @@ impl Controller {
         if self.get::<Snapshot>(member.snapshot).await?.is_some() {
             return Ok(());
         }
-        let (id, volume, group) = (member.snapshot, member.volume, Some(group.id));
-        self.create(Snapshot { id, name: None, volume, group, deleted: false, status }).await?;
+        let (id, volume, node) = (member.snapshot, member.volume, group.node.clone());
+        self.create(Snapshot { id, name: None, volume, group: Some(group.id), node, deleted: false, status }).await?;
         Ok(())
     }
 
@@ -209,7 +219,7 @@ impl Controller {
         for member in &stored.object.members {
             match self.get::<Snapshot>(member.snapshot).await? {
                 Some(snapshot) => self.erase_snapshot(snapshot).await?,
-                None => self.erase_sealed(member.snapshot).await?,
+                None => self.erase_sealed(member.snapshot, stored.object.node.as_ref()).await?,
             }
         }
         Ok(self.remove(&stored).await?)

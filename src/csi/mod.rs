@@ -8,6 +8,7 @@ pub mod group;
 pub mod handler;
 pub mod identity;
 pub mod node;
+pub mod nodes;
 pub mod operations;
 pub mod parameters;
 pub mod server;
@@ -15,4 +16,4 @@ pub mod snapshot_metadata;
 pub mod status;
 
 pub use node::TOPOLOGY_KEY;
-pub use server::{CsiConfig, ServeError, serve};
+pub use server::{ControllerConfig, CsiConfig, ServeError, serve, serve_controller, serve_node};

@@ -3,7 +3,7 @@
 //! Invariants: [`PARAMETERS`] is the one list of keys: the parser, its messages and `docs/parameters.md` follow it;
 //! `mutable_parameters` win over `parameters` and may only hold keys that can change on a volume in use.
 
-use crate::catalog::FsType;
+use crate::catalog::{FsType, Replication};
 use std::collections::{BTreeMap, HashMap};
 
 /// One key of a StorageClass.
@@ -22,6 +22,7 @@ pub struct Parameter {
 }
 
 const REPLICATION: &str = "replication";
+const REPLICAS: &str = "replicas";
 const POOL: &str = "pool";
 const FSTYPE: &str = "csi.storage.k8s.io/fstype";
 const VERIFY_READS: &str = "verifyReads";
@@ -29,13 +30,20 @@ const VERIFY_READS: &str = "verifyReads";
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
 /// Every key that Tandem knows.
-pub const PARAMETERS: [Parameter; 4] = [
+pub const PARAMETERS: [Parameter; 5] = [
     Parameter {
         key: REPLICATION,
-        values: "none",
+        values: "none, sync",
         default: "none",
         mutable: false,
-        meaning: "How many nodes hold the data; `sync` and `async` are not available in this version.",
+        meaning: "Whether other nodes hold the data, too: with `sync` each acknowledged write, which needs a cluster; `async` is not available in this version.",
+    },
+    Parameter {
+        key: REPLICAS,
+        values: "2, 3",
+        default: "2",
+        mutable: false,
+        meaning: "How many nodes hold the data of a volume with `replication: sync`; refused without that.",
     },
     Parameter {
         key: POOL,
@@ -63,6 +71,9 @@ pub const PARAMETERS: [Parameter; 4] = [
 /// The pool without the parameter.
 pub const DEFAULT_POOL: &str = "default";
 
+/// Copies of a volume with `sync`, without the parameter.
+const DEFAULT_REPLICAS: u8 = 2;
+
 /// Longest name of a pool, in bytes: it becomes a part of paths and labels.
 const POOL_NAME_BYTES: usize = 63;
 
@@ -72,6 +83,8 @@ const ECHO_CHARACTERS: usize = 64;
 /// What a StorageClass says about a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameters {
+    /// How many copies, and how they are kept.
+    pub replication: Replication,
     /// Name of the pool.
     pub pool: String,
     /// `None`: not given.
@@ -106,12 +119,20 @@ pub enum ParameterError {
         /// What is possible.
         takes: &'static str,
     },
-    /// Replication other than none.
+    /// Replication that does not exist yet.
     #[error("parameter replication: {value:?} is not available in this version; only \"none\" is")]
     NotAvailable {
         /// As given.
         value: String,
     },
+    /// Several copies on one machine.
+    #[error(
+        "parameter replication: \"sync\" keeps copies on several nodes, and `tandem standalone` is one: use a cluster, see `tandem controller --help`"
+    )]
+    Alone,
+    /// A number of copies without replication.
+    #[error("parameter replicas: it goes with \"replication: sync\" only, and without replication there is one copy")]
+    ReplicasAlone,
     /// A key that a volume in use cannot change.
     #[error("parameter {key} cannot be changed: it is no mutable parameter; mutable are: {}", mutable())]
     Immutable {
@@ -132,10 +153,16 @@ impl Parameters {
         parameters: &HashMap<String, String>,
         mutable: &HashMap<String, String>,
     ) -> Result<Self, ParameterError> {
-        let mut parsed = Self { pool: DEFAULT_POOL.to_owned(), fs_type: None, verify_reads: false };
-        // Sorted: which of two mistakes is named must not be luck.
+        let (replication, pool) = (Replication::None, DEFAULT_POOL.to_owned());
+        let mut parsed = Self { replication, pool, fs_type: None, verify_reads: false };
+        // Sorted: which of two mistakes is named must not be luck. `replicas` comes before `replication`.
         for (key, value) in parameters.iter().collect::<BTreeMap<_, _>>() {
             parsed.set(key, value)?;
+        }
+        match (parameters.get(REPLICAS), &mut parsed.replication) {
+            (Some(_), Replication::None) => return Err(ParameterError::ReplicasAlone),
+            (Some(value), Replication::Sync { replicas }) => *replicas = self::replicas(value)?,
+            (None, _) => {}
         }
         let changes = Changes::parse(mutable)?;
         parsed.verify_reads = changes.verify_reads.unwrap_or(parsed.verify_reads);
@@ -144,7 +171,8 @@ impl Parameters {
 
     fn set(&mut self, key: &str, value: &str) -> Result<(), ParameterError> {
         match known_key(key)? {
-            Some(REPLICATION) => replication(value)?,
+            Some(REPLICATION) => self.replication = replication(value)?,
+            Some(REPLICAS) => drop(replicas(value)?),
             Some(POOL) => self.pool = pool(value)?,
             Some(FSTYPE) => self.fs_type = Some(fs_type(value)?),
             Some(VERIFY_READS) => self.verify_reads = boolean(VERIFY_READS, value)?,
@@ -184,11 +212,20 @@ fn known_key(key: &str) -> Result<Option<&'static str>, ParameterError> {
     }
 }
 
-fn replication(value: &str) -> Result<(), ParameterError> {
+fn replication(value: &str) -> Result<Replication, ParameterError> {
     match value {
-        "none" => Ok(()),
-        "sync" | "async" => Err(ParameterError::NotAvailable { value: value.to_owned() }),
+        "none" => Ok(Replication::None),
+        "sync" => Ok(Replication::Sync { replicas: DEFAULT_REPLICAS }),
+        "async" => Err(ParameterError::NotAvailable { value: value.to_owned() }),
         _ => Err(refused(REPLICATION, value)),
+    }
+}
+
+fn replicas(value: &str) -> Result<u8, ParameterError> {
+    match value {
+        "2" => Ok(2),
+        "3" => Ok(3),
+        _ => Err(refused(REPLICAS, value)),
     }
 }
 
@@ -265,7 +302,8 @@ mod tests {
     #[test]
     fn nothing_given_is_the_defaults() {
         let parsed = Parameters::parse(&map(&[]), &map(&[])).expect("defaults");
-        assert_eq!(parsed, Parameters { pool: "default".into(), fs_type: None, verify_reads: false });
+        let replication = Replication::None;
+        assert_eq!(parsed, Parameters { replication, pool: "default".into(), fs_type: None, verify_reads: false });
     }
 
     #[test]
@@ -278,7 +316,22 @@ mod tests {
             ("csi.storage.k8s.io/pvc/name", "data"),
         ]);
         let parsed = Parameters::parse(&fixed, &map(&[("verifyReads", "true")])).expect("parses");
-        assert_eq!(parsed, Parameters { pool: "fast".into(), fs_type: Some(FsType::Xfs), verify_reads: true });
+        let (replication, fs_type) = (Replication::None, Some(FsType::Xfs));
+        assert_eq!(parsed, Parameters { replication, pool: "fast".into(), fs_type, verify_reads: true });
+    }
+
+    #[test]
+    fn copies_are_counted_only_where_there_are_several() {
+        let parse = |pairs: &[(&str, &str)]| Parameters::parse(&map(pairs), &map(&[])).map(|parsed| parsed.replication);
+        assert_eq!(parse(&[("replication", "sync")]), Ok(Replication::Sync { replicas: 2 }));
+        assert_eq!(parse(&[("replication", "sync"), ("replicas", "3")]), Ok(Replication::Sync { replicas: 3 }));
+        for alone in [&[("replicas", "2")][..], &[("replication", "none"), ("replicas", "2")]] {
+            assert_eq!(parse(alone), Err(ParameterError::ReplicasAlone));
+        }
+        for wrong in ["1", "4", "", "two", "02"] {
+            let refused = parse(&[("replication", "sync"), ("replicas", wrong)]).expect_err("refused").to_string();
+            assert!(refused.contains("parameter replicas") && refused.contains("it takes: 2, 3"), "{refused}");
+        }
     }
 
     #[test]
@@ -287,12 +340,11 @@ mod tests {
             Parameters::parse(&map(&[(key, value)]), &map(&[])).expect_err("refused").to_string()
         };
         assert_eq!(
-            refuse("replicas", "2"),
-            "unknown parameter \"replicas\"; known are: replication, pool, csi.storage.k8s.io/fstype, verifyReads"
+            refuse("replica", "2"),
+            "unknown parameter \"replica\"; known are: replication, replicas, pool, csi.storage.k8s.io/fstype, verifyReads"
         );
-        assert!(refuse("replication", "sync").contains("not available in this version"));
         assert!(refuse("replication", "async").contains("not available in this version"));
-        assert!(refuse("replication", "raid0").contains("it takes: none"));
+        assert!(refuse("replication", "raid0").contains("it takes: none, sync"));
         assert!(refuse("csi.storage.k8s.io/fstype", "zfs").contains("it takes: ext4, xfs"));
         assert!(refuse("verifyReads", "yes").contains("it takes: true, false"));
         for name in ["", "..", "a/b", ".hidden", "sp ace", &"x".repeat(64)] {

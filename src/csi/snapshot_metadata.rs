@@ -96,8 +96,9 @@ async fn open(controller: &Controller, wanted: Wanted) -> Result<Streaming<GetEx
         base_snapshot_id: wanted.base.unwrap_or_default(),
         starting_offset,
     };
-    let answer = controller.control.client().get_extents(request).await;
-    Ok(answer.map_err(|status| refused(status.into()))?.into_inner())
+    let control = controller.nodes.holder(target.node.as_ref()).await?.control;
+    let answer = control.client().get_extents(request).await;
+    Ok(answer.map_err(|status| refused(control.refusal(status)))?.into_inner())
 }
 
 async fn find(controller: &Controller, id: &str) -> Result<(Snapshot, u64), MetadataError> {

@@ -35,8 +35,8 @@ impl Coded for ArgumentError {
 impl Coded for Transient {
     fn code(&self) -> Code {
         match self {
-            Self::UnderWay(_) | Self::Conflict(_) => Code::Aborted,
-            Self::NoAnswer { .. } | Self::Catalog(_) | Self::Replica(_) => Code::Unavailable,
+            Self::UnderWay(_) | Self::Conflict(_) | Self::Waiting { .. } => Code::Aborted,
+            Self::NoAnswer { .. } | Self::Catalog(_) | Self::Replica(_) | Self::NoNode(_) => Code::Unavailable,
         }
     }
 }
@@ -73,6 +73,8 @@ codes! {
     PublishError {
         VolumeNotFound => NotFound,
         NodeNotFound => NotFound,
+        NoCopy => FailedPrecondition,
+        NotUpToDate => FailedPrecondition,
         Incompatible => AlreadyExists,
         Elsewhere => FailedPrecondition,
         NodeFull => ResourceExhausted,
@@ -93,7 +95,12 @@ codes! {
     }
     DeleteSnapshotError { Grouped => InvalidArgument, InUse => FailedPrecondition }
     GetSnapshotError { NotFound => NotFound }
-    CreateGroupError { SourceNotFound => NotFound, Incompatible => AlreadyExists, NoRoom => ResourceExhausted }
+    CreateGroupError {
+        SourceNotFound => NotFound,
+        Incompatible => AlreadyExists,
+        Apart => FailedPrecondition,
+        NoRoom => ResourceExhausted,
+    }
     DeleteGroupError { Mismatch => InvalidArgument, InUse => FailedPrecondition }
     GetGroupError { NotFound => NotFound, Mismatch => InvalidArgument }
     MetadataError {
@@ -119,6 +126,8 @@ mod tests {
             ("Transient", "NoAnswer", Code::Unavailable),
             ("Transient", "Catalog", Code::Unavailable),
             ("Transient", "Replica", Code::Unavailable),
+            ("Transient", "NoNode", Code::Unavailable),
+            ("Transient", "Waiting", Code::Aborted),
         ];
         for (error, variant, code) in shared.iter().chain(CODES) {
             let name = if variant.is_empty() { (*error).to_owned() } else { format!("{error}::{variant}") };

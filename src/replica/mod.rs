@@ -4,6 +4,8 @@
 //! * It has a mount namespace of its own: sharing one with mounts of its own devices deadlocks at exit.
 //! * Everything that must outlive it is in the holder or on disk before anybody is told of it.
 
+pub mod announce;
+pub mod cluster;
 pub mod device;
 pub mod engine;
 pub mod executor;

@@ -1,5 +1,6 @@
 //! The process `tandem replica`: from its flags to a served control socket.
 
+use super::cluster::{Candidate, ClusterConfig, JoinError};
 use super::device::mount::private_mount_namespace;
 use super::engine::{self, EngineConfig, IoChoice, StartError};
 use super::holder::{Holder, HolderError};
@@ -38,6 +39,8 @@ pub struct ReplicaConfig {
     pub metrics: Option<SocketAddr>,
     /// The program to start as holder.
     pub executable: PathBuf,
+    /// `None`: this machine alone.
+    pub cluster: Option<ClusterConfig>,
 }
 
 /// Why the replica stopped.
@@ -61,6 +64,9 @@ pub enum RunError {
     /// No socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// No part of the cluster.
+    #[error(transparent)]
+    Join(#[from] JoinError),
     /// The server failed.
     #[error("the control socket failed: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -92,7 +98,16 @@ async fn serve(config: ReplicaConfig) -> Result<(), RunError> {
     let engine = EngineConfig { holder, io: config.io, spin: config.spin };
     let (handle, recovered) = engine::start(engine)?;
     let settings = OpenSettings { dir: config.dir.clone(), pools: config.pools, overcommit: config.overcommit };
-    let manager = Manager::open(settings, handle, recovered).await?;
+    let mut candidate = match config.cluster {
+        Some(cluster) => Some(Candidate::new(cluster).await?),
+        None => None,
+    };
+    let manager = Manager::open_with(settings, handle, recovered, async |manager, held| {
+        if let Some(candidate) = &mut candidate {
+            candidate.open_copies(manager, held).await;
+        }
+    })
+    .await?;
     if let Some(address) = config.metrics {
         let source = manager.clone();
         metrics::serve(address, move || {
@@ -103,13 +118,16 @@ async fn serve(config: ReplicaConfig) -> Result<(), RunError> {
         .map_err(|source| RunError::Metrics { address, source })?;
     }
     let listener = uds::listen_on(&config.dir.join("replica.sock"))?;
+    let service = ReplicaService::new(manager.clone(), config.node_id);
+    let member = candidate.map(|candidate| candidate.join(&manager, service.clone()));
     tracing::info!(attached = manager.attached().len(), "the replica serves");
     tonic::transport::Server::builder()
-        .add_service(ReplicaServer::new(ReplicaService::new(manager.clone(), config.node_id)))
+        .add_service(ReplicaServer::new(service))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             terminate.recv().await;
         })
         .await?;
+    drop(member);
     manager.close().await;
     for volume in manager.attached() {
         tracing::warn!(%volume, "its device freezes until tandem is started again");

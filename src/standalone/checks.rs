@@ -81,7 +81,7 @@ pub fn prepare(arguments: Arguments) -> Result<Plan, CheckError> {
 }
 
 /// The part that needs no CSI.
-pub fn prepare_storage(arguments: StorageArguments, volumes: u32) -> Result<Storage, CheckError> {
+pub(crate) fn prepare_storage(arguments: StorageArguments, volumes: u32) -> Result<Storage, CheckError> {
     let StorageArguments { dir, pools, node_id } = arguments;
     if !nix::unistd::geteuid().is_root() {
         return Err(CheckError::NotRoot);
@@ -123,6 +123,14 @@ fn descriptors(volumes: u32) -> Result<(), CheckError> {
     Ok(())
 }
 
+/// For a process that needs no device: the directory alone, made.
+pub(crate) fn prepare_dir(dir: &Path) -> Result<PathBuf, CheckError> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(CheckError::NotRoot);
+    }
+    directory(dir)
+}
+
 fn directory(dir: &Path) -> Result<PathBuf, CheckError> {
     let failed = |source| CheckError::Directory { path: dir.into(), source };
     // Sockets in it are a way to every byte of every volume: root only.
@@ -139,7 +147,8 @@ fn checked_length(path: PathBuf) -> Result<PathBuf, CheckError> {
     if path.as_os_str().len() > LONGEST_SOCKET_PATH { Err(CheckError::SocketPath(path)) } else { Ok(path) }
 }
 
-fn socket(endpoint: Option<&str>, dir: &Path) -> Result<PathBuf, CheckError> {
+/// The path of the CSI socket, which is the default without an endpoint.
+pub(crate) fn socket(endpoint: Option<&str>, dir: &Path) -> Result<PathBuf, CheckError> {
     let Some(endpoint) = endpoint else { return checked_length(dir.join("csi.sock")) };
     let path = Target::socket_path(endpoint);
     if endpoint.contains("://") != endpoint.starts_with("unix://")

@@ -11,6 +11,7 @@ pub mod recover;
 mod shutdown;
 
 pub use checks::{CheckError, host_name};
+pub(crate) use checks::{prepare_dir, prepare_storage, socket};
 pub use child::program;
 pub use lock::{Lock, LockError};
 
@@ -191,7 +192,7 @@ pub async fn run(arguments: Arguments, log: &str) -> Result<(), StandaloneError>
 }
 
 /// Waits until the CSI process says that it and the engine are ready.
-async fn until_ready(socket: &Path) {
+pub(crate) async fn until_ready(socket: &Path) {
     loop {
         if let Ok(channel) = crate::uds::connect(socket).await
             && let Ok(answer) = IdentityClient::new(channel).probe(ProbeRequest {}).await
@@ -212,10 +213,13 @@ pub struct Plan {
 }
 
 /// Where everything is, made and with its defaults.
-struct Storage {
-    dir: PathBuf,
-    pools: Vec<PoolArgument>,
-    node_id: String,
+pub(crate) struct Storage {
+    /// The installation's directory.
+    pub dir: PathBuf,
+    /// At least one.
+    pub pools: Vec<PoolArgument>,
+    /// Name of this node.
+    pub node_id: String,
 }
 
 impl Storage {

@@ -8,14 +8,18 @@
 
 mod authority;
 mod credentials;
+mod dial;
 mod files;
 mod identity;
+mod listener;
 mod peer;
 mod verify;
 
 pub use authority::{Address, Authority, IssueError, Issued, Leaf, Validity};
 pub use credentials::{Credentials, CredentialsError, Loaded};
+pub use dial::dial;
 pub use files::{AUTHORITY, AUTHORITY_KEY, CERTIFICATE, FileError, KEY};
 pub use identity::{BadIdentity, BadName, Identity, Name, Role};
+pub use listener::{Caller, Connection, Port};
 pub use peer::{Expected, HandshakeError, peer_identity};
 pub use verify::Refusal;

@@ -9,6 +9,7 @@ use tandem::catalog::{Catalog, NodeName, OpenError};
 use tandem::csi::TOPOLOGY_KEY;
 use tandem::csi::control::Control;
 use tandem::csi::controller::{Controller, ControllerService};
+use tandem::csi::nodes::{Node, Nodes};
 use tandem::rpc::csi::controller_server::Controller as _;
 use tandem::rpc::csi::volume_capability::access_mode::Mode;
 use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
@@ -48,7 +49,11 @@ impl Site {
         };
         let control = Control::new(&self.socket);
         let node = NodeName(NODE.into());
-        let controller = Arc::new(Controller::new(catalog.clone(), control.clone(), node, LIMIT));
+        let controller = Arc::new(Controller::new(
+            catalog.clone(),
+            Nodes::Alone(Node { name: node, control: control.clone() }),
+            LIMIT,
+        ));
         Driver { service: Arc::new(ControllerService(controller.clone())), controller, catalog, control }
     }
 }

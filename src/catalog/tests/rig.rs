@@ -39,7 +39,7 @@ pub fn mirrored(name: &str, copies: &[(InstanceId, &str)]) -> Volume {
 
 pub fn snapshot(volume: VolumeId) -> Snapshot {
     let status = SnapshotStatus::Creating;
-    Snapshot { id: SnapshotId::random(), name: None, volume, group: None, deleted: false, status }
+    Snapshot { id: SnapshotId::random(), name: None, volume, group: None, node: None, deleted: false, status }
 }
 
 pub fn embedded() -> (tempfile::TempDir, Embedded) {

@@ -5,6 +5,7 @@
 
 use super::Controller;
 use super::create::short;
+use super::mirror::single;
 use super::request::{Expand, Modify};
 use crate::catalog::{Access, Stored, Volume};
 use crate::csi::control::ControlError;
@@ -29,6 +30,7 @@ impl Controller {
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let _volume = self.start(Subject::Volume(id))?;
         let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
+        single(&stored.object, "grown")?;
         let is_block = match wanted.capability {
             Some(capability) => capability.access == Access::Block,
             None => stored.object.request.access.iter().all(|access| *access == Access::Block),
@@ -47,7 +49,8 @@ impl Controller {
             stored = self.update(stored).await?;
         }
         let request = ExpandVolumeRequest { volume_id: id.to_string(), size_bytes: size.bytes() };
-        let refusal = match self.control.client().expand_volume(request).await.map_err(ControlError::from) {
+        let control = self.home(&stored.object).await?.control;
+        let refusal = match control.client().expand_volume(request).await.map_err(|status| control.refusal(status)) {
             Ok(answer) => {
                 let bytes = answer.into_inner().size_bytes;
                 let grown = VolumeSize::try_from(bytes).ok().filter(|grown| *grown >= size);
@@ -75,6 +78,7 @@ impl Controller {
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let _volume = self.start(Subject::Volume(id))?;
         let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
+        single(&stored.object, "modified")?;
         match wanted.changes.verify_reads {
             Some(verify_reads) => self.set_verify_reads(stored, verify_reads).await,
             None => Ok(()),
@@ -97,7 +101,8 @@ impl Controller {
         }
         let volume_id = stored.object.id.to_string();
         let request = ModifyVolumeRequest { volume_id, verify_reads: Some(verify_reads), descriptor: None };
-        match self.control.client().modify_volume(request).await.map_err(ControlError::from) {
+        let control = self.home(&stored.object).await?.control;
+        match control.client().modify_volume(request).await.map_err(|status| control.refusal(status)) {
             Ok(_) => {
                 stored.object.status.verify_reads = verify_reads;
                 self.update(stored).await?;

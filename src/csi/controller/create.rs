@@ -4,13 +4,15 @@
 //! replica and then in the catalogue, before the caller hears of the failure.
 
 use super::Controller;
+use super::mirror::{placed, single};
 use super::request::{DEFAULT_VOLUME_BYTES, NewVolume, WantedSource};
 use crate::catalog::{
-    Access, Descriptor, FsType, Replication, Snapshot, SnapshotStatus, Source, Stored, Volume, VolumePhase,
+    Access, Descriptor, FsType, NodeName, Replication, Snapshot, SnapshotStatus, Source, Stored, Volume, VolumePhase,
     VolumeRequest,
 };
 use crate::csi::control::ControlError;
 use crate::csi::errors::{CreateVolumeError, DeleteVolumeError, Transient};
+use crate::csi::nodes::Node;
 use crate::csi::operations::Subject;
 use crate::rpc::control::{self, ensure_volume_request};
 use crate::volume::{MIN_VOLUME_BYTES, VolumeId, VolumeSize};
@@ -62,26 +64,32 @@ impl Controller {
             (request.pool != wanted.parameters.pool, "parameter pool"),
             (request.fs_type != wanted.parameters.fs_type, "parameter csi.storage.k8s.io/fstype"),
             (request.verify_reads != wanted.parameters.verify_reads, "parameter verifyReads"),
+            (request.replication != wanted.parameters.replication, "parameter replication or replicas"),
             (source != wanted.source, "volume_content_source"),
-            (!wanted.requisite.includes(&self.node), "accessibility_requirements"),
+            (!self.holders(volume).iter().any(|node| wanted.places.include(node)), "accessibility_requirements"),
         ];
         differs.into_iter().find_map(|(differs, what)| differs.then_some(what))
     }
 
     /// Writes down what is wanted, before anything is done for it.
     async fn record_volume(&self, wanted: &NewVolume) -> Result<Stored<Volume>, CreateVolumeError> {
-        if !wanted.requisite.includes(&self.node) {
-            return Err(CreateVolumeError::NotHere(self.node.clone()));
-        }
-        let (source, source_size) = match &wanted.source {
-            None => (None, None),
-            Some(source) => {
-                let (source, size) = self.look_up_source(source).await?;
-                (Some(source), Some(size.bytes()))
+        let replication = wanted.parameters.replication;
+        self.can_replicate(&wanted.parameters)?;
+        let found = match &wanted.source {
+            None => None,
+            Some(_) if replication != Replication::None => {
+                let text = "one with copies on several nodes cannot have a source in this version".to_owned();
+                return Err(CreateVolumeError::Refused(text));
             }
+            Some(source) => Some(self.look_up_source(source).await?),
         };
+        let source_size = found.as_ref().map(|found| found.size.bytes());
         let floor = smallest(wanted.parameters.fs_type, &wanted.access).max(source_size.unwrap_or(0));
         let size = wanted.size.choose(floor, source_size.unwrap_or(DEFAULT_VOLUME_BYTES))?;
+        let (node, mirror) = match &found {
+            None => placed(replication, self.place(wanted, size).await?),
+            Some(found) => (Some(self.place_beside(wanted, found.node.as_ref())?), None),
+        };
         let request = VolumeRequest {
             name: wanted.name.clone(),
             size,
@@ -89,20 +97,24 @@ impl Controller {
             fs_type: wanted.parameters.fs_type,
             verify_reads: wanted.parameters.verify_reads,
             access: wanted.access.clone(),
-            source,
-            replication: Replication::None,
+            source: found.map(|found| found.source),
+            replication,
         };
-        Ok(self.create(Volume::wanted(VolumeId::random(), request)).await?)
+        let mut volume = Volume::wanted(VolumeId::random(), request);
+        (volume.spec.node, volume.spec.mirror) = (node, mirror);
+        Ok(self.create(volume).await?)
     }
 
-    async fn look_up_source(&self, source: &WantedSource) -> Result<(Source, VolumeSize), CreateVolumeError> {
+    async fn look_up_source(&self, source: &WantedSource) -> Result<Found, CreateVolumeError> {
         match source {
             WantedSource::Snapshot(text) => {
                 let missing = || CreateVolumeError::SourceNotFound(format!("snapshot {}", short(text)));
                 let id = text.parse().map_err(|_| missing())?;
                 let snapshot = self.get::<Snapshot>(id).await?.ok_or_else(missing)?.object;
                 match snapshot.status {
-                    SnapshotStatus::Ready { size, .. } if !snapshot.deleted => Ok((Source::Snapshot(id), size)),
+                    SnapshotStatus::Ready { size, .. } if !snapshot.deleted => {
+                        Ok(Found { source: Source::Snapshot(id), size, node: snapshot.node })
+                    }
                     SnapshotStatus::Ready { .. } | SnapshotStatus::Creating => Err(missing()),
                 }
             }
@@ -111,19 +123,24 @@ impl Controller {
                 let id = text.parse().map_err(|_| missing())?;
                 let volume = self.get::<Volume>(id).await?.map(|stored| stored.object);
                 let volume = volume.filter(Volume::is_visible).ok_or_else(missing)?;
-                Ok((Source::Volume(id), volume.status.size))
+                single(&volume, "cloned")?;
+                Ok(Found { source: Source::Volume(id), size: volume.status.size, node: volume.spec.node })
             }
         }
     }
 
     /// Has the replica make what is written down, and writes down that it is so.
     async fn make_volume(&self, mut stored: Stored<Volume>) -> Result<Volume, CreateVolumeError> {
+        if stored.object.spec.mirror.is_some() {
+            return self.make_mirror(stored).await;
+        }
         let id = stored.object.id;
-        let answer = self.control.client().ensure_volume(ensure_request(&stored.object)).await;
-        let made = match answer.map_err(ControlError::from) {
+        let node = self.home(&stored.object).await?;
+        let answer = node.control.client().ensure_volume(ensure_request(&stored.object)).await;
+        let made = match answer.map_err(|status| node.control.refusal(status)) {
             Ok(answer) => answer.into_inner(),
             Err(error @ ControlError::Unknown(_)) => return Err(Transient::Replica(error).into()),
-            Err(error) => return Err(self.take_back(stored, error).await?),
+            Err(error) => return Err(self.take_back(stored, &node, error).await?),
         };
         if !made.ready {
             return Err(CreateVolumeError::Copying { id, copied: made.copied_bytes, total: made.to_copy_bytes });
@@ -141,12 +158,17 @@ impl Controller {
     async fn take_back(
         &self,
         stored: Stored<Volume>,
+        node: &Node,
         error: ControlError,
     ) -> Result<CreateVolumeError, CreateVolumeError> {
         let request = stored.object.request.clone();
         let reason = match error {
-            ControlError::NotFound(_) => match self.unknown_pool(&request.pool).await? {
-                Some(known) => CreateVolumeError::UnknownPool { pool: request.pool, known },
+            ControlError::NotFound(_) => match unknown_pool(node, &request.pool).await? {
+                Some(known) => CreateVolumeError::UnknownPool {
+                    pool: request.pool,
+                    place: format!("on node {}", node.name),
+                    known,
+                },
                 None => CreateVolumeError::SourceNotFound(match request.source {
                     Some(Source::Snapshot(id)) => format!("snapshot {id}"),
                     Some(Source::Volume(id)) => format!("volume {id}"),
@@ -163,15 +185,6 @@ impl Controller {
         Ok(reason)
     }
 
-    /// The names of the pools, unless `pool` is one of them.
-    async fn unknown_pool(&self, pool: &str) -> Result<Option<String>, Transient> {
-        let pools = self.pools().await?;
-        if pools.iter().any(|known| known.name == pool) {
-            return Ok(None);
-        }
-        Ok(Some(pools.into_iter().map(|known| known.name).collect::<Vec<_>>().join(", ")))
-    }
-
     async fn finish_deletion(&self, stored: Stored<Volume>) -> Result<(), Transient> {
         self.erase_volume(stored).await.map_err(|error| match error {
             DeleteVolumeError::Transient(error) => error,
@@ -179,6 +192,23 @@ impl Controller {
             DeleteVolumeError::Argument(error) => Transient::Conflict(error.to_string()),
         })
     }
+}
+
+/// A source that exists.
+struct Found {
+    source: Source,
+    size: VolumeSize,
+    /// Who holds it.
+    node: Option<NodeName>,
+}
+
+/// The names of the node's pools, unless `pool` is one of them.
+async fn unknown_pool(node: &Node, pool: &str) -> Result<Option<String>, Transient> {
+    let pools = node.pools().await?;
+    if pools.iter().any(|known| known.name == pool) {
+        return Ok(None);
+    }
+    Ok(Some(pools.into_iter().map(|known| known.name).collect::<Vec<_>>().join(", ")))
 }
 
 /// What the replica is asked for, the same every time.

@@ -4,8 +4,8 @@
 //! crash in between is finished by the next call or the sweep; what is in use stays as it was.
 
 use super::Controller;
-use crate::catalog::{Snapshot, Stored, Volume};
-use crate::csi::control::ControlError;
+use crate::catalog::{NodeName, Snapshot, Stored, Volume};
+use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::{DeleteSnapshotError, DeleteVolumeError, Transient};
 use crate::csi::operations::Subject;
 use crate::rpc::control::{DeleteSnapshotRequest, DeleteVolumeRequest};
@@ -19,7 +19,7 @@ impl Controller {
         match self.get::<Volume>(id).await? {
             Some(stored) => self.erase_volume(stored).await,
             // The catalogue may be a new one: a copy that it does not know must not stay behind.
-            None => self.erase_copy(id).await,
+            None => self.erase_unknown(id).await,
         }
     }
 
@@ -34,7 +34,14 @@ impl Controller {
             stored.object.spec.deleted = true;
             stored = self.update(stored).await?;
         }
-        match self.erase_copy(id).await {
+        if stored.object.spec.mirror.is_some() {
+            self.erase_mirror(id).await?;
+            // The nodes have changed its status since.
+            let Some(stored) = self.get::<Volume>(id).await? else { return Ok(()) };
+            return Ok(self.remove(&stored).await?);
+        }
+        let control = self.home(&stored.object).await?.control;
+        match erase_copy(&control, id).await {
             Ok(()) => Ok(self.remove(&stored).await?),
             Err(error @ DeleteVolumeError::InUse { .. }) => {
                 stored.object.spec.deleted = false;
@@ -45,15 +52,18 @@ impl Controller {
         }
     }
 
-    async fn erase_copy(&self, id: VolumeId) -> Result<(), DeleteVolumeError> {
-        let request = DeleteVolumeRequest { volume_id: id.to_string() };
-        match self.control.client().delete_volume(request).await.map_err(ControlError::from) {
-            Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
-            Err(ControlError::InUse(by)) => Err(DeleteVolumeError::InUse { id, by }),
-            Err(error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::Refused(_))) => {
-                Err(Transient::Replica(error).into())
+    /// Wherever a copy is. A node that is down cannot be asked, and need not be: what the catalogue does not know was
+    /// deleted there before it was forgotten, unless the catalogue itself was lost.
+    async fn erase_unknown(&self, id: VolumeId) -> Result<(), DeleteVolumeError> {
+        for node in self.nodes.all().await? {
+            match erase_copy(&node.control, id).await {
+                Err(DeleteVolumeError::Transient(error)) if !self.nodes.is_alone() => {
+                    tracing::warn!(volume = %id, node = %node.name, %error, "a copy that nobody knows may stay behind");
+                }
+                erased => erased?,
             }
         }
+        Ok(())
     }
 
     /// The snapshot is not, afterwards. Clones of it live on.
@@ -65,7 +75,7 @@ impl Controller {
                 Some(group) => Err(DeleteSnapshotError::Grouped { id, group }),
                 None => self.erase_snapshot(stored).await,
             },
-            None => self.erase_sealed(id).await,
+            None => self.erase_unknown_snapshot(id).await,
         }
     }
 
@@ -76,7 +86,7 @@ impl Controller {
             stored.object.deleted = true;
             stored = self.update(stored).await?;
         }
-        match self.erase_sealed(id).await {
+        match self.erase_sealed(id, stored.object.node.as_ref()).await {
             Ok(()) => Ok(self.remove(&stored).await?),
             Err(error @ DeleteSnapshotError::InUse { .. }) => {
                 stored.object.deleted = false;
@@ -87,15 +97,47 @@ impl Controller {
         }
     }
 
-    /// The replica forgets the snapshot.
-    pub(in crate::csi) async fn erase_sealed(&self, id: SnapshotId) -> Result<(), DeleteSnapshotError> {
-        let request = DeleteSnapshotRequest { snapshot_id: id.to_string() };
-        match self.control.client().delete_snapshot(request).await.map_err(ControlError::from) {
-            Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
-            Err(ControlError::InUse(by)) => Err(DeleteSnapshotError::InUse { id, by }),
-            Err(error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::Refused(_))) => {
-                Err(Transient::Replica(error).into())
+    /// As [`Controller::erase_unknown`].
+    async fn erase_unknown_snapshot(&self, id: SnapshotId) -> Result<(), DeleteSnapshotError> {
+        for node in self.nodes.all().await? {
+            match forget(&node.control, id).await {
+                Err(DeleteSnapshotError::Transient(error)) if !self.nodes.is_alone() => {
+                    tracing::warn!(snapshot = %id, node = %node.name, %error, "a snapshot that nobody knows may stay behind");
+                }
+                erased => erased?,
             }
+        }
+        Ok(())
+    }
+
+    /// The replica of that node forgets the snapshot.
+    pub(in crate::csi) async fn erase_sealed(
+        &self,
+        id: SnapshotId,
+        node: Option<&NodeName>,
+    ) -> Result<(), DeleteSnapshotError> {
+        forget(&self.nodes.holder(node).await?.control, id).await
+    }
+}
+
+async fn erase_copy(control: &Control, id: VolumeId) -> Result<(), DeleteVolumeError> {
+    let request = DeleteVolumeRequest { volume_id: id.to_string() };
+    match control.client().delete_volume(request).await.map_err(|status| control.refusal(status)) {
+        Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
+        Err(ControlError::InUse(by)) => Err(DeleteVolumeError::InUse { id, by }),
+        Err(error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::Refused(_))) => {
+            Err(Transient::Replica(error).into())
+        }
+    }
+}
+
+async fn forget(control: &Control, id: SnapshotId) -> Result<(), DeleteSnapshotError> {
+    let request = DeleteSnapshotRequest { snapshot_id: id.to_string() };
+    match control.client().delete_snapshot(request).await.map_err(|status| control.refusal(status)) {
+        Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
+        Err(ControlError::InUse(by)) => Err(DeleteSnapshotError::InUse { id, by }),
+        Err(error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::Refused(_))) => {
+            Err(Transient::Replica(error).into())
         }
     }
 }

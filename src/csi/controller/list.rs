@@ -1,16 +1,17 @@
-//! What is there: ListVolumes, ListSnapshots, ControllerGetVolume, GetCapacity and the health of volumes.
+//! What is there: ListVolumes, ListSnapshots, ControllerGetVolume and the health of volumes.
 //!
 //! Invariants: lists are ordered by id and a token is the last id of a page, so a page never skips or repeats a volume
 //! that was there all the time; what is half made or half deleted is in no list.
 
 use super::Controller;
-use super::create::{short, smallest};
-use super::request::{Capacity, Page, SnapshotPage, is_here};
+use super::create::short;
+use super::request::{Page, SnapshotPage};
 use super::response;
 use crate::catalog::{Snapshot, Volume};
 use crate::csi::control::ControlError;
-use crate::csi::errors::{CapacityError, GetVolumeError, ListError, Transient, VolumeHealthError};
-use crate::rpc::control::{self, GetVolumeRequest, ListPoolsRequest, ListVolumesRequest, health::Kind};
+use crate::csi::errors::{GetVolumeError, ListError, Transient, VolumeHealthError};
+use crate::csi::nodes::Node;
+use crate::rpc::control::{self, GetVolumeRequest, health::Kind};
 use crate::rpc::csi;
 use crate::volume::VolumeId;
 use std::collections::BTreeMap;
@@ -53,8 +54,12 @@ impl Controller {
             GetVolumeError::Argument(error) => error.into(),
             GetVolumeError::Transient(error) => error.into(),
         })?;
+        if volume.spec.mirror.is_some() {
+            return Ok(self.mirror_health(&volume).await?);
+        }
         let request = GetVolumeRequest { volume_id: volume.id.to_string() };
-        match self.control.client().get_volume(request).await.map_err(ControlError::from) {
+        let control = self.home(&volume).await?.control;
+        match control.client().get_volume(request).await.map_err(|status| control.refusal(status)) {
             Ok(answer) => Ok(health(volume.id, Some(&answer.into_inner()))),
             Err(ControlError::NotFound(_)) => Ok(health(volume.id, None)),
             Err(
@@ -66,42 +71,34 @@ impl Controller {
         }
     }
 
-    /// The health of one page of volumes, and the token of the next.
+    /// The health of one page of volumes, and the token of the next. A node that does not answer is the health of its
+    /// volumes, and no error of the list.
     pub async fn list_volume_health(&self, page: Page) -> Result<(Vec<csi::VolumeHealth>, String), ListError> {
         let (volumes, next) = self.list_volumes(page).await?;
-        let copies = self.copies().await?;
-        let copies: BTreeMap<_, _> = copies.iter().map(|copy| (copy.volume_id.as_str(), copy)).collect();
-        let entry = |volume: &Volume| health(volume.id, copies.get(volume.id.to_string().as_str()).copied());
-        Ok((volumes.iter().map(entry).collect(), next))
+        let mut nodes = BTreeMap::new();
+        let mut entries = Vec::new();
+        for volume in &volumes {
+            if volume.spec.mirror.is_some() {
+                entries.push(self.mirror_health(volume).await?);
+                continue;
+            }
+            let place = volume.spec.node.as_ref();
+            let name = self.nodes.name_of(place);
+            if !nodes.contains_key(&name) {
+                nodes.insert(name.clone(), copies(&self.nodes.holder(place).await?).await);
+            }
+            entries.push(match &nodes[&name] {
+                Ok(copies) => health(volume.id, copies.get(&volume.id.to_string())),
+                Err(error) => unreachable(volume.id, error),
+            });
+        }
+        Ok((entries, next))
     }
+}
 
-    /// Everything that the replica has.
-    pub(super) async fn copies(&self) -> Result<Vec<control::Volume>, Transient> {
-        let answer = self.control.client().list_volumes(ListVolumesRequest {}).await;
-        Ok(answer.map_err(ControlError::from)?.into_inner().volumes)
-    }
-
-    pub(super) async fn pools(&self) -> Result<Vec<control::Pool>, Transient> {
-        let answer = self.control.client().list_pools(ListPoolsRequest {}).await;
-        Ok(answer.map_err(ControlError::from)?.into_inner().pools)
-    }
-
-    /// What can be created with these parameters at this place. A pool that is not here has no room.
-    pub async fn capacity(&self, wanted: Capacity) -> Result<csi::GetCapacityResponse, CapacityError> {
-        let minimum = smallest(wanted.parameters.fs_type, &wanted.access);
-        let here = wanted.topology.as_ref().is_none_or(|segments| is_here(segments, &self.node));
-        let pools = if here { self.pools().await? } else { Vec::new() };
-        let pool = pools.iter().find(|pool| pool.name == wanted.parameters.pool);
-        let (available, largest) = pool.map_or((0, 0), |pool| {
-            let available = pool.capacity_bytes.saturating_sub(pool.promised_bytes);
-            (available, pool.largest_volume_bytes.min(available))
-        });
-        Ok(csi::GetCapacityResponse {
-            available_capacity: response::bytes(available),
-            maximum_volume_size: Some(response::bytes(largest)),
-            minimum_volume_size: Some(response::bytes(minimum)),
-        })
-    }
+/// Everything that the node has, by id.
+async fn copies(node: &Node) -> Result<BTreeMap<String, control::Volume>, ControlError> {
+    Ok(node.copies().await?.into_iter().map(|copy| (copy.volume_id.clone(), copy)).collect())
 }
 
 /// The page of `items`, which are ordered by `key`, and the token of the next one.
@@ -117,6 +114,14 @@ fn cut<T>(items: Vec<T>, key: impl Fn(&T) -> String, page: &Page) -> Result<(Vec
     Ok((entries, next))
 }
 
+/// The only copy is on a node that does not answer.
+fn unreachable(id: VolumeId, error: &ControlError) -> csi::VolumeHealth {
+    let status = csi::VolumeHealthErrorType::Inaccessible.into();
+    let (reason, message) = ("NodeUnreachable".to_owned(), error.to_string());
+    let entry = csi::volume_health::VolumeHealthEntry { status, reason, message };
+    csi::VolumeHealth { volume_id: id.to_string(), health_statuses: vec![entry] }
+}
+
 /// `None`: the replica does not have it.
 fn health(id: VolumeId, copy: Option<&control::Volume>) -> csi::VolumeHealth {
     use csi::volume_health::VolumeHealthEntry;
@@ -128,7 +133,7 @@ fn health(id: VolumeId, copy: Option<&control::Volume>) -> csi::VolumeHealth {
         }),
         None => {
             let status = csi::VolumeHealthErrorType::Inaccessible.into();
-            let message = "no pool of this node has the volume: is its pool missing? see `tandem pool list`".to_owned();
+            let message = "no pool of its node has the volume: is its pool missing? see `tandem pool list`".to_owned();
             let entry = VolumeHealthEntry { status, reason: "CopyMissing".to_owned(), message };
             return csi::VolumeHealth { volume_id: id.to_string(), health_statuses: vec![entry] };
         }

@@ -16,6 +16,8 @@ mod change;
 mod create;
 mod delete;
 mod list;
+pub(in crate::csi) mod mirror;
+mod place;
 mod publish;
 mod recover;
 pub mod request;
@@ -28,27 +30,50 @@ pub use recover::{Report, recover};
 pub use request::SizeRange;
 pub use service::ControllerService;
 
-use super::control::Control;
 use super::errors::Transient;
+use super::nodes::{Node, Nodes};
 use super::operations::{Operation, Operations, Subject};
-use crate::catalog::{Catalog, CreateError, NodeName, Object, Stored, UpdateError};
+use crate::catalog::{Catalog, CreateError, NodeName, Object, Stored, UpdateError, Volume};
 use crate::crash::crash_point;
+use std::collections::BTreeSet;
 
 /// The domain behind the Controller, GroupController and SnapshotMetadata services.
 pub struct Controller {
     pub(super) catalog: Catalog,
-    pub(super) control: Control,
+    pub(super) nodes: Nodes,
     pub(super) operations: Operations,
-    pub(super) node: NodeName,
     max_volumes_per_node: u32,
+    /// Whether volumes may have copies on several nodes.
+    mirrors: bool,
     publishing: publish::Publishing,
 }
 
 impl Controller {
-    /// A controller for the volumes of `node`, of which at most `max_volumes_per_node` are published at a time.
-    pub fn new(catalog: Catalog, control: Control, node: NodeName, max_volumes_per_node: u32) -> Self {
+    /// A controller for the volumes of `nodes`, of which at most `max_volumes_per_node` are published to one at a time.
+    pub fn new(catalog: Catalog, nodes: Nodes, max_volumes_per_node: u32) -> Self {
         let (operations, publishing) = (Operations::default(), publish::Publishing::default());
-        Self { catalog, control, operations, node, max_volumes_per_node, publishing }
+        Self { catalog, nodes, operations, max_volumes_per_node, mirrors: false, publishing }
+    }
+
+    /// The same, whose nodes can keep volumes with copies on several of them.
+    #[must_use]
+    pub fn with_mirrors(self) -> Self {
+        Self { mirrors: true, ..self }
+    }
+
+    /// The node that holds a volume with one copy.
+    pub(super) async fn home(&self, volume: &Volume) -> Result<Node, Transient> {
+        self.nodes.holder(volume.spec.node.as_ref()).await
+    }
+
+    /// Where the volume can be used.
+    pub(super) fn holders(&self, volume: &Volume) -> Vec<NodeName> {
+        match &volume.spec.mirror {
+            Some(mirror) => {
+                mirror.copies.values().map(|copy| copy.node.clone()).collect::<BTreeSet<_>>().into_iter().collect()
+            }
+            None => self.nodes.name_of(volume.spec.node.as_ref()).into_iter().collect(),
+        }
     }
 
     pub(super) fn start(&self, subject: Subject) -> Result<Operation, Transient> {
@@ -96,6 +121,12 @@ impl Controller {
             _ => Err(Transient::Conflict(format!("{} {key}", T::KIND))),
         }
     }
+}
+
+/// For messages.
+fn names<'a>(nodes: impl IntoIterator<Item = &'a NodeName>) -> String {
+    let names: Vec<_> = nodes.into_iter().map(|node| node.0.as_str()).collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
 impl From<CreateError> for Transient {

@@ -5,6 +5,8 @@
 
 use super::Controller;
 use super::create::short;
+use super::mirror::take_wish_back;
+use super::names;
 use super::request::{Publish, Unpublish, Validate};
 use crate::catalog::{Access, AccessMode, NodeName, Publication, Stored, Volume};
 use crate::csi::errors::{PublishError, UnpublishError, ValidateError};
@@ -48,10 +50,11 @@ impl Controller {
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let _volume = self.start(Subject::Volume(id))?;
         let mut stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
-        if wanted.node != self.node.0 {
-            return Err(PublishError::NodeNotFound { node: short(&wanted.node), here: self.node.clone() });
+        let node = NodeName(wanted.node.clone());
+        let holders = self.holders(&stored.object);
+        if !holders.contains(&node) {
+            return Err(self.not_here(id, node, &holders).await?);
         }
-        let node = self.node.clone();
         let capability = &wanted.capability;
         let publication = Publication { readonly: wanted.readonly, access: capability.access, mode: capability.mode };
         match stored.object.spec.publications.get(&node) {
@@ -64,9 +67,19 @@ impl Controller {
         }
         let ticket = self.publishing.enter(id);
         self.check_limit(&node, id, &ticket.earlier).await?;
+        self.wish_for(&mut stored.object, &node).await?;
         stored.object.spec.publications.insert(node, publication);
         self.update(stored).await?;
         Ok(())
+    }
+
+    /// Why a volume cannot be used on a node that holds no copy of it.
+    async fn not_here(&self, id: VolumeId, node: NodeName, holders: &[NodeName]) -> Result<PublishError, PublishError> {
+        if self.nodes.find(&node).await?.is_none() {
+            let known = names(self.nodes.all().await?.iter().map(|node| &node.name));
+            return Ok(PublishError::NodeNotFound { node: short(&node.0), known });
+        }
+        Ok(PublishError::NoCopy { id, node, holders: names(holders) })
     }
 
     async fn check_limit(
@@ -99,6 +112,7 @@ impl Controller {
             None => publications.clear(),
         }
         if publications.len() < before {
+            take_wish_back(&mut stored.object);
             self.update(stored).await?;
         }
         Ok(())
@@ -133,8 +147,9 @@ fn allows(volume: &Volume, wanted: Access) -> bool {
 
 /// The other node that keeps the volume from being used with this mode here.
 fn conflicting(volume: &Volume, mode: AccessMode) -> Option<NodeName> {
-    let publications = volume.spec.publications.iter();
-    let mut others = publications
-        .filter(|(_, other)| mode != AccessMode::MultiNodeReader || other.mode != AccessMode::MultiNodeReader);
+    let reads = |mode| mode == AccessMode::MultiNodeReader;
+    // Several copies have one primary, and it serves the readers, too.
+    let shared = |other: &Publication| reads(mode) && reads(other.mode) && volume.spec.mirror.is_none();
+    let mut others = volume.spec.publications.iter().filter(|(_, other)| !shared(other));
     others.next().map(|(node, _)| node.clone())
 }

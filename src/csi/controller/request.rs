@@ -8,9 +8,10 @@ use crate::csi::TOPOLOGY_KEY;
 use crate::csi::capability::Capability;
 use crate::csi::errors::{ArgumentError, RangeError};
 use crate::csi::parameters::{self, Changes, Parameters};
+use crate::placement::Place;
 use crate::rpc::csi;
 use crate::volume::{BLOCK_SIZE, MAX_VOLUME_BYTES, VolumeSize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
 
 /// A volume without a size gets this one.
 pub const DEFAULT_VOLUME_BYTES: u64 = 1 << 30;
@@ -68,27 +69,38 @@ impl TryFrom<Option<&csi::CapacityRange>> for SizeRange {
     }
 }
 
-/// `accessibility_requirements.requisite`: one of these must be reached. Preferences make no difference on one node.
+/// `accessibility_requirements`.
 #[derive(Clone, Debug, Default)]
-pub struct Requisite(Vec<BTreeMap<String, String>>);
+pub struct Places {
+    /// Some or all of these must be reached; none: anything will do.
+    pub requisite: Vec<Place>,
+    /// The better ones first.
+    pub preferred: Vec<Place>,
+}
 
-impl Requisite {
-    /// Whether what is made on this node satisfies it.
-    pub fn includes(&self, node: &NodeName) -> bool {
-        self.0.is_empty() || self.0.iter().any(|segments| is_here(segments, node))
+impl Places {
+    /// Whether what is on this node may be among what is asked for.
+    pub fn include(&self, node: &NodeName) -> bool {
+        self.requisite.is_empty() || self.requisite.iter().any(|place| place.includes(node))
     }
 }
 
-impl From<Option<csi::TopologyRequirement>> for Requisite {
+impl From<Option<csi::TopologyRequirement>> for Places {
     fn from(requirement: Option<csi::TopologyRequirement>) -> Self {
-        let requisite = requirement.map(|requirement| requirement.requisite).unwrap_or_default();
-        Self(requisite.into_iter().map(|topology| topology.segments.into_iter().collect()).collect())
+        let csi::TopologyRequirement { requisite, preferred } = requirement.unwrap_or_default();
+        let places = |all: Vec<csi::Topology>| all.iter().map(|topology| place(&topology.segments)).collect();
+        Self { requisite: places(requisite), preferred: places(preferred) }
     }
 }
 
-/// Whether the place with these segments includes the node: keys that are not ours describe places we know nothing of.
-pub fn is_here<'a>(segments: impl IntoIterator<Item = (&'a String, &'a String)>, node: &NodeName) -> bool {
-    segments.into_iter().all(|(key, value)| key.eq_ignore_ascii_case(TOPOLOGY_KEY) && *value == node.0)
+/// The place with these segments: keys that are not ours describe places that we know nothing of.
+fn place(segments: &HashMap<String, String>) -> Place {
+    let mut names = segments.iter().map(|(key, value)| key.eq_ignore_ascii_case(TOPOLOGY_KEY).then_some(value));
+    match (names.next(), names.next()) {
+        (None, _) => Place::Anywhere,
+        (Some(Some(name)), None) => Place::Node(NodeName(name.clone())),
+        (Some(_), _) => Place::Unknown,
+    }
 }
 
 /// What a volume is to be made from; the id is not looked up yet.
@@ -114,7 +126,7 @@ pub struct NewVolume {
     /// What its content is.
     pub source: Option<WantedSource>,
     /// Where it must be reachable.
-    pub requisite: Requisite,
+    pub places: Places,
 }
 
 impl TryFrom<csi::CreateVolumeRequest> for NewVolume {
@@ -125,7 +137,7 @@ impl TryFrom<csi::CreateVolumeRequest> for NewVolume {
         let parameters = Parameters::parse(&request.parameters, &request.mutable_parameters)?;
         let size = SizeRange::try_from(request.capacity_range.as_ref())?;
         let source = request.volume_content_source.map(wanted_source).transpose()?;
-        Ok(Self { name, size, parameters, access, source, requisite: request.accessibility_requirements.into() })
+        Ok(Self { name, size, parameters, access, source, places: request.accessibility_requirements.into() })
     }
 }
 
@@ -285,7 +297,7 @@ pub struct Capacity {
     /// How the volume would be used, if that is said.
     pub access: BTreeSet<Access>,
     /// The place; `None`: anywhere.
-    pub topology: Option<BTreeMap<String, String>>,
+    pub topology: Option<Place>,
 }
 
 impl TryFrom<csi::GetCapacityRequest> for Capacity {
@@ -294,7 +306,7 @@ impl TryFrom<csi::GetCapacityRequest> for Capacity {
         let parameters = Parameters::parse(&request.parameters, &Default::default())?;
         let none = request.volume_capabilities.is_empty();
         let access = if none { BTreeSet::new() } else { access(&request.volume_capabilities)? };
-        let topology = request.accessible_topology.map(|topology| topology.segments.into_iter().collect());
+        let topology = request.accessible_topology.map(|topology| place(&topology.segments));
         Ok(Self { parameters, access, topology })
     }
 }
@@ -357,7 +369,7 @@ pub struct NewSnapshot {
     /// Id of the source.
     pub volume: String,
     /// Where it must be usable.
-    pub requisite: Requisite,
+    pub places: Places,
 }
 
 impl TryFrom<csi::CreateSnapshotRequest> for NewSnapshot {
@@ -366,7 +378,7 @@ impl TryFrom<csi::CreateSnapshotRequest> for NewSnapshot {
         let name = name("name", request.name)?;
         let volume = present("source_volume_id", request.source_volume_id)?;
         parameters::parse_snapshot(&request.parameters)?;
-        Ok(Self { name, volume, requisite: request.accessibility_requirements.into() })
+        Ok(Self { name, volume, places: request.accessibility_requirements.into() })
     }
 }
 
@@ -438,13 +450,12 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_here_if_all_its_segments_are() {
-        let node = NodeName("alpha".into());
-        let place = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
-            pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
-        };
-        assert!(is_here(&place(&[(TOPOLOGY_KEY, "alpha")]), &node));
-        assert!(!is_here(&place(&[(TOPOLOGY_KEY, "beta")]), &node));
-        assert!(!is_here(&place(&[(TOPOLOGY_KEY, "alpha"), ("topology.example/zone", "z")]), &node));
+    fn a_place_is_a_node_if_nothing_else_is_said_of_it() {
+        let place = |pairs: &[(&str, &str)]| place(&pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect());
+        assert_eq!(place(&[(TOPOLOGY_KEY, "alpha")]), Place::Node(NodeName("alpha".into())));
+        assert_eq!(place(&[(&TOPOLOGY_KEY.to_uppercase(), "alpha")]), Place::Node(NodeName("alpha".into())));
+        assert_eq!(place(&[]), Place::Anywhere);
+        assert_eq!(place(&[(TOPOLOGY_KEY, "alpha"), ("topology.example/zone", "z")]), Place::Unknown);
+        assert_eq!(place(&[("topology.example/zone", "z")]), Place::Unknown);
     }
 }

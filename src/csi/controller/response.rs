@@ -11,13 +11,13 @@ pub fn bytes(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
-/// The place that is this node.
+/// The place that is a node.
 pub fn topology(node: &NodeName) -> csi::Topology {
     csi::Topology { segments: HashMap::from([(TOPOLOGY_KEY.to_owned(), node.0.clone())]) }
 }
 
-/// A volume that is reachable from `node`.
-pub fn volume(volume: &Volume, node: &NodeName) -> csi::Volume {
+/// A volume that is reachable from each of `nodes`.
+pub fn volume(volume: &Volume, nodes: &[NodeName]) -> csi::Volume {
     let source = volume.request.source.map(|source| match source {
         Source::Snapshot(id) => Type::Snapshot(SnapshotSource { snapshot_id: id.to_string() }),
         Source::Volume(id) => Type::Volume(VolumeSource { volume_id: id.to_string() }),
@@ -28,7 +28,7 @@ pub fn volume(volume: &Volume, node: &NodeName) -> csi::Volume {
         // Nothing that a node needs: it asks its replica.
         volume_context: HashMap::new(),
         content_source: source.map(|source| csi::VolumeContentSource { r#type: Some(source) }),
-        accessible_topology: vec![topology(node)],
+        accessible_topology: nodes.iter().map(topology).collect(),
     }
 }
 
@@ -50,7 +50,7 @@ pub fn snapshot(snapshot: &Snapshot) -> Option<csi::Snapshot> {
         creation_time: Some(timestamp(created_ms)),
         ready_to_use: true,
         group_snapshot_id: snapshot.group.map(|group| group.to_string()).unwrap_or_default(),
-        // Optional, and with one node it says nothing. csi-sanity v5.6.0 compares Go structures with their internals here,
+        // Optional: where it can be restored is asked and answered when that is done. csi-sanity v5.6.0 compares Go structures with their internals here,
         // so that every driver that fills this in fails.
         accessible_topology: Vec::new(),
     })

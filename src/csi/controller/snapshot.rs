@@ -5,12 +5,14 @@
 
 use super::Controller;
 use super::create::short;
+use super::mirror::single;
+use super::names;
 use super::request::NewSnapshot;
 use crate::catalog::{Descriptor, Snapshot, SnapshotStatus, Stored, Volume};
 use crate::csi::control::ControlError;
 use crate::csi::errors::{CreateSnapshotError, DeleteSnapshotError, GetSnapshotError, Transient};
 use crate::csi::operations::Subject;
-use crate::rpc::control::{self, EnsureSnapshotsRequest, ensure_snapshots_request::Item};
+use crate::rpc::control::{self, ensure_snapshots_request::Item};
 use crate::volume::{SnapshotId, VolumeId, VolumeSize};
 
 impl Controller {
@@ -45,20 +47,23 @@ impl Controller {
         let missing = || CreateSnapshotError::SourceNotFound(short(&wanted.volume));
         let volume: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let source = self.get::<Volume>(volume).await?;
-        source.filter(|stored| stored.object.is_visible()).ok_or_else(missing)?;
-        if !wanted.requisite.includes(&self.node) {
-            return Err(CreateSnapshotError::NotHere(self.node.clone()));
+        let source = source.filter(|stored| stored.object.is_visible()).ok_or_else(missing)?.object;
+        single(&source, "snapshotted")?;
+        let holders = self.holders(&source);
+        if !holders.iter().any(|node| wanted.places.include(node)) {
+            return Err(CreateSnapshotError::NotHere(names(&holders)));
         }
+        let node = source.spec.node;
         let (id, name) = (SnapshotId::random(), Some(wanted.name.clone()));
         let status = SnapshotStatus::Creating;
-        Ok(self.create(Snapshot { id, name, volume, group: None, deleted: false, status }).await?)
+        Ok(self.create(Snapshot { id, name, volume, group: None, node, deleted: false, status }).await?)
     }
 
     async fn take_snapshot(&self, mut stored: Stored<Snapshot>) -> Result<Snapshot, CreateSnapshotError> {
-        let Snapshot { id, name, volume, .. } = stored.object.clone();
+        let Snapshot { id, name, volume, node, .. } = stored.object.clone();
         let descriptor = Descriptor::Snapshot { name, group: None }.encode();
         let item = Item { snapshot_id: id.to_string(), volume_id: volume.to_string(), descriptor };
-        let refusal = match self.seal(vec![item]).await {
+        let refusal = match self.nodes.holder(node.as_ref()).await?.seal(vec![item]).await {
             Ok(sealed) => {
                 stored.object.status = ready(id, &sealed)?;
                 // Persist before the caller learns the id.
@@ -72,12 +77,6 @@ impl Controller {
         };
         self.finish_snapshot_deletion(stored).await?;
         Err(refusal)
-    }
-
-    /// Has the replica take the snapshots at one point in time.
-    pub(in crate::csi) async fn seal(&self, items: Vec<Item>) -> Result<Vec<control::Snapshot>, ControlError> {
-        let answer = self.control.client().ensure_snapshots(EnsureSnapshotsRequest { items }).await?;
-        Ok(answer.into_inner().snapshots)
     }
 
     async fn finish_snapshot_deletion(&self, stored: Stored<Snapshot>) -> Result<(), Transient> {

@@ -14,32 +14,43 @@ use crate::csi::operations::Subject;
 use crate::rpc::control::GetVolumeRequest;
 
 impl Controller {
-    /// Finishes everything that an earlier process left. Stops at the first thing that cannot be done now; the caller
-    /// tries again later.
+    /// Finishes everything that an earlier process left. What cannot be done now, because its node is down, is the
+    /// error; the caller tries again later.
     pub async fn sweep(&self) -> Result<(), Transient> {
+        let mut result = Ok(());
         for stored in self.all::<Volume>().await? {
-            self.sweep_volume(stored).await?;
+            result = result.and(self.sweep_volume(stored).await);
         }
         for stored in self.all::<GroupSnapshot>().await? {
-            if stored.object.deleted || stored.object.status == GroupStatus::Creating {
-                let Ok(_name) = self.start(Subject::GroupName(stored.object.name.clone())) else { continue };
-                let Ok(_group) = self.start(Subject::Group(stored.object.id)) else { continue };
-                self.same(&stored).await?;
-                self.erase_group(stored).await?;
-            }
+            result = result.and(self.sweep_group(stored).await);
         }
         for stored in self.all::<Snapshot>().await? {
-            if stored.object.group.is_none()
-                && (stored.object.deleted || stored.object.status == SnapshotStatus::Creating)
-            {
-                let name = stored.object.name.clone().unwrap_or_default();
-                let Ok(_name) = self.start(Subject::SnapshotName(name)) else { continue };
-                let Ok(_snapshot) = self.start(Subject::Snapshot(stored.object.id)) else { continue };
-                self.same(&stored).await?;
-                self.erase_snapshot(stored).await.map_err(transient)?;
-            }
+            result = result.and(self.sweep_snapshot(stored).await);
         }
-        Ok(())
+        result
+    }
+
+    async fn sweep_group(&self, stored: Stored<GroupSnapshot>) -> Result<(), Transient> {
+        if !stored.object.deleted && stored.object.status != GroupStatus::Creating {
+            return Ok(());
+        }
+        // Whoever holds these is doing it now.
+        let Ok(_name) = self.start(Subject::GroupName(stored.object.name.clone())) else { return Ok(()) };
+        let Ok(_group) = self.start(Subject::Group(stored.object.id)) else { return Ok(()) };
+        self.same(&stored).await?;
+        self.erase_group(stored).await
+    }
+
+    async fn sweep_snapshot(&self, stored: Stored<Snapshot>) -> Result<(), Transient> {
+        let half = stored.object.deleted || stored.object.status == SnapshotStatus::Creating;
+        if !half || stored.object.group.is_some() {
+            return Ok(());
+        }
+        let name = stored.object.name.clone().unwrap_or_default();
+        let Ok(_name) = self.start(Subject::SnapshotName(name)) else { return Ok(()) };
+        let Ok(_snapshot) = self.start(Subject::Snapshot(stored.object.id)) else { return Ok(()) };
+        self.same(&stored).await?;
+        self.erase_snapshot(stored).await.map_err(transient)
     }
 
     async fn sweep_volume(&self, stored: Stored<Volume>) -> Result<(), Transient> {
@@ -74,7 +85,8 @@ impl Controller {
             return Ok(false);
         }
         let request = GetVolumeRequest { volume_id: volume.id.to_string() };
-        match self.control.client().get_volume(request).await.map_err(ControlError::from) {
+        let control = self.home(volume).await?.control;
+        match control.client().get_volume(request).await.map_err(|status| control.refusal(status)) {
             Ok(_) => Ok(true),
             Err(ControlError::NotFound(_)) => Ok(false),
             Err(error) => Err(error.into()),

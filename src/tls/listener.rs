@@ -1,9 +1,9 @@
-//! Connections to the catalogue: accepted, shaken hands with, and known by their certificates.
+//! Connections to a gRPC server for other machines: accepted, shaken hands with, and known by their certificates.
 //!
 //! Invariants: at most [`MAX_HANDSHAKES`] callers are in theirs and [`MAX_CONNECTIONS`] are let in; a refusal disturbs no
 //! other connection.
 
-use crate::tls::{Credentials, HandshakeError, Identity, peer_identity};
+use super::{Credentials, HandshakeError, Identity, Role, peer_identity};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -31,10 +31,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Who calls, by its certificate.
 #[derive(Clone)]
-pub(super) struct Caller(pub Identity);
+pub struct Caller(pub Identity);
 
 /// A connection whose caller is known.
-pub(super) struct Connection {
+pub struct Connection {
     stream: TlsStream<TcpStream>,
     caller: Caller,
     _place: OwnedSemaphorePermit,
@@ -65,19 +65,40 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Callers that were let in. Ends accepting when the stream is dropped.
-pub(super) fn incoming(listener: TcpListener, credentials: Arc<Credentials>) -> ReceiverStream<io::Result<Connection>> {
-    let (send, receive) = mpsc::channel(1);
-    tokio::spawn(async move {
-        tokio::select! {
-            () = accept_all(listener, credentials, &send) => {}
-            () = send.closed() => {}
-        }
-    });
-    ReceiverStream::new(receive)
+/// A port at which callers with a certificate of the cluster are let in.
+pub struct Port {
+    /// Where.
+    pub listener: TcpListener,
+    /// Whose certificates count.
+    pub credentials: Arc<Credentials>,
+    /// As what callers come; `None`: anybody of the cluster.
+    pub role: Option<Role>,
 }
 
-async fn accept_all(listener: TcpListener, credentials: Arc<Credentials>, send: &mpsc::Sender<io::Result<Connection>>) {
+impl Port {
+    /// Callers that were let in. Ends accepting when the stream is dropped.
+    pub fn incoming(self) -> ReceiverStream<io::Result<Connection>> {
+        let (send, receive) = mpsc::channel(1);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = accept_all(Arc::new(self), &send) => {}
+                () = send.closed() => {}
+            }
+        });
+        ReceiverStream::new(receive)
+    }
+
+    async fn handshake(&self, socket: TcpStream) -> Result<(TlsStream<TcpStream>, Caller), HandshakeError> {
+        socket.set_nodelay(true)?;
+        let config = self.credentials.current().server(self.role);
+        let config = config.map_err(|error| HandshakeError::Protocol(error.to_string()))?;
+        let stream = TlsAcceptor::from(config).accept(socket).await?;
+        let caller = peer_identity(stream.get_ref().1).ok_or(HandshakeError::NoCertificate)?;
+        Ok((stream, Caller(caller)))
+    }
+}
+
+async fn accept_all(port: Arc<Port>, send: &mpsc::Sender<io::Result<Connection>>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut handshakes = JoinSet::new();
     loop {
@@ -86,12 +107,10 @@ async fn accept_all(listener: TcpListener, credentials: Arc<Credentials>, send: 
             handshakes.join_next().await;
         }
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((socket, from)) => {
-                handshakes.spawn(admit(Arc::clone(&credentials), socket, from, place, send.clone()));
-            }
+        match port.listener.accept().await {
+            Ok((socket, from)) => drop(handshakes.spawn(admit(Arc::clone(&port), socket, from, place, send.clone()))),
             Err(error) => {
-                tracing::warn!(%error, "the catalogue cannot accept a connection");
+                tracing::warn!(%error, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -99,28 +118,17 @@ async fn accept_all(listener: TcpListener, credentials: Arc<Credentials>, send: 
 }
 
 async fn admit(
-    credentials: Arc<Credentials>,
+    port: Arc<Port>,
     socket: TcpStream,
     from: SocketAddr,
     place: OwnedSemaphorePermit,
     send: mpsc::Sender<io::Result<Connection>>,
 ) {
     let slow = || io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long");
-    let attempt = timeout(HANDSHAKE_LIMIT, handshake(&credentials, socket)).await;
+    let attempt = timeout(HANDSHAKE_LIMIT, port.handshake(socket)).await;
     match attempt.unwrap_or_else(|_| Err(HandshakeError::Connection(slow()))) {
         // A server that is ending takes nobody.
         Ok((stream, caller)) => drop(send.send(Ok(Connection { stream, caller, _place: place })).await),
-        Err(error) => tracing::warn!(from = %from.ip(), %error, "a caller of the catalogue was not let in"),
+        Err(error) => tracing::warn!(from = %from.ip(), %error, "a caller was not let in"),
     }
-}
-
-async fn handshake(
-    credentials: &Credentials,
-    socket: TcpStream,
-) -> Result<(TlsStream<TcpStream>, Caller), HandshakeError> {
-    socket.set_nodelay(true)?;
-    let config = credentials.current().server(None).map_err(|error| HandshakeError::Protocol(error.to_string()))?;
-    let stream = TlsAcceptor::from(config).accept(socket).await?;
-    let caller = peer_identity(stream.get_ref().1).ok_or(HandshakeError::NoCertificate)?;
-    Ok((stream, Caller(caller)))
 }

@@ -1,0 +1,165 @@
+//! Volumes with copies on several nodes, as far as the controller decides: where the copies shall be, and the wish.
+//!
+//! Invariants: ids of copies are given out before any of them is made; the first configuration is written before a node
+//! may act on it, and no other one here; a volume is ready when every copy is durably on its node, and forgotten when none is.
+
+use super::{Controller, names};
+use crate::catalog::{CopySpec, MirrorSpec, NodeName, Replication, Stored, Volume, VolumeConfiguration, VolumePhase};
+use crate::csi::errors::{ArgumentError, CreateVolumeError, PublishError, Transient};
+use crate::csi::parameters::{ParameterError, Parameters};
+use crate::placement::Choice;
+use crate::protocol::Configuration;
+use crate::rpc::csi::{self, VolumeHealthErrorType, volume_health::VolumeHealthEntry};
+use crate::volume::{InstanceId, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+/// How long a call waits for the nodes; external-provisioner gives up after 15 s and repeats it.
+const COPIES_LIMIT: Duration = Duration::from_secs(10);
+/// How often it looks: nodes make a copy within a second.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How many copies a volume has.
+pub(super) fn copies(replication: Replication) -> usize {
+    match replication {
+        Replication::None => 1,
+        Replication::Sync { replicas } => usize::from(replicas),
+    }
+}
+
+/// What the volume shall be where it is placed.
+pub(super) fn placed(replication: Replication, choices: Vec<Choice>) -> (Option<NodeName>, Option<MirrorSpec>) {
+    if replication == Replication::None {
+        return (choices.into_iter().next().map(|choice| choice.node), None);
+    }
+    // The first choice gets the smallest id: that is how `first_configuration` finds it, also after a crash.
+    let ids: BTreeSet<_> = choices.iter().map(|_| InstanceId::random()).collect();
+    let copy = |Choice { node, pool }| CopySpec { node, pool };
+    let copies: BTreeMap<_, _> = ids.into_iter().zip(choices.into_iter().map(copy)).collect();
+    (None, Some(MirrorSpec { primary: None, copies }))
+}
+
+/// Refuses what can be done with a single copy only.
+pub(in crate::csi) fn single(volume: &Volume, done: &'static str) -> Result<(), ArgumentError> {
+    if volume.spec.mirror.is_some() { Err(ArgumentError::Mirrored { id: volume.id, done }) } else { Ok(()) }
+}
+
+impl Controller {
+    /// Refuses a replication that this installation cannot keep.
+    pub(super) fn can_replicate(&self, parameters: &Parameters) -> Result<(), ArgumentError> {
+        match parameters.replication {
+            Replication::None => Ok(()),
+            Replication::Sync { .. } if self.nodes.is_alone() => Err(ParameterError::Alone.into()),
+            Replication::Sync { .. } if self.mirrors => Ok(()),
+            Replication::Sync { .. } => Err(ParameterError::NotAvailable { value: "sync".to_owned() }.into()),
+        }
+    }
+
+    /// Waits until the nodes have made every copy, and writes down that it is so.
+    pub(super) async fn make_mirror(&self, stored: Stored<Volume>) -> Result<Volume, CreateVolumeError> {
+        let id = stored.object.id;
+        self.first_configuration(&stored.object).await?;
+        let deadline = Instant::now() + COPIES_LIMIT;
+        loop {
+            let missing_volume = || Transient::Conflict(format!("volume {id}"));
+            let mut now = self.get::<Volume>(id).await?.ok_or_else(missing_volume)?;
+            let missing = without(&now.object, |copy| !now.object.status.copies.contains(copy));
+            if missing.is_empty() {
+                now.object.status.phase = VolumePhase::Ready;
+                // Persist before the caller learns the id.
+                return Ok(self.update(now).await?.object);
+            }
+            if Instant::now() >= deadline {
+                return Err(Transient::Waiting { id, done: "made", nodes: names(&missing) }.into());
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn first_configuration(&self, volume: &Volume) -> Result<(), Transient> {
+        let Some(mirror) = &volume.spec.mirror else { return Ok(()) };
+        let mut copies: BTreeSet<_> = mirror.copies.keys().copied().collect();
+        let Some(primary) = copies.pop_first() else { return Ok(()) };
+        if self.get::<VolumeConfiguration>(volume.id).await?.is_some() {
+            return Ok(());
+        }
+        let first = Configuration::first(self.catalog.generation().await?, primary, copies);
+        self.create(VolumeConfiguration::new(volume.id, &first)).await?;
+        Ok(())
+    }
+
+    /// Waits until no node has a copy of a volume that shall not be, then forgets its configuration.
+    pub(super) async fn erase_mirror(&self, id: VolumeId) -> Result<(), Transient> {
+        let deadline = Instant::now() + COPIES_LIMIT;
+        while let Some(now) = self.get::<Volume>(id).await? {
+            if now.object.status.copies.is_empty() {
+                break;
+            }
+            if Instant::now() >= deadline {
+                let left = without(&now.object, |copy| now.object.status.copies.contains(copy));
+                return Err(Transient::Waiting { id, done: "removed", nodes: names(&left) });
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        match self.get::<VolumeConfiguration>(id).await? {
+            Some(configuration) => self.remove(&configuration).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the wish into the volume: its copy on the node shall be primary. Only a member may become that.
+    pub(super) async fn wish_for(&self, volume: &mut Volume, node: &NodeName) -> Result<(), PublishError> {
+        let id = volume.id;
+        let Some(mirror) = &mut volume.spec.mirror else { return Ok(()) };
+        let Some(copy) = mirror.copies_on(node).map(|(copy, _)| copy).next() else { return Ok(()) };
+        if !self.configuration(id).await?.is_some_and(|configuration| configuration.is_member(copy)) {
+            return Err(PublishError::NotUpToDate { id, node: node.clone() });
+        }
+        mirror.primary = Some(copy);
+        Ok(())
+    }
+
+    async fn configuration(&self, id: VolumeId) -> Result<Option<Configuration>, Transient> {
+        let stored = self.get::<VolumeConfiguration>(id).await?;
+        let read = stored.map(|stored| Configuration::try_from(&stored.object)).transpose();
+        read.map_err(|error| Transient::Conflict(error.to_string()))
+    }
+
+    /// Whether every copy that is wanted has every acknowledged write.
+    pub(super) async fn mirror_health(&self, volume: &Volume) -> Result<csi::VolumeHealth, Transient> {
+        let configuration = self.configuration(volume.id).await?;
+        let is_member = |copy: &InstanceId| configuration.as_ref().is_some_and(|now| now.is_member(*copy));
+        let behind = without(volume, |copy| !is_member(copy));
+        let wanted = volume.spec.mirror.as_ref().map_or(0, |mirror| mirror.copies.len());
+        let mut health_statuses = Vec::new();
+        if !behind.is_empty() {
+            let good = wanted - behind.len();
+            let status = if good == 0 { VolumeHealthErrorType::Inaccessible } else { VolumeHealthErrorType::Degraded };
+            let message = format!(
+                "{good} of {wanted} copies have every acknowledged write; not the ones on {}: they are brought up to date \
+                 as soon as their nodes are reached",
+                names(&behind)
+            );
+            let reason = "CopyOutdated".to_owned();
+            health_statuses.push(VolumeHealthEntry { status: status.into(), reason, message });
+        }
+        Ok(csi::VolumeHealth { volume_id: volume.id.to_string(), health_statuses })
+    }
+}
+
+/// A wish for a node that the volume is no longer published to is taken back.
+pub(super) fn take_wish_back(volume: &mut Volume) {
+    let published: BTreeSet<_> = volume.spec.publications.keys().cloned().collect();
+    if let Some(mirror) = &mut volume.spec.mirror {
+        let kept = |copy: &InstanceId| mirror.copies.get(copy).is_some_and(|spec| published.contains(&spec.node));
+        mirror.primary = mirror.primary.filter(kept);
+    }
+}
+
+/// The nodes whose copies are like that. A copy that nobody wants any more has no node, and counts by its id.
+fn without(volume: &Volume, like_that: impl Fn(&InstanceId) -> bool) -> Vec<NodeName> {
+    let wanted = volume.spec.mirror.iter().flat_map(|mirror| &mirror.copies);
+    let mut nodes: Vec<_> = wanted.filter(|(copy, _)| like_that(copy)).map(|(_, spec)| spec.node.clone()).collect();
+    nodes.sort();
+    nodes
+}

@@ -1,0 +1,98 @@
+//! Where a new volume goes, and GetCapacity: what could go where.
+//!
+//! Invariants: a node that does not answer is never chosen; where one of those might be the only place, the answer is "not
+//! now" with its name, and nothing is made. The replica has the last word on bytes.
+
+use super::create::smallest;
+use super::mirror::copies;
+use super::request::{Capacity, NewVolume};
+use super::{Controller, names, response};
+use crate::catalog::NodeName;
+use crate::csi::errors::{CapacityError, CreateVolumeError, Transient};
+use crate::csi::nodes::Pools;
+use crate::placement::{self, Choice, Place, Refusal, Wanted};
+use crate::rpc::csi;
+use crate::volume::VolumeSize;
+
+impl Controller {
+    /// The places for the copies of a volume of this size, the best first.
+    pub(super) async fn place(&self, wanted: &NewVolume, size: VolumeSize) -> Result<Vec<Choice>, CreateVolumeError> {
+        let Pools { pools, silent } = self.nodes.pools().await?;
+        if pools.is_empty() && silent.is_empty() {
+            return Err(Transient::NoNode("there is no node with a pool".to_owned()).into());
+        }
+        let asked = Wanted {
+            pool: &wanted.parameters.pool,
+            bytes: certain(size),
+            copies: copies(wanted.parameters.replication),
+            requisite: &wanted.places.requisite,
+            preferred: &wanted.places.preferred,
+        };
+        let refusal = match placement::choose(&pools, &asked) {
+            Ok(choices) => return Ok(choices),
+            Err(refusal) => refusal,
+        };
+        let may_help = |node: &NodeName| asked.copies > 1 || wanted.places.include(node);
+        match silent.into_iter().find(|(node, _)| may_help(node)) {
+            Some((_, error)) => Err(Transient::Replica(error).into()),
+            None => Err(refusal.into()),
+        }
+    }
+
+    /// A volume with a source goes where the source is.
+    pub(super) fn place_beside(
+        &self,
+        wanted: &NewVolume,
+        source: Option<&NodeName>,
+    ) -> Result<NodeName, CreateVolumeError> {
+        let holder = self.nodes.name_of(source);
+        if let Some(holder) = holder.as_ref().filter(|holder| wanted.places.include(holder)) {
+            return Ok(holder.clone());
+        }
+        let holder = names(&holder);
+        let text = format!("the source is on {holder}, and the volume must be reachable from other nodes only");
+        Err(CreateVolumeError::NotHere(text))
+    }
+
+    /// What can be created with these parameters at this place. A pool that is not there has no room.
+    pub async fn capacity(&self, wanted: Capacity) -> Result<csi::GetCapacityResponse, CapacityError> {
+        self.can_replicate(&wanted.parameters)?;
+        let Pools { mut pools, silent } = self.nodes.pools().await?;
+        let place = wanted.topology.unwrap_or(Place::Anywhere);
+        if let Some((_, error)) = silent.into_iter().find(|(node, _)| place.includes(node)) {
+            // Less than there is would be believed.
+            return Err(Transient::Replica(error).into());
+        }
+        let (pool, copies) = (wanted.parameters.pool.as_str(), copies(wanted.parameters.replication));
+        let asked = Wanted { pool, bytes: 1, copies, requisite: std::slice::from_ref(&place), preferred: &[] };
+        let largest = placement::largest(&pools, &asked);
+        pools.retain(|known| known.pool == pool && place.includes(&known.node));
+        // Of several copies, what the smallest of them leaves is all that is certain.
+        let free = pools.iter().map(|pool| pool.free).fold(0, u64::saturating_add);
+        let available = if copies > 1 { largest } else { free };
+        let minimum = smallest(wanted.parameters.fs_type, &wanted.access);
+        Ok(csi::GetCapacityResponse {
+            available_capacity: response::bytes(available),
+            maximum_volume_size: Some(response::bytes(largest)),
+            minimum_volume_size: Some(response::bytes(minimum)),
+        })
+    }
+}
+
+/// What a pool must be able to take for certain: what it announces is rounded down to whole MiB, so about the rest of the
+/// size its replica decides.
+fn certain(size: VolumeSize) -> u64 {
+    const MIB: u64 = 1 << 20;
+    size.bytes() / MIB * MIB
+}
+
+impl From<Refusal> for CreateVolumeError {
+    fn from(refusal: Refusal) -> Self {
+        let text = refusal.to_string();
+        match refusal {
+            Refusal::UnknownPool { pool, known } => Self::UnknownPool { pool, place: "on any node".to_owned(), known },
+            Refusal::NotThere { .. } => Self::NotHere(text),
+            Refusal::TooFewNodes { .. } | Refusal::NoRoom { .. } => Self::NoRoom(text),
+        }
+    }
+}

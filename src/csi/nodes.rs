@@ -1,0 +1,187 @@
+//! The nodes of the installation, and the way to the replica of each.
+//!
+//! Invariants: which node a volume is on is read from the catalogue, never guessed; a node that does not answer is named
+//! in the error, and stops nothing that does not need it.
+
+use super::control::{Control, ControlError};
+use super::errors::Transient;
+use crate::catalog::{self, Catalog, NodeName};
+use crate::placement;
+use crate::rpc::control::ensure_snapshots_request::Item;
+use crate::rpc::control::{self, EnsureSnapshotsRequest, ListPoolsRequest, ListVolumesRequest};
+use crate::tls::Credentials;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::task::JoinSet;
+
+/// A node, and the way to its replica.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its name in topologies.
+    pub name: NodeName,
+    /// Its replica.
+    pub control: Control,
+}
+
+/// All of them.
+#[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "a process has one of these")]
+pub enum Nodes {
+    /// This machine, whatever it is called: `tandem standalone`.
+    Alone(Node),
+    /// Those that have announced themselves in the catalogue of a cluster.
+    Announced(Announced),
+}
+
+/// The nodes of a cluster; clones are the same ones.
+#[derive(Clone)]
+pub struct Announced(Arc<Cluster>);
+
+struct Cluster {
+    catalog: Catalog,
+    credentials: Arc<Credentials>,
+    /// The setting of the whole cluster.
+    encrypted: bool,
+    /// Connections by the address that they were made for: a node that comes back elsewhere gets a new one.
+    known: Mutex<BTreeMap<(NodeName, SocketAddr), Control>>,
+}
+
+/// The pools of all nodes, as far as they answer.
+#[derive(Debug, Default)]
+pub struct Pools {
+    /// Of those that do.
+    pub pools: Vec<placement::Pool>,
+    /// Of those that do not.
+    pub silent: Vec<(NodeName, ControlError)>,
+}
+
+impl Announced {
+    /// The nodes in this catalogue, called with these certificates. New copies go only to those whose connections to other
+    /// replicas are encrypted or not, as said.
+    pub fn new(catalog: Catalog, credentials: Arc<Credentials>, encrypted: bool) -> Self {
+        Self(Arc::new(Cluster { catalog, credentials, encrypted, known: Mutex::default() }))
+    }
+
+    fn node(&self, node: catalog::Node) -> Node {
+        let catalog::Node { name, control: address, .. } = node;
+        let mut known = self.0.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|(other, at), _| *other != name || *at == address);
+        let control = known.entry((name.clone(), address));
+        let control =
+            control.or_insert_with(|| Control::remote(name.clone(), address, Arc::clone(&self.0.credentials)));
+        Node { control: control.clone(), name }
+    }
+
+    async fn get(&self, name: &NodeName) -> Result<Option<Node>, Transient> {
+        let stored = self.0.catalog.get::<catalog::Node>(&name.0).await?;
+        Ok(stored.map(|stored| self.node(stored.object)))
+    }
+
+    async fn list(&self) -> Result<Vec<(Node, bool)>, Transient> {
+        let stored = self.0.catalog.list::<catalog::Node>().await?.into_iter();
+        Ok(stored
+            .map(|stored| (stored.object.encrypted, stored.object))
+            .map(|(e, node)| (self.node(node), e))
+            .collect())
+    }
+}
+
+impl Nodes {
+    /// Whether there is but one node, and that is this machine.
+    pub fn is_alone(&self) -> bool {
+        matches!(self, Self::Alone(_))
+    }
+
+    /// All nodes, by name.
+    pub async fn all(&self) -> Result<Vec<Node>, Transient> {
+        match self {
+            Self::Alone(node) => Ok(vec![node.clone()]),
+            Self::Announced(nodes) => Ok(nodes.list().await?.into_iter().map(|(node, _)| node).collect()),
+        }
+    }
+
+    /// The node of that name, if it has ever announced itself.
+    pub async fn find(&self, name: &NodeName) -> Result<Option<Node>, Transient> {
+        match self {
+            Self::Alone(node) => Ok((node.name == *name).then(|| node.clone())),
+            Self::Announced(nodes) => nodes.get(name).await,
+        }
+    }
+
+    /// The node that holds what the catalogue says is on `place`.
+    pub async fn holder(&self, place: Option<&NodeName>) -> Result<Node, Transient> {
+        let nodes = match self {
+            Self::Alone(node) => return Ok(node.clone()),
+            Self::Announced(nodes) => nodes,
+        };
+        let Some(name) = place else {
+            return Err(Transient::NoNode("the catalogue is of a single machine and does not say which".to_owned()));
+        };
+        nodes.get(name).await?.ok_or_else(|| Transient::NoNode(format!("node {name} has not announced itself")))
+    }
+
+    /// What [`Nodes::holder`] is called; needs no look at the nodes.
+    pub fn name_of(&self, place: Option<&NodeName>) -> Option<NodeName> {
+        match self {
+            Self::Alone(node) => Some(node.name.clone()),
+            Self::Announced(_) => place.cloned(),
+        }
+    }
+
+    /// Nodes that may get new copies; a node with another setting of encryption than the cluster is none of them.
+    async fn fitting(&self) -> Result<Vec<Node>, Transient> {
+        let Self::Announced(nodes) = self else { return self.all().await };
+        let (fit, other): (Vec<_>, Vec<_>) =
+            nodes.list().await?.into_iter().partition(|(_, e)| *e == nodes.0.encrypted);
+        for (node, encrypted) in other {
+            let (theirs, ours) = if encrypted { ("on", "off") } else { ("off", "on") };
+            tracing::warn!(node = %node.name, "it has --encryption {theirs} and this cluster {ours}: it gets no copies");
+        }
+        Ok(fit.into_iter().map(|(node, _)| node).collect())
+    }
+
+    /// What can be promised where; all nodes are asked at once.
+    pub async fn pools(&self) -> Result<Pools, Transient> {
+        let mut asked = JoinSet::new();
+        for node in self.fitting().await? {
+            asked.spawn(async move { (node.pools().await, node.name) });
+        }
+        let mut found = Pools::default();
+        for (answer, name) in asked.join_all().await {
+            match answer {
+                Ok(pools) => found.pools.extend(pools.into_iter().map(|pool| pool_at(&name, pool))),
+                Err(error) => found.silent.push((name, error)),
+            }
+        }
+        // The order of answers is luck.
+        found.pools.sort_by(|a, b| (&a.node, &a.pool).cmp(&(&b.node, &b.pool)));
+        found.silent.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(found)
+    }
+}
+
+impl Node {
+    /// Its pools.
+    pub async fn pools(&self) -> Result<Vec<control::Pool>, ControlError> {
+        let answer = self.control.client().list_pools(ListPoolsRequest {}).await;
+        Ok(answer.map_err(|status| self.control.refusal(status))?.into_inner().pools)
+    }
+
+    /// Takes the snapshots at one point in time.
+    pub async fn seal(&self, items: Vec<Item>) -> Result<Vec<control::Snapshot>, ControlError> {
+        let answer = self.control.client().ensure_snapshots(EnsureSnapshotsRequest { items }).await;
+        Ok(answer.map_err(|status| self.control.refusal(status))?.into_inner().snapshots)
+    }
+
+    /// Every copy that it has.
+    pub async fn copies(&self) -> Result<Vec<control::Volume>, ControlError> {
+        let answer = self.control.client().list_volumes(ListVolumesRequest {}).await;
+        Ok(answer.map_err(|status| self.control.refusal(status))?.into_inner().volumes)
+    }
+}
+
+fn pool_at(node: &NodeName, pool: control::Pool) -> placement::Pool {
+    let free = pool.capacity_bytes.saturating_sub(pool.promised_bytes);
+    placement::Pool { node: node.clone(), pool: pool.name, free, largest: pool.largest_volume_bytes.min(free) }
+}
