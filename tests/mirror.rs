@@ -11,7 +11,7 @@ mod relay;
 #[path = "engine/rig.rs"]
 mod rig;
 
-use lab::{CHILD, Lab, both_up_to_date, check, compare, content, until, write};
+use lab::{CHILD, Lab, Stop, both_up_to_date, check, compare, content, until, write};
 use node::Node;
 use relay::Relay;
 use rig::runtime;
@@ -19,7 +19,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tandem::replica::device::loop_device;
 use tandem::replica::engine::{CopyState, IoChoice};
@@ -128,8 +128,8 @@ fn a_flush_is_on_stable_media_of_both() {
 #[test]
 fn a_snapshot_is_the_same_on_both_copies() {
     attached(Lab::new(64 * MIB), async |_, one, two, device| {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (path, ended) = (device.to_path_buf(), Arc::clone(&stop));
+        let stop = Stop::default();
+        let (path, ended) = (device.to_path_buf(), Arc::clone(&stop.0));
         let writer = tokio::task::spawn_blocking(move || {
             let file = File::options().write(true).open(&path).expect("the device");
             let mut round = 0;
@@ -145,7 +145,7 @@ fn a_snapshot_is_the_same_on_both_copies() {
             tokio::time::sleep(Duration::from_millis(100)).await;
             compare(&one, &two).await;
         }
-        stop.store(true, Ordering::SeqCst);
+        drop(stop);
         writer.await.expect("no error");
         let seal = Control::Seal { volume: two.volume, snapshot: SnapshotId::random(), created_ms: 1 };
         let refused = two.handle.control(two.tree, seal).await.expect_err("only the primary seals");
@@ -180,8 +180,8 @@ fn an_engine_that_is_killed_goes_on_mirrored() {
     runtime().block_on(async {
         let two = lab.start(1).await;
         let device = lab.start_child();
-        let stop = Arc::new(AtomicBool::new(false));
-        let (path, ended) = (device.clone(), Arc::clone(&stop));
+        let stop = Stop::default();
+        let (path, ended) = (device.clone(), Arc::clone(&stop.0));
         let load = tokio::task::spawn_blocking(move || {
             let seconds = ["--rw=randwrite", "--bsrange=4k-64k", "--iodepth=16", "--size=32m", "--verify_backlog=64"];
             let mut rounds = 0;
@@ -196,7 +196,7 @@ fn an_engine_that_is_killed_goes_on_mirrored() {
             lab.kill_child();
             assert_eq!(lab.start_child(), device, "the device is the same");
         }
-        stop.store(true, Ordering::SeqCst);
+        drop(stop);
         assert!(load.await.expect("no error") > 0);
         write(&device, 0..100, 9).await;
         // The first node's engine ends, its copy goes on in this process.

@@ -14,6 +14,7 @@ use super::admission::{Awaits, COPY, FLUSH, Phase};
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Message};
 use super::replica::{Health, Replica};
+use super::secondary::MAX_APPLIES;
 use super::term::Guard;
 use super::{DiskError, OperationId, Request, Tag};
 
@@ -65,7 +66,17 @@ impl Replica {
             (Role::Primary(Primary::Reconciling), COPY) => true,
             (Role::Primary(_) | Role::Secondary | Role::Candidate | Role::Outdated, _) => false,
         };
-        serves && self.is_clear(position) && self.may_read(entry.request) && self.marked(entry.request, entry.tag)
+        serves
+            && self.has_window()
+            && self.is_clear(position)
+            && self.may_read(entry.request)
+            && self.marked(entry.request, entry.tag)
+    }
+
+    /// Whether the other copies will remember one more operation; when an earlier one is answered, this is looked at again.
+    fn has_window(&self) -> bool {
+        let first = self.lowest_unanswered();
+        self.peers.is_empty() || self.next_serial.0 - first.0 < MAX_APPLIES as u64
     }
 
     /// Nobody can have written elsewhere: a read returns what every later read will return or overwrite.

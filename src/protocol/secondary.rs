@@ -21,8 +21,9 @@ use std::time::Duration;
 /// What a secondary waits beyond a lease: clocks that run at different speed, and a pause between look and act.
 pub const MARGIN: Duration = Duration::from_secs(1);
 
-/// Most operations that a correct primary has started and not answered.
-const MAX_APPLIES: usize = 2 * (MAX_TAGS + super::admission::OWN.len());
+/// Most operations that a secondary remembers: those from the first one that not everybody has answered. A primary starts
+/// nothing that is further away from it, since later ones may be done long before a slow one.
+pub(super) const MAX_APPLIES: usize = 2 * (MAX_TAGS + super::admission::OWN.len());
 
 /// Something that the primary asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

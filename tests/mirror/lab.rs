@@ -7,6 +7,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tandem::protocol::{Configuration, Generation, Lacks};
 use tandem::replica::device::loop_device;
@@ -29,6 +31,16 @@ pub async fn until<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T
         }
         assert!(began.elapsed() < LONG, "waited in vain for {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Tells a load to end, also when its test fails: else the test would wait for it for ever.
+#[derive(Default)]
+pub struct Stop(pub Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 
@@ -177,7 +189,10 @@ pub async fn check(device: &Path, blocks: impl IntoIterator<Item = u64>, round: 
 pub async fn compare(primary: &Node, other: &Node) -> usize {
     let snapshot = SnapshotId::random();
     let seal = Control::Seal { volume: primary.volume, snapshot, created_ms: 5 };
-    primary.handle.control(primary.tree, seal).await.expect("seals");
+    match tokio::time::timeout(LONG / 4, primary.handle.control(primary.tree, seal)).await {
+        Ok(sealed) => sealed.expect("seals"),
+        Err(_) => panic!("the seal is not done: {:#?} {:#?}", primary.status().await, other.status().await),
+    }
     let (one, two) = (primary.contents(snapshot).await, other.contents(snapshot).await);
     let differ = |block: &&u64| one.get(*block) != two.get(*block);
     let differing: Vec<_> = one.keys().chain(two.keys()).filter(differ).collect();
