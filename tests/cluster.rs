@@ -162,7 +162,8 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
     let staging = cluster.stage(&id, 1).await;
     write(&staging);
     cluster.run(&["kill", "all", "1"]);
-    let asked = ControllerUnpublishVolumeRequest { volume_id: id.clone(), node_id: "node-1".into(), ..Default::default() };
+    let asked =
+        ControllerUnpublishVolumeRequest { volume_id: id.clone(), node_id: "node-1".into(), ..Default::default() };
     cluster.controller().controller_unpublish_volume(asked).await.expect("unpublished");
     let began = Instant::now();
     let staging = cluster.stage(&id, 2).await;

@@ -288,9 +288,11 @@ fn aligned(payload: Payload) -> bytes::Bytes {
 /// A copied range that has no data costs its target no space and the network nothing.
 fn without_zeros(message: &Message, buffer: Buffer, payload: Option<Payload>) -> (Cow<'_, Message>, Option<Payload>) {
     match (message, buffer, payload) {
-        (Message::Prepare { frame, serial, floor, request: Request::Write(range) }, Buffer::Operation(_), Some(data))
-            if data.is_zero() =>
-        {
+        (
+            Message::Prepare { frame, serial, floor, request: Request::Write(range) },
+            Buffer::Operation(_),
+            Some(data),
+        ) if data.is_zero() => {
             let request = Request::WriteZeroes(*range);
             let zeros = Message::Prepare { frame: *frame, serial: *serial, floor: *floor, request };
             (Cow::Owned(zeros), Some(Payload::default()))

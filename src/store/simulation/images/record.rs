@@ -80,7 +80,8 @@ impl Drop for Attached<'_> {
 pub fn record(kind: &Kind) -> Recording {
     let (log, stop) = (Mutex::new(Log::default()), AtomicBool::new(false));
     let (arena, _memory) = Slots::create("tandem-images", 32).expect("slots");
-    let device = FuseLoop::create(VolumeId::random(), InstanceId::random()).expect("a FUSE device: this test needs root and /dev/fuse");
+    let device = FuseLoop::create(VolumeId::random(), InstanceId::random())
+        .expect("a FUSE device: this test needs root and /dev/fuse");
     let attached = Attached { control: device.control().expect("control"), volume: device.volume, stop: &stop };
     let image = RefCell::new(vec![0; kind.bytes as usize]);
     let server = Server { device, arena, image, log: &log, stop: &stop };
