@@ -12,6 +12,7 @@ use tandem::replica::engine::{
     CatalogueRequest, EngineHandle, IoChoice, MirrorConfig, MirrorInput, MirrorStatus, SealReserve,
 };
 use tandem::replica::peer::{Endpoint, Event, Party, Security, Session};
+use tandem::replica::pool::Promises;
 use tandem::store::map::Entry;
 use tandem::tls::{Credentials, Name};
 use tandem::volume::{BootId, ClusterId, InstanceId, SnapshotId, VolumeId};
@@ -181,7 +182,8 @@ impl Driver {
     }
 
     async fn look(&self, seen: &mut Seen) {
-        self.reserve.promise();
+        self.reserve.settle(self.tree, 0);
+        self.reserve.offer(Promises::default(), 1 << 30, u64::MAX);
         if self.isolated.load(Ordering::SeqCst) {
             std::mem::take(&mut seen.nodes).into_keys().for_each(|copy| self.session.remove_peer(copy));
             seen.configuration = None;

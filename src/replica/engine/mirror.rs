@@ -10,11 +10,11 @@
 
 use crate::protocol::{Configuration, Memory, Outcome, Record, Role, Stamp, Wish};
 use crate::replica::peer;
+use crate::replica::pool::{Promise, Promises};
 use crate::store::Reserve;
 use crate::volume::{BootId, InstanceId, VolumeId};
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
 
 /// A copy of a mirrored volume that the engine shall run.
@@ -69,25 +69,45 @@ pub enum MirrorInput {
     Peer(peer::Event),
 }
 
-/// The pool's promise of space for one seal: when a copy leaves, what is written from then on is kept apart, and may grow to
-/// a full overwrite. Whoever promises space looks whether it was taken, counts it and promises the next one.
+/// Where the space for a seal comes from: when a copy leaves, what is written from then on is kept apart, and may grow to a
+/// full overwrite. It is asked of the pool's promises at that moment, by the engine's thread, which waits for nobody: so how
+/// much may be promised was looked up before. Without an offer, or without space, the copy that left lacks everything.
 #[derive(Clone, Debug, Default)]
-pub struct SealReserve(Arc<AtomicBool>);
+pub struct SealReserve(Arc<Mutex<Reserved>>);
+
+#[derive(Debug, Default)]
+struct Reserved {
+    offer: Option<(Promises, u64, u64)>,
+    taken: Option<Promise>,
+}
 
 impl SealReserve {
-    /// There is space for one seal.
-    pub fn promise(&self) {
-        self.0.store(true, Ordering::Release);
+    fn lock(&self) -> MutexGuard<'_, Reserved> {
+        // Single assignments, so a poisoned lock is still usable.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the promise was not used yet.
-    pub fn is_promised(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+    /// One seal may take `bytes` from the pool if its promises stay within `limit` bytes.
+    pub fn offer(&self, promises: Promises, bytes: u64, limit: u64) {
+        self.lock().offer = Some((promises, bytes, limit));
     }
 
-    /// Uses the promise, if there is one.
+    /// What a seal has taken is in the figure of its tree now.
+    pub fn settle(&self, tree: InstanceId, bytes: u64) {
+        if let Some(promise) = self.lock().taken.take() {
+            promise.settle(tree, bytes);
+        }
+    }
+
+    /// For one seal, if nothing that was taken waits to be settled.
     pub(super) fn take(&self) -> Reserve {
-        if self.0.swap(false, Ordering::AcqRel) { Reserve::Promised } else { Reserve::Refused }
+        let mut reserved = self.lock();
+        if reserved.taken.is_none() {
+            let offer = reserved.offer.as_ref();
+            reserved.taken = offer.and_then(|(promises, bytes, limit)| promises.promise(*bytes, *limit).ok());
+            return if reserved.taken.is_some() { Reserve::Promised } else { Reserve::Refused };
+        }
+        Reserve::Refused
     }
 }
 
@@ -147,12 +167,15 @@ mod tests {
 
     #[test]
     fn one_promise_of_space_is_one_seal() {
-        let reserve = SealReserve::default();
+        let (reserve, promises, tree) = (SealReserve::default(), Promises::default(), InstanceId::random());
         assert_eq!(reserve.take(), Reserve::Refused);
-        reserve.promise();
-        assert!(reserve.is_promised());
+        reserve.offer(promises.clone(), 100, 150);
         let engine = reserve.clone();
         assert_eq!((engine.take(), engine.take()), (Reserve::Promised, Reserve::Refused));
-        assert!(!reserve.is_promised());
+        assert_eq!(promises.total(), 100);
+        reserve.settle(tree, 60);
+        assert_eq!((promises.total(), engine.take()), (60, Reserve::Refused));
+        promises.settle(tree, 50);
+        assert_eq!(engine.take(), Reserve::Promised);
     }
 }

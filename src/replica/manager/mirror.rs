@@ -5,9 +5,9 @@
 
 use super::errors::VolumeFailure as Failure;
 use super::volumes::{Blank, NewVolume};
-use super::{Manager, VolumePlace};
+use super::{Manager, VolumePlace, growth};
 use crate::protocol;
-use crate::replica::engine::EngineHandle;
+use crate::replica::engine::{EngineHandle, SealReserve};
 use crate::replica::mirror::Refresher;
 use crate::replica::records::Record;
 use crate::volume::{InstanceId, VolumeId};
@@ -97,6 +97,22 @@ impl Manager {
         if let Some(mirror) = self.index().volumes.get_mut(&volume).and_then(|place| place.mirror.as_mut()) {
             mirror.record = record;
         }
+        Ok(())
+    }
+
+    /// What a seal has taken is the tree's own from now on; the next one is offered what the pool has. Without it a copy
+    /// that leaves comes back by copying everything.
+    pub async fn offer_seal(&self, volume: VolumeId, reserve: &SealReserve) -> Result<(), Failure> {
+        let place = self.place(volume).ok_or(Failure::NoVolume(volume))?;
+        let _guard = self.begin(volume, &[place.tree.to_bytes()]).await?;
+        let pool = self.pool(&place.pool).ok_or_else(|| Failure::NoPool(place.pool.clone()))?;
+        let Some(info) = self.volume_info(place.tree, volume).await else { return Ok(()) };
+        reserve.settle(place.tree, self.promised_bytes(place.tree).await);
+        let asked = pool.clone();
+        if let Ok(limit) = tokio::task::spawn_blocking(move || asked.limit()).await {
+            reserve.offer(pool.promises.clone(), growth(info.size.bytes()), limit);
+        }
+        self.settle_when_merged(pool, place.tree);
         Ok(())
     }
 

@@ -363,7 +363,7 @@ impl Manager {
 
     /// A merge gives blocks back that were promised: without this the pool would look fuller than it is until the next
     /// operation on the same tree.
-    fn settle_when_merged(&self, pool: Arc<PoolState>, tree: InstanceId) {
+    pub(super) fn settle_when_merged(&self, pool: Arc<PoolState>, tree: InstanceId) {
         match self.index().merging.entry(tree) {
             Entry::Occupied(mut asked) => {
                 *asked.get_mut() += 1;

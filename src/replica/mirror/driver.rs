@@ -51,6 +51,7 @@ pub(super) struct Driver {
     session: Arc<Session>,
     peers: Parties,
     refresher: Refresher,
+    reserve: SealReserve,
     _tasks: [Task; 2],
 }
 
@@ -61,6 +62,7 @@ impl Driver {
         let (session, events) = settings.endpoint.open(volume, tree, first.configuration.stamp.generation)?;
         let session = Arc::new(session);
         let (requests, asked) = mpsc::channel(MAX_REQUESTS);
+        let reserve = SealReserve::default();
         let config = MirrorConfig {
             tree,
             volume,
@@ -68,7 +70,7 @@ impl Driver {
             boot: settings.boot,
             memory,
             first,
-            reserve: SealReserve::default(),
+            reserve: reserve.clone(),
             requests,
         };
         engine.open_mirror(config).await?;
@@ -84,7 +86,7 @@ impl Driver {
         manager.set_refresher(volume, refresher.clone());
         let tasks = tasks.map(|task| Task(task.abort_handle()));
         tracing::info!(%volume, copy = %tree, ?memory, "a copy is open");
-        Ok(Self { session, peers: Parties::new(), refresher, _tasks: tasks })
+        Ok(Self { session, peers: Parties::new(), refresher, reserve, _tasks: tasks })
     }
 
     /// Calls these copies, and nobody else.
@@ -99,6 +101,11 @@ impl Driver {
             }
         }
         self.peers.clone_from(wanted);
+    }
+
+    /// Where the copy's seals take their space from.
+    pub fn reserve(&self) -> &SealReserve {
+        &self.reserve
     }
 
     /// Something about the volume may have changed in the catalogue.

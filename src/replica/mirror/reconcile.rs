@@ -117,6 +117,7 @@ impl Mirrors {
         }
         if let Some(driver) = self.drivers.get_mut(&volume) {
             driver.set_peers(&record.parties(&self.settings.node));
+            manager.offer_seal(volume, driver.reserve()).await?;
             driver.look();
         }
         Ok(())
