@@ -57,7 +57,10 @@ async fn a_volume_moves_from_a_node_that_dies_and_back() {
     assert!(both.problems.is_empty(), "{:?}", both.problems);
     let peer = &both.mirror.as_ref().expect("one of several").peers[0];
     assert!(peer.connected && peer.out_of_sync_bytes == 0, "{peer:?}");
-    assert_eq!(first.seen(volume.id).await.mirror.expect("one of several").role, "secondary");
+    eventually("what the other one says", async || {
+        (first.seen(volume.id).await.mirror?.role == "secondary").then_some(())
+    })
+    .await;
     let copied = second.status(volume.id).await.expect("it serves").copied_bytes;
     assert!((64 * 4096..=8 << 20).contains(&copied), "two extents at most may differ, and {copied} bytes were copied");
     assert!(has(&device, 0..32, 7).await && has(&device, 32..96, 9).await);
