@@ -7,7 +7,7 @@ use rig::{Cluster, hack_cluster, place, traces};
 use std::fs;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
-use tandem::rpc::csi::{ControllerGetVolumeRequest, ControllerUnpublishVolumeRequest, GetCapacityRequest};
+use tandem::rpc::csi::{ControllerGetVolumeRequest, GetCapacityRequest};
 use tonic::Code;
 
 const WORD: &[u8] = b"written and synced";
@@ -162,10 +162,8 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
     let staging = cluster.stage(&id, 1).await;
     write(&staging);
     cluster.run(&["kill", "all", "1"]);
-    let asked =
-        ControllerUnpublishVolumeRequest { volume_id: id.clone(), node_id: "node-1".into(), ..Default::default() };
-    cluster.controller().controller_unpublish_volume(asked).await.expect("unpublished");
     let began = Instant::now();
+    tandem(&cluster, "controller", &["volume", "detach", &id, "node-1"]);
     let staging = cluster.stage(&id, 2).await;
     assert_eq!(read(&staging), WORD, "what was flushed is on the other node");
     println!("writable at the other node after {} ms", began.elapsed().as_millis());
@@ -186,21 +184,24 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
         assert!(began.elapsed() < Duration::from_secs(60), "{both}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    println!("{}", shown(&cluster, &id, &[]));
-    let text = shown(&cluster, &id, &["-o", "json"]);
+    println!("{}", tandem(&cluster, "node-2", &["volume", "show", &id]));
+    let text = tandem(&cluster, "node-2", &["volume", "show", &id, "-o", "json"]);
     let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     assert!(json["mirror"]["role"] == "Primary" && json["mirror"]["copied_bytes"].as_u64() > Some(0), "{text}");
-    cluster.unstage(&id, 2, &staging).await;
-    cluster.delete(&id).await.expect("deleted");
+    tandem(&cluster, "node-2", &["volume", "unstage", "mirrored", &staging.display().to_string()]);
+    tandem(&cluster, "controller", &["volume", "delete", &id]);
+    let left = tandem(&cluster, "controller", &["volume", "list", "-o", "json"]);
+    assert_eq!(left.trim(), "[]");
     cluster.down();
 }
 
-/// What `tandem volume show` says at node 2.
-fn shown(cluster: &Cluster, id: &str, flags: &[&str]) -> String {
-    let mut show = std::process::Command::new(env!("CARGO_BIN_EXE_tandem"));
-    show.args(["volume", "show", id, "--dir"]).arg(cluster.dir().join("node-2")).args(flags);
-    let output = show.output().expect("started");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+/// What a command of a person at this host says, with the controller's socket as the cluster has it.
+fn tandem(cluster: &Cluster, host: &str, arguments: &[&str]) -> String {
+    let controller = format!("unix://{}", cluster.dir().join("controller/csi.sock").display());
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tandem"));
+    command.args(arguments).arg("--dir").arg(cluster.dir().join(host)).args(["--controller-endpoint", &controller]);
+    let output = command.output().expect("started");
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
