@@ -21,6 +21,7 @@ mod disk;
 mod files;
 mod handle;
 mod jobs;
+mod laggards;
 mod mirror;
 mod operations;
 mod outputs;
