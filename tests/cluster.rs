@@ -169,10 +169,39 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
     let staging = cluster.stage(&id, 2).await;
     assert_eq!(read(&staging), WORD, "what was flushed is on the other node");
     println!("writable at the other node after {} ms", began.elapsed().as_millis());
+    let line = |status: &str| {
+        let mut lines = status.lines().filter(|line| line.starts_with(&format!("node-2\t{id}")));
+        lines.next().expect("a line of the volume").to_owned()
+    };
+    let alone = line(&cluster.run(&["status"]));
+    assert!(alone.contains("Primary serving") && alone.contains("node-1 Outdated not connected"), "{alone}");
+    assert!(alone.ends_with("degraded (CopyNotUpToDate)"), "{alone}");
     cluster.run(&["start", "all", "1"]);
+    let began = Instant::now();
+    loop {
+        let both = line(&cluster.run(&["status"]));
+        if both.contains("node-1 UpToDate\t") && both.ends_with("\twell") {
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{both}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    println!("{}", shown(&cluster, &id, &[]));
+    let text = shown(&cluster, &id, &["-o", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert!(json["mirror"]["role"] == "Primary" && json["mirror"]["copied_bytes"].as_u64() > Some(0), "{text}");
     cluster.unstage(&id, 2, &staging).await;
     cluster.delete(&id).await.expect("deleted");
     cluster.down();
+}
+
+/// What `tandem volume show` says at node 2.
+fn shown(cluster: &Cluster, id: &str, flags: &[&str]) -> String {
+    let mut show = std::process::Command::new(env!("CARGO_BIN_EXE_tandem"));
+    show.args(["volume", "show", id, "--dir"]).arg(cluster.dir().join("node-2")).args(flags);
+    let output = show.output().expect("started");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[test]

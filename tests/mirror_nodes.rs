@@ -43,10 +43,24 @@ async fn a_volume_moves_from_a_node_that_dies_and_back() {
     let device = second.attach(volume.id).await;
     assert!(has(&device, 0..64, 7).await, "what was acknowledged is there");
     write(&device, 32..96, 9).await;
+    let alone = second.seen(volume.id).await;
+    assert_eq!(alone.problems, ["CopyNotUpToDate"], "one copy is not what was asked for");
+    let mirror = alone.mirror.expect("one of several");
+    assert!(mirror.role == "primary" && mirror.serves);
+    let peer = &mirror.peers[0];
+    assert!(peer.name == "n1" && !peer.connected && peer.out_of_sync_bytes > 0, "{peer:?}");
 
     // It finds its copy, and is brought up to date.
     let first = site.start("n1", site.catalog()).await;
     second.until_up_to_date(volume.id, one).await;
+    let both = second.seen(volume.id).await;
+    assert!(both.problems.is_empty(), "{:?}", both.problems);
+    let peer = &both.mirror.as_ref().expect("one of several").peers[0];
+    assert!(peer.connected && peer.out_of_sync_bytes == 0, "{peer:?}");
+    eventually("what the other one says", async || {
+        (first.seen(volume.id).await.mirror?.role == "secondary").then_some(())
+    })
+    .await;
     let copied = second.status(volume.id).await.expect("it serves").copied_bytes;
     assert!((64 * 4096..=8 << 20).contains(&copied), "two extents at most may differ, and {copied} bytes were copied");
     assert!(has(&device, 0..32, 7).await && has(&device, 32..96, 9).await);

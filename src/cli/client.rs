@@ -15,18 +15,22 @@ use tonic::transport::Channel;
 /// Where the installation is that a command talks to.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Target {
-    /// Directory of the installation: the one that `tandem standalone` was started with.
+    /// Directory of the installation: the one that `tandem standalone` was started with; in a cluster that of the node, or
+    /// of the controller for what needs no node.
     #[arg(long, env = "TANDEM_DIR", default_value = "/var/lib/tandem", value_name = "DIR")]
     dir: PathBuf,
     /// CSI socket, if it is not DIR/csi.sock.
     #[arg(long, env = "CSI_ENDPOINT", value_name = "unix://PATH")]
     endpoint: Option<String>,
+    /// CSI socket of the cluster's controller, if DIR is a node of a cluster.
+    #[arg(long, env = "TANDEM_CONTROLLER_ENDPOINT", value_name = "unix://PATH")]
+    controller_endpoint: Option<String>,
 }
 
 impl Target {
     /// An installation with its default sockets.
     pub fn of(dir: &Path) -> Self {
-        Self { dir: dir.into(), endpoint: None }
+        Self { dir: dir.into(), endpoint: None, controller_endpoint: None }
     }
     /// The path of a socket written as CSI writes it.
     pub fn socket_path(endpoint: &str) -> &Path {
@@ -36,9 +40,16 @@ impl Target {
         let default = self.dir.join("csi.sock");
         open(self.endpoint.as_deref().map_or(default.as_path(), Self::socket_path)).await
     }
-    /// The controller service of the CSI socket.
+    /// The controller service: of the cluster's controller, or of the CSI socket.
     pub async fn controller(&self) -> Result<ControllerClient<Channel>, CliError> {
-        Ok(ControllerClient::new(self.csi().await?))
+        Ok(ControllerClient::new(match &self.controller_endpoint {
+            Some(endpoint) => open(Self::socket_path(endpoint)).await?,
+            None => self.csi().await?,
+        }))
+    }
+    /// Whether it is the directory of `tandem controller`, which has no copies.
+    fn is_controller(&self) -> bool {
+        self.dir.join("controller.lock").exists()
     }
     /// The identity service of the CSI socket.
     pub async fn identity(&self) -> Result<IdentityClient<Channel>, CliError> {
@@ -86,11 +97,19 @@ pub fn name_of(descriptor: &str) -> String {
     }
 }
 
-/// Every volume that the replica has, and those that the catalogue has and whose copy is not there or cannot be opened.
+/// Every volume that the replica has, and those that the catalogue has and whose copy is not there or cannot be opened. Of a
+/// node in a cluster, what it has; of a controller, what the catalogue has.
 pub async fn volumes(target: &Target) -> Result<Vec<control::Volume>, CliError> {
+    if target.is_controller() {
+        return Ok(catalogued(target).await?.into_iter().map(elsewhere).collect());
+    }
+    if target.controller_endpoint.is_some() {
+        return copies(target).await;
+    }
     let mut copies = copies(target).await?;
     let without = |copies: &[control::Volume], id: &str| copies.iter().all(|copy| copy.volume_id != id);
-    let mut missing = catalogued(target).await;
+    // None while the CSI part does not answer, which `tandem status` says; a node of a cluster has no such part.
+    let mut missing = catalogued(target).await.unwrap_or_default();
     missing.retain(|volume| without(&copies, &volume.volume_id));
     if !missing.is_empty() {
         // One that was created in between is in the second list.
@@ -106,12 +125,11 @@ async fn copies(target: &Target) -> Result<Vec<control::Volume>, CliError> {
     Ok(answer.map_err(refused("cannot list volumes"))?.into_inner().volumes)
 }
 
-/// The volumes of the catalogue; none while the CSI part does not answer, which `tandem status` says.
-async fn catalogued(target: &Target) -> Vec<csi::Volume> {
-    let Ok(mut controller) = target.controller().await else { return Vec::new() };
-    let answer = controller.list_volumes(csi::ListVolumesRequest::default()).await;
-    let entries = answer.map(|answer| answer.into_inner().entries).unwrap_or_default();
-    entries.into_iter().filter_map(|entry| entry.volume).collect()
+/// The volumes of the catalogue.
+async fn catalogued(target: &Target) -> Result<Vec<csi::Volume>, CliError> {
+    let answer = target.controller().await?.list_volumes(csi::ListVolumesRequest::default()).await;
+    let entries = answer.map_err(refused("cannot list volumes"))?.into_inner().entries;
+    Ok(entries.into_iter().filter_map(|entry| entry.volume).collect())
 }
 
 fn without_copy(volume: csi::Volume) -> control::Volume {
@@ -124,6 +142,16 @@ fn without_copy(volume: csi::Volume) -> control::Volume {
         volume_id: volume.volume_id,
         size_bytes: u64::try_from(volume.capacity_bytes).unwrap_or(0),
         health: vec![health],
+        ..Default::default()
+    }
+}
+
+/// A volume of a cluster, as its controller says it.
+fn elsewhere(volume: csi::Volume) -> control::Volume {
+    control::Volume {
+        volume_id: volume.volume_id,
+        size_bytes: u64::try_from(volume.capacity_bytes).unwrap_or(0),
+        ready: true,
         ..Default::default()
     }
 }

@@ -7,6 +7,7 @@ mod certificates;
 mod client;
 mod completions;
 mod holder;
+mod mirror;
 mod node;
 mod output;
 mod pool;

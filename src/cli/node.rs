@@ -19,6 +19,21 @@ pub enum Command {
     Publish(PublishArguments),
     /// Undo `publish` (CSI: NodeUnpublish).
     Unpublish(PathArguments),
+    /// Take a volume from a node that is dead, so that another one may stage it (CSI: ControllerUnpublish alone).
+    ///
+    /// What Kubernetes does for a node with the taint out-of-service. A volume with `replication: sync` is safe all the
+    /// while: the old node's copy stops serving by itself before another one begins.
+    Detach(DetachArguments),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct DetachArguments {
+    /// Id or name.
+    volume: String,
+    /// The node from which it is taken.
+    node: String,
+    #[command(flatten)]
+    target: Target,
 }
 
 #[derive(Debug, clap::Args)]
@@ -86,6 +101,10 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Stage(arguments) => stage(arguments).await,
         Command::Unstage(arguments) => unstage(arguments).await,
         Command::Publish(arguments) => publish(arguments).await,
+        Command::Detach(DetachArguments { volume, node, target }) => {
+            let volume_id = find_volume(&target, &volume).await?.volume_id;
+            detach(&target, volume_id, node, format!("cannot take volume {volume} from its node")).await
+        }
         Command::Unpublish(PathArguments { volume, path, target }) => {
             let volume_id = find_volume(&target, &volume).await?.volume_id;
             let request = csi::NodeUnpublishVolumeRequest { volume_id, target_path: text(&path) };
@@ -116,16 +135,26 @@ async fn context(
     Ok(answer.into_inner().volume.map(|v| v.volume_context).unwrap_or_default())
 }
 
+/// The name of the target's node.
+async fn own_name(target: &Target, doing: &str) -> Result<String, CliError> {
+    let info = target.node().await?.node_get_info(csi::NodeGetInfoRequest {}).await.map_err(refused(doing))?;
+    Ok(info.into_inner().node_id)
+}
+
+async fn detach(target: &Target, volume_id: String, node_id: String, doing: String) -> Result<(), CliError> {
+    let request = csi::ControllerUnpublishVolumeRequest { volume_id, node_id, ..Default::default() };
+    target.controller().await?.controller_unpublish_volume(request).await.map(drop).map_err(refused(doing))
+}
+
 async fn attach(
     target: &Target,
     volume_id: &str,
     usage: &Use,
     doing: &str,
 ) -> Result<std::collections::HashMap<String, String>, CliError> {
-    let info = target.node().await?.node_get_info(csi::NodeGetInfoRequest {}).await.map_err(refused(doing))?;
     let request = csi::ControllerPublishVolumeRequest {
         volume_id: volume_id.into(),
-        node_id: info.into_inner().node_id,
+        node_id: own_name(target, doing).await?,
         volume_capability: Some(volume_capability(usage.block, usage.fs_type.clone(), usage.mount_flags.clone())),
         readonly: usage.read_only,
         volume_context: context(target, volume_id, doing).await?,
@@ -157,8 +186,7 @@ async fn unstage(PathArguments { volume, path, target }: PathArguments) -> Resul
     let doing = format!("cannot unstage volume {volume}");
     let request = csi::NodeUnstageVolumeRequest { volume_id: volume_id.clone(), staging_target_path: text(&path) };
     target.node().await?.node_unstage_volume(request).await.map_err(refused(doing.as_str()))?;
-    let request = csi::ControllerUnpublishVolumeRequest { volume_id, ..Default::default() };
-    target.controller().await?.controller_unpublish_volume(request).await.map(drop).map_err(refused(doing))
+    detach(&target, volume_id, own_name(&target, &doing).await?, doing).await
 }
 
 async fn publish(PublishArguments { volume, path, staging, usage, target }: PublishArguments) -> Result<(), CliError> {

@@ -1,6 +1,7 @@
 //! `tandem volume`: what kubectl and the sidecars do in a cluster, for a person on one machine.
 
 use super::client::{COPY_MISSING, Target, find_snapshot, find_volume, name_of, refused, volumes};
+use super::mirror::Mirror;
 use super::output::{Output, Row};
 use super::{CliError, node, units};
 use crate::rpc::control::health::Kind;
@@ -131,6 +132,8 @@ struct Volume {
     merging_layers: u64,
     unchecked_bytes: u64,
     health: Vec<Health>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mirror: Option<Mirror>,
 }
 
 /// One thing that is wrong.
@@ -184,6 +187,7 @@ impl From<&control::Volume> for Volume {
             merging_layers: v.merging_layers,
             unchecked_bytes: v.unchecked_bytes,
             health: health(v),
+            mirror: v.mirror.as_ref().map(Mirror::from),
         }
     }
 }
@@ -229,6 +233,7 @@ fn show(v: &Volume, output: Output) -> Result<(), CliError> {
         ("Verified reads", if v.verify_reads { "yes" } else { "no" }.into()),
         ("Not yet checksummed", units::bytes(v.unchecked_bytes)),
     ];
+    lines.extend(v.mirror.iter().flat_map(Mirror::lines));
     if v.health.is_empty() {
         lines.push(("Health", "ok".into()));
     }

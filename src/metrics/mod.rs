@@ -55,6 +55,32 @@ pub struct Volume {
     pub to_copy_bytes: u64,
     /// What is wrong: words such as `PoolFull`.
     pub problems: Vec<String>,
+    /// Of a copy that is one of several.
+    pub mirror: Option<Mirror>,
+}
+
+/// A copy of a mirrored volume.
+#[derive(Clone, Debug, Default)]
+pub struct Mirror {
+    /// `primary`, `secondary`, `candidate` or `outdated`.
+    pub role: &'static str,
+    /// Requests are executed here.
+    pub serves: bool,
+    /// Extents where the copies may differ after a crash.
+    pub hot_extents: u64,
+    /// The others.
+    pub peers: Vec<Peer>,
+}
+
+/// Another copy.
+#[derive(Clone, Debug, Default)]
+pub struct Peer {
+    /// Its node, or its id where the node is not known.
+    pub name: String,
+    /// There is a connection.
+    pub connected: bool,
+    /// At most so much of it lacks acknowledged writes.
+    pub out_of_sync_bytes: u64,
 }
 
 /// Requests of one kind on one volume.

@@ -1,6 +1,6 @@
 //! A snapshot as Prometheus text.
 
-use super::{Pool, Snapshot, Volume};
+use super::{Mirror, Peer, Pool, Snapshot, Volume};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, MetricEncoder, text};
 use prometheus_client::metrics::{MetricType, exemplar::Exemplar};
@@ -39,6 +39,18 @@ const VOLUME_GAUGES: Numbers<Volume> = &[
     ("tandem_volume_to_copy_bytes", "Background copy: bytes in all", |v| v.to_copy_bytes),
     ("tandem_volume_problems", "Things that are wrong with the volume", |v| v.problems.len() as u64),
 ];
+const MIRROR_GAUGES: Numbers<Mirror> = &[
+    ("tandem_mirror_serving", "1 where requests of the volume are executed", |m| u64::from(m.serves)),
+    ("tandem_mirror_hot_extents", "Extents of 4 MiB that may differ after a crash", |m| m.hot_extents),
+];
+const PEER_GAUGES: Numbers<Peer> = &[
+    ("tandem_mirror_connected", "1 while there is a connection to the other copy", |p| u64::from(p.connected)),
+    (
+        "tandem_mirror_out_of_sync_bytes",
+        "Most that the other copy lacks; the whole volume while nothing is copied to it",
+        |p| p.out_of_sync_bytes,
+    ),
+];
 const NODE_COUNTERS: Numbers<Snapshot> = &[
     ("tandem_device_written_bytes", "Bytes that applications wrote", |s| s.device_written_bytes),
     ("tandem_disk_written_bytes", "Bytes that the engine wrote to disks", |s| s.disk_written_bytes),
@@ -62,6 +74,7 @@ impl Collector for Snapshot {
         self.amplification(&mut encoder)?;
         self.directions(&mut encoder)?;
         self.problems(&mut encoder)?;
+        self.mirrors(&mut encoder)?;
         let help = "Requests of a dead engine that this one executed or answered again";
         let mut metric = encoder.encode_descriptor("tandem_replayed_requests", help, None, MetricType::Counter)?;
         metric.encode_counter(&self.replayed_requests, NO_EXAMPLE)
@@ -137,6 +150,30 @@ impl Snapshot {
             let count = buckets.iter().map(|(_, count)| count).sum();
             let sum = direction.latency.sum_seconds;
             labeled(&mut metric, &labels, |m| m.encode_histogram::<Vec<(String, String)>>(sum, count, &buckets, None))?;
+        }
+        Ok(())
+    }
+
+    fn mirrors(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let all = || self.volumes.iter().filter_map(|v| v.mirror.as_ref().map(|mirror| (v, mirror)));
+        let help = "1 for what this copy of a mirrored volume is";
+        let mut metric = encoder.encode_descriptor("tandem_mirror_role", help, None, MetricType::Gauge)?;
+        for (volume, mirror) in all() {
+            let labels = [volume_labels(volume), vec![("role", mirror.role)]].concat();
+            labeled(&mut metric, &labels, |m| m.encode_gauge(&1_u64))?;
+        }
+        for (name, help, read) in MIRROR_GAUGES {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (volume, mirror) in all() {
+                labeled(&mut metric, &volume_labels(volume), |m| m.encode_gauge(&read(mirror)))?;
+            }
+        }
+        for (name, help, read) in PEER_GAUGES {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (volume, peer) in all().flat_map(|(v, mirror)| mirror.peers.iter().map(move |peer| (v, peer))) {
+                let labels = [volume_labels(volume), vec![("peer", peer.name.as_str())]].concat();
+                labeled(&mut metric, &labels, |m| m.encode_gauge(&read(peer)))?;
+            }
         }
         Ok(())
     }

@@ -13,6 +13,12 @@ fn sample() -> Snapshot {
         recoveries: 1,
         queue_depth: 7,
         problems: vec!["PoolFull".into()],
+        mirror: Some(Mirror {
+            role: "primary",
+            serves: true,
+            hot_extents: 3,
+            peers: vec![Peer { name: "node-2".into(), connected: true, out_of_sync_bytes: 8192 }],
+        }),
         ..Volume::default()
     };
     let pool = Pool { pool: "fast".into(), ..Pool::default() };
@@ -60,6 +66,11 @@ fn what_is_rendered_can_be_parsed_and_has_the_same_numbers() {
         (format!("tandem_queue_depth{{{labels}}}"), 7.0),
         (format!("tandem_request_bytes_total{{{labels},direction=\"write\"}}"), 16384.0),
         (format!("tandem_volume_problem{{{labels},reason=\"PoolFull\"}}"), 1.0),
+        (format!("tandem_mirror_role{{{labels},role=\"primary\"}}"), 1.0),
+        (format!("tandem_mirror_serving{{{labels}}}"), 1.0),
+        (format!("tandem_mirror_hot_extents{{{labels}}}"), 3.0),
+        (format!("tandem_mirror_connected{{{labels},peer=\"node-2\"}}"), 1.0),
+        (format!("tandem_mirror_out_of_sync_bytes{{{labels},peer=\"node-2\"}}"), 8192.0),
         ("tandem_write_amplification_ratio".into(), 1.5),
         ("tandem_replayed_requests_total".into(), 5.0),
     ];

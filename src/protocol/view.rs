@@ -6,7 +6,7 @@ use super::admission::{Awaits, Entry, Phase};
 use super::configuration::Stamp;
 use super::copying::Sync;
 use super::hot::Extent;
-use super::interface::{Primary, Role};
+use super::interface::{Primary, Role, Wish};
 use super::message::SerialNumber;
 use super::replica::{Health, Replica};
 use crate::volume::InstanceId;
@@ -64,6 +64,11 @@ impl Replica {
     /// Its disk failed something that it cannot do without; it serves no more before it is opened again.
     pub fn has_failed(&self) -> bool {
         self.health == Health::Failed
+    }
+
+    /// What the spec wants, as it was told last.
+    pub fn wish(&self) -> Option<&Wish> {
+        self.wish.as_ref()
     }
 
     /// Whether requests are executed here now.

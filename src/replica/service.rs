@@ -1,10 +1,13 @@
 //! The control socket: `proto/control.proto` over the manager. Parsing and conversion only.
 
+use super::engine::CopyState;
 use super::manager::{
-    AddPool, ExtentStream, HealthKind, Manager, NewSnapshot, NewVolume, PoolView, Source, VolumeFailure, VolumeView,
+    AddPool, CopyView, ExtentStream, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, Source,
+    VolumeFailure, VolumeView,
 };
 use super::pool::PoolName;
 use super::verify;
+use crate::protocol::{Primary, Role};
 use crate::rpc::control as rpc;
 use crate::rpc::control::replica_server::Replica;
 use crate::store::SnapshotInfo;
@@ -120,6 +123,55 @@ impl From<VolumeView> for rpc::Volume {
             layers: v.layers,
             unchecked_bytes: v.unchecked,
             merging_layers: v.merging_layers,
+            mirror: v.mirror.map(Into::into),
+        }
+    }
+}
+
+impl From<MirrorView> for rpc::Mirror {
+    fn from(m: MirrorView) -> Self {
+        let role = match m.role {
+            Role::Outdated => rpc::mirror::Role::Outdated,
+            Role::Candidate => rpc::mirror::Role::Candidate,
+            Role::Secondary => rpc::mirror::Role::Secondary,
+            Role::Primary(Primary::Reconciling) => rpc::mirror::Role::PrimaryReconciling,
+            Role::Primary(Primary::Settling) => rpc::mirror::Role::PrimarySettling,
+            Role::Primary(Primary::Serving) => rpc::mirror::Role::Primary,
+        };
+        Self {
+            role: role.into(),
+            serves: m.serves,
+            generation: m.stamp.generation.0,
+            version: m.stamp.version.0,
+            intact: m.intact,
+            wished: m.wished,
+            copies: m.copies.into_iter().map(Into::into).collect(),
+            copied_bytes: m.copied,
+            hot_extents: m.hot_extents,
+            requests: m.requests,
+        }
+    }
+}
+
+impl From<CopyView> for rpc::Copy {
+    fn from(c: CopyView) -> Self {
+        let (state, copied_bytes, left_bytes) = match c.state {
+            CopyState::UpToDate => (rpc::copy::State::UpToDate, 0, 0),
+            CopyState::SyncTarget { copied_bytes, left_bytes } => {
+                (rpc::copy::State::SyncTarget, copied_bytes, left_bytes)
+            }
+            CopyState::Outdated => (rpc::copy::State::Outdated, 0, 0),
+        };
+        Self {
+            copy_id: c.copy.to_string(),
+            node: c.node.map(|node| node.to_string()).unwrap_or_default(),
+            here: c.here,
+            member: c.member,
+            primary: c.primary,
+            state: state.into(),
+            connected: c.connected,
+            copied_bytes,
+            left_bytes,
         }
     }
 }

@@ -8,6 +8,7 @@ use tandem::catalog::{
     Catalog, CopySpec, Embedded, MirrorSpec, Node, NodeName, Object, Replication, Stored, UpdateError, Volume,
     VolumeConfiguration, VolumeRequest,
 };
+use tandem::metrics;
 use tandem::protocol::{Configuration, Generation};
 use tandem::replica::device::loop_device;
 use tandem::replica::engine::{self, CopyState, EngineConfig, IoChoice, MirrorStatus};
@@ -207,6 +208,12 @@ impl Up {
 
     pub async fn status(&self, volume: VolumeId) -> Option<MirrorStatus> {
         self.manager.engine_handle().mirror_status(volume).await.expect("the engine runs")
+    }
+
+    /// What metrics say of the volume.
+    pub async fn seen(&self, volume: VolumeId) -> metrics::Volume {
+        let all = self.manager.measure().await.volumes;
+        all.into_iter().find(|seen| seen.volume == volume.to_string()).expect("it has a copy")
     }
 
     /// The volume's device, when this node may have one.

@@ -370,6 +370,7 @@ impl Engine {
             role: replica.role(),
             serves: replica.serves(),
             configuration: record.configuration.clone(),
+            wish: replica.wish().cloned(),
             intact: record.intact,
             disk_failed: replica.has_failed(),
             copies: others.map(|copy| (copy, status(copy))).collect(),

@@ -120,6 +120,8 @@ pub struct MirrorStatus {
     pub serves: bool,
     /// The last configuration that it acts under.
     pub configuration: Configuration,
+    /// What the spec wants, as it was told last.
+    pub wish: Option<Wish>,
     /// It has every acknowledged write, as far as it knows.
     pub intact: bool,
     /// Its disk failed something that it cannot do without.

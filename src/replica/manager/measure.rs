@@ -1,8 +1,9 @@
 //! The figures that `/metrics` exports, taken at each scrape.
 
-use super::{HealthEntry, Manager, VolumeView};
+use super::{HealthEntry, Manager, MirrorView, VolumeView};
 use crate::metrics;
-use crate::replica::engine::{BUCKETS, Direction, DirectionStatistics, VolumeStatistics};
+use crate::protocol::Role;
+use crate::replica::engine::{BUCKETS, CopyState, Direction, DirectionStatistics, VolumeStatistics};
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Microseconds in a second.
@@ -50,8 +51,28 @@ fn volume(view: VolumeView, counters: Option<&VolumeStatistics>) -> metrics::Vol
         unchecked_bytes: view.unchecked,
         copied_bytes,
         to_copy_bytes,
+        mirror: view.mirror.map(|mirror| of_mirror(&mirror, view.size)),
         problems: view.health.into_iter().map(|HealthEntry { reason, .. }| reason.to_owned()).collect(),
     }
+}
+
+fn of_mirror(mirror: &MirrorView, size: u64) -> metrics::Mirror {
+    let role = match mirror.role {
+        Role::Primary(_) => "primary",
+        Role::Secondary => "secondary",
+        Role::Candidate => "candidate",
+        Role::Outdated => "outdated",
+    };
+    let peers = mirror.copies.iter().filter(|copy| !copy.here).map(|copy| metrics::Peer {
+        name: copy.name(),
+        connected: copy.connected,
+        out_of_sync_bytes: match copy.state {
+            CopyState::UpToDate => 0,
+            CopyState::SyncTarget { left_bytes, .. } => left_bytes,
+            CopyState::Outdated => size,
+        },
+    });
+    metrics::Mirror { role, serves: mirror.serves, hot_extents: mirror.hot_extents, peers: peers.collect() }
 }
 
 fn direction(direction: Direction, counters: &DirectionStatistics) -> metrics::Direction {

@@ -27,6 +27,7 @@ mod mirror;
 mod open;
 mod pools;
 mod snapshots;
+mod standing;
 mod status;
 mod volumes;
 
@@ -35,6 +36,7 @@ pub use mirror::CopyHere;
 pub use open::{OpenFailure, OpenSettings};
 pub use pools::{AddPool, PoolView};
 pub use snapshots::{ExtentStream, NewSnapshot};
+pub use standing::{CopyView, MirrorView};
 pub use status::{HealthEntry, HealthKind, VolumeView};
 pub use volumes::{NewVolume, Source};
 

@@ -1,5 +1,6 @@
 //! What a volume is and how it does.
 
+use super::standing::{self, MirrorView};
 use super::{CopyState, HIGH_WATER_SHARE, Manager, VolumeFailure, VolumePlace};
 use crate::replica::engine::{EngineStatus, VolumeHealth};
 use crate::store::VolumeInfo;
@@ -25,6 +26,7 @@ pub struct VolumeView {
     pub layers: u32,
     pub unchecked: u64,
     pub merging_layers: u64,
+    pub mirror: Option<MirrorView>,
 }
 
 /// How far a background copy is, in bytes.
@@ -103,6 +105,12 @@ impl Manager {
             let message = format!("the background copy of volume {volume} fails and is tried again: {problem}");
             health.push(HealthEntry { kind: HealthKind::Degraded, reason: "CopyFailed", message });
         }
+        let mirror = self.mirror_view(volume, &place).await;
+        match &mirror {
+            Some(mirror) => health.extend(mirror.health(volume)),
+            None if place.mirror.is_some() => health.push(standing::not_open(volume)),
+            None => {}
+        }
         let copying_size = place.copy.as_ref().map(|copy| copy.size);
         VolumeView {
             volume,
@@ -117,6 +125,7 @@ impl Manager {
             layers: info.as_ref().map_or(0, |i| i.layers),
             unchecked: backlog.unchecked_blocks * BLOCK_SIZE,
             merging_layers: u64::from(backlog.merging_layers),
+            mirror,
         }
     }
 

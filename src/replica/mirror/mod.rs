@@ -31,6 +31,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 pub use courier::{Refresh, Refresher};
+pub use record::nodes_of;
 
 /// Before what failed is tried again, at first,
 const FIRST_PAUSE: Duration = Duration::from_millis(100);

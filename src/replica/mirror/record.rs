@@ -29,6 +29,12 @@ pub(super) struct CopyRecord {
     pub removing: bool,
 }
 
+/// Where the other copies are, by the text of the record beside one.
+pub fn nodes_of(record: &str) -> BTreeMap<InstanceId, NodeName> {
+    let peers = CopyRecord::decode(record).map(|record| record.peers).unwrap_or_default();
+    peers.into_iter().map(|(copy, peer)| (copy, peer.node)).collect()
+}
+
 /// Where copies are reached.
 pub(super) type Parties = BTreeMap<InstanceId, (Party, SocketAddr)>;
 
