@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 const BLOCK: usize = 4096;
 /// Blocks that go to one thread together: the longest request.
 const CHUNK: usize = 4;
-const THREADS: usize = 4;
+/// Threads of a load.
+pub const THREADS: usize = 4;
 /// One in so many requests is a flush, and one a read.
 const FLUSH_EVERY: u64 = 16;
 const READ_EVERY: u64 = 5;
@@ -54,6 +55,8 @@ struct Known {
     tried: u64,
     /// Writes after the acknowledged one failed or were not answered.
     unknown: bool,
+    /// Round of the last of those, if a read has shown that it never happened.
+    refuted: u64,
 }
 
 impl Known {
@@ -61,8 +64,18 @@ impl Known {
         round == self.acknowledged || (self.unknown && round > self.acknowledged && round <= self.tried)
     }
     /// What was read once stays.
-    fn settle(&mut self, round: u64) {
+    fn was_read(&mut self, round: u64) {
+        if self.unknown && self.tried > round {
+            self.refuted = self.tried;
+        }
         (self.acknowledged, self.unknown) = (round, false);
+    }
+    /// False: an acknowledgement that may not be. It may come late, when others have written since.
+    fn was_acknowledged(&mut self, round: u64) -> bool {
+        if self.unknown && self.tried == round {
+            (self.acknowledged, self.unknown) = (round, false);
+        }
+        self.refuted != round
     }
 }
 
@@ -101,15 +114,15 @@ impl Oracle {
             file.read_exact_at(&mut page.0, (block * BLOCK) as u64)?;
             let round = page.round(block as u64);
             self.known(block, |known| match round {
-                Some(round) if known.allows(round) => known.settle(round),
+                Some(round) if known.allows(round) => known.was_read(round),
                 _ => wrong.push(format!("block {block}: {known:?}, but it has {round:?}")),
             });
         }
         Ok(wrong)
     }
 
-    /// Writes blocks of one chunk, in one request.
-    fn write(&self, file: &File, blocks: std::ops::Range<usize>, round: u64) -> std::io::Result<()> {
+    /// Writes blocks of one chunk, in one request; what is wrong with its acknowledgement.
+    fn write(&self, file: &File, blocks: std::ops::Range<usize>, round: u64) -> std::io::Result<Vec<String>> {
         for block in blocks.clone() {
             self.known(block, |known| (known.tried, known.unknown) = (round, true));
         }
@@ -119,10 +132,10 @@ impl Oracle {
         if written != blocks.len() * BLOCK {
             return Err(std::io::Error::other(format!("only {written} bytes were written")));
         }
-        for block in blocks {
-            self.known(block, |known| known.settle(round));
-        }
-        Ok(())
+        let refuted = blocks.filter(|block| !self.known(*block, |known| known.was_acknowledged(round)));
+        Ok(refuted
+            .map(|block| format!("block {block}: round {round} was acknowledged after it was read without it"))
+            .collect())
     }
 }
 
@@ -130,12 +143,25 @@ fn open(device: &Path) -> std::io::Result<File> {
     File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(device)
 }
 
+/// Whatever is in it.
+pub fn read_first_block(device: &Path) -> std::io::Result<()> {
+    open(device)?.read_exact_at(&mut Box::new(Page([0; BLOCK])).0, 0)
+}
+
 /// What the threads of a load have in common.
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
+    /// Another node has taken over: no read may be answered any more.
+    retired: AtomicBool,
     writes: AtomicU64,
     wrong: Mutex<Vec<String>>,
+}
+
+impl Shared {
+    fn is_wrong(&self, what: Vec<String>) {
+        self.wrong.lock().unwrap_or_else(PoisonError::into_inner).extend(what);
+    }
 }
 
 /// Threads that write, flush and read until they are stopped; each ends at its first error.
@@ -166,6 +192,11 @@ impl Load {
     /// Writes that were acknowledged until now.
     pub fn writes(&self) -> u64 {
         self.shared.writes.load(SeqCst)
+    }
+
+    /// From now on nothing that is read here can be trusted: no read may be answered.
+    pub fn retire(&self) {
+        self.shared.retired.store(true, SeqCst);
     }
 
     /// Waits until so many more writes are acknowledged; how long it took.
@@ -213,13 +244,17 @@ fn work(shared: &Shared, oracle: &Oracle, file: &File, number: usize) -> std::io
         if random.is_multiple_of(FLUSH_EVERY) {
             file.sync_data()?;
         } else if random.is_multiple_of(READ_EVERY) {
-            let wrong = oracle.read_chunk(file, chunk)?;
-            shared.wrong.lock().unwrap_or_else(PoisonError::into_inner).extend(wrong);
+            file.read_exact_at(&mut Box::new(Page([0; BLOCK])).0, (chunk * CHUNK * BLOCK) as u64)?;
+            if shared.retired.load(SeqCst) {
+                shared.is_wrong(vec![format!("chunk {chunk} was read where another node has taken over")]);
+            } else {
+                shared.is_wrong(oracle.read_chunk(file, chunk)?);
+            }
         } else {
             let first = chunk * CHUNK + (random >> 8) as usize % CHUNK;
             let blocks = first..(chunk + 1) * CHUNK;
             let last = blocks.clone().map(|block| oracle.known(block, |known| known.tried)).max();
-            oracle.write(file, blocks, last.unwrap_or_default() + 1)?;
+            shared.is_wrong(oracle.write(file, blocks, last.unwrap_or_default() + 1)?);
             shared.writes.fetch_add(1, SeqCst);
         }
     }

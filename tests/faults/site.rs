@@ -156,8 +156,13 @@ impl Site {
         tokio::task::spawn_blocking(move || oracle.check(&device)).await.expect("it is as it was acknowledged");
     }
 
-    /// Process ids of a role.
-    pub fn replica(&self, number: usize) -> Pid {
+    /// A thread that reads one block.
+    pub fn read_first_block(&self, device: &Path) -> std::thread::JoinHandle<std::io::Result<()>> {
+        let device = device.to_path_buf();
+        std::thread::spawn(move || crate::load::read_first_block(&device))
+    }
+
+    fn replica(&self, number: usize) -> Pid {
         let file = self.cluster.dir().join(format!("node-{number}/replica.pid"));
         Pid::from_raw(std::fs::read_to_string(file).expect("started").trim().parse().expect("a pid"))
     }
