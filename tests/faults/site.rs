@@ -1,13 +1,13 @@
 //! A cluster with one mirrored block volume, as the attacher and kubelet use it, and what is wrong with it.
 
 use crate::load::Oracle;
-use crate::rig::{Cluster, MIB, place};
+use crate::rig::{Cluster, MIB, filesystem, place};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tandem::csi::control::Control;
-use tandem::rpc::control::GetVolumeRequest;
+use tandem::csi::control::{Client, Control};
+use tandem::rpc::control::{DetachVolumeRequest, GetVolumeRequest};
 use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, BlockVolume, access_mode::Mode};
 use tandem::rpc::csi::*;
 use tonic::{Code, Status};
@@ -24,12 +24,22 @@ pub struct Site {
     pub cluster: Cluster,
     pub id: String,
     pub oracle: Oracle,
+    capability: VolumeCapability,
     _machine: tokio::sync::MutexGuard<'static, ()>,
 }
 
 impl Site {
-    /// The volume is not published anywhere.
+    /// The volume is a block device, and not published anywhere.
     pub async fn new(nodes: usize, replicas: &str) -> Self {
+        Self::with(nodes, replicas, block()).await
+    }
+
+    /// The same with a filesystem.
+    pub async fn with_filesystem() -> Self {
+        Self::with(2, "2", filesystem()).await
+    }
+
+    async fn with(nodes: usize, replicas: &str, capability: VolumeCapability) -> Self {
         let machine = MACHINE.lock().await;
         let cluster = Cluster::up(nodes);
         let requisite: Vec<_> = (1..=nodes).map(place).collect();
@@ -37,21 +47,21 @@ impl Site {
         let request = CreateVolumeRequest {
             name: "faults".into(),
             capacity_range: Some(CapacityRange { required_bytes: SIZE, limit_bytes: 0 }),
-            volume_capabilities: vec![block()],
+            volume_capabilities: vec![capability.clone()],
             parameters: parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
             accessibility_requirements: Some(TopologyRequirement { preferred: requisite.clone(), requisite }),
             ..Default::default()
         };
         let created = cluster.controller().create_volume(request).await.expect("created").into_inner();
         let id = created.volume.expect("a volume").volume_id;
-        Self { cluster, id, oracle: Oracle::new(SIZE), _machine: machine }
+        Self { cluster, id, oracle: Oracle::new(SIZE), capability, _machine: machine }
     }
 
     pub async fn publish(&self, number: usize) -> Result<(), Status> {
         let request = ControllerPublishVolumeRequest {
             volume_id: self.id.clone(),
             node_id: format!("node-{number}"),
-            volume_capability: Some(block()),
+            volume_capability: Some(self.capability.clone()),
             ..Default::default()
         };
         self.cluster.controller().controller_publish_volume(request).await.map(drop)
@@ -66,7 +76,8 @@ impl Site {
         self.cluster.controller().controller_unpublish_volume(request).await.expect("unpublished");
     }
 
-    fn staging(&self, number: usize) -> PathBuf {
+    /// Where it is mounted on the node.
+    pub fn staging(&self, number: usize) -> PathBuf {
         self.cluster.dir().join(format!("node-{number}/staging-{}", self.id))
     }
 
@@ -78,7 +89,7 @@ impl Site {
         let request = NodeStageVolumeRequest {
             volume_id: self.id.clone(),
             staging_target_path: staging.display().to_string(),
-            volume_capability: Some(block()),
+            volume_capability: Some(self.capability.clone()),
             ..Default::default()
         };
         // Kubelet repeats it, too.
@@ -86,11 +97,20 @@ impl Site {
         self.device(number).await
     }
 
+    fn control(&self, number: usize) -> Client {
+        Control::new(&self.cluster.dir().join(format!("node-{number}/replica.sock"))).client()
+    }
+
     /// Of the volume at the node.
     pub async fn device(&self, number: usize) -> PathBuf {
-        let control = Control::new(&self.cluster.dir().join(format!("node-{number}/replica.sock")));
         let request = GetVolumeRequest { volume_id: self.id.clone() };
-        control.client().get_volume(request).await.expect("it answers").into_inner().device.into()
+        self.control(number).get_volume(request).await.expect("it answers").into_inner().device.into()
+    }
+
+    /// Asks the node to give the device up.
+    pub async fn abandon(&self, number: usize) -> Result<(), Status> {
+        let request = DetachVolumeRequest { volume_id: self.id.clone(), abandon: true };
+        self.control(number).detach_volume(request).await.map(drop)
     }
 
     pub async fn unstage(&self, number: usize) {
@@ -173,7 +193,7 @@ impl Site {
 
     /// Deleted, and nothing is left.
     pub async fn finish(self) {
-        let Self { cluster, id, oracle: _, _machine } = self;
+        let Self { cluster, id, _machine, .. } = self;
         cluster.delete(&id).await.expect("deleted");
         cluster.down();
     }

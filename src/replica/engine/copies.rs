@@ -352,6 +352,7 @@ impl Engine {
         Some(MirrorStatus {
             role: replica.role(),
             serves: replica.serves(),
+            answers: replica.answers(),
             configuration: record.configuration.clone(),
             intact: record.intact,
             disk_failed: replica.has_failed(),
