@@ -75,4 +75,9 @@ impl Replica {
     pub fn serves(&self) -> bool {
         self.role == Role::Primary(Primary::Serving) && self.health != Health::Failed
     }
+
+    /// Whether they can be answered: every secondary was heard within a lease.
+    pub fn answers(&self) -> bool {
+        self.serves() && self.has_lease()
+    }
 }

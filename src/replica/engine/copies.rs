@@ -369,6 +369,7 @@ impl Engine {
         Some(MirrorStatus {
             role: replica.role(),
             serves: replica.serves(),
+            answers: replica.answers(),
             configuration: record.configuration.clone(),
             wish: replica.wish().cloned(),
             intact: record.intact,
