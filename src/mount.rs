@@ -19,6 +19,8 @@ pub use program::{MKFS_XFS, Outcome, Program, ProgramError};
 pub use signature::{Content, ProbeError, Signature, probe};
 pub use twin::{read_only_twin, remove_read_only_twin, resize_read_only_twin};
 
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
 use nix::sys::statvfs::statvfs;
 use program::UMOUNT;
 use serde::{Deserialize, Serialize};
@@ -28,6 +30,7 @@ use std::io::{Error, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 use sys_mount::MountFlags;
 
@@ -184,6 +187,17 @@ pub enum UnmountError {
     /// Mounted over and over.
     #[error("{0} has more than {MAX_STACKED} mounts on top of each other; unmount them by hand")]
     Stacked(PathBuf),
+    /// Not even lazily.
+    #[error("{} cannot be unmounted lazily: {errno}", target.display())]
+    Lazily {
+        /// Where.
+        target: PathBuf,
+        /// Why.
+        errno: Errno,
+    },
+    /// A bug.
+    #[error("an unmount ended by a bug of the driver: see its log, then repeat")]
+    Ended,
     /// umount is missing or failed.
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -211,6 +225,41 @@ pub fn unmount(target: &Path) -> Result<(), UnmountError> {
             }
             return Err(ProgramError::Failed { program: UMOUNT, outcome }.into());
         }
+    }
+    Err(UnmountError::Stacked(target.into()))
+}
+
+/// An unmount that may take as long as its filesystem hangs.
+pub struct Unmounting(Receiver<Result<(), UnmountError>>);
+
+impl Unmounting {
+    /// Begins to [`unmount`]; it goes on when this is dropped.
+    pub fn start(target: &Path) -> Self {
+        let (done, result) = sync_channel(1);
+        let target = target.to_path_buf();
+        std::thread::spawn(move || drop(done.send(unmount(&target))));
+        Self(result)
+    }
+
+    /// How it ended; `None`: it goes on.
+    pub fn wait(&self, limit: Duration) -> Option<Result<(), UnmountError>> {
+        self.0.recv_timeout(limit).ok()
+    }
+
+    /// However long it takes.
+    pub fn wait_for_its_end(self) -> Result<(), UnmountError> {
+        self.0.recv().unwrap_or_else(|_| Err(UnmountError::Ended))
+    }
+}
+
+/// What is mounted at `target` is seen by nobody any more, and goes when its last user does; nothing is success.
+pub fn unmount_lazily(target: &Path) -> Result<(), UnmountError> {
+    for _ in 0..MAX_STACKED {
+        if MountTable::read()?.at(target).is_none() {
+            return Ok(());
+        }
+        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+        umount2(target, flags).map_err(|errno| UnmountError::Lazily { target: target.into(), errno })?;
     }
     Err(UnmountError::Stacked(target.into()))
 }

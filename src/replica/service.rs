@@ -303,9 +303,13 @@ impl Replica for ReplicaService {
         &self,
         r: Request<rpc::DetachVolumeRequest>,
     ) -> Result<Response<rpc::DetachVolumeResponse>, Status> {
-        if let Ok(volume) = r.into_inner().volume_id.parse() {
+        let rpc::DetachVolumeRequest { volume_id, abandon } = r.into_inner();
+        if let Ok(volume) = volume_id.parse() {
             let manager = self.manager.clone();
-            to_the_end(async move { manager.detach(volume).await }).await?;
+            to_the_end(
+                async move { if abandon { manager.abandon(volume).await } else { manager.detach(volume).await } },
+            )
+            .await?;
         }
         Ok(Response::new(rpc::DetachVolumeResponse {}))
     }

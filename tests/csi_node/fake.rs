@@ -208,8 +208,11 @@ macro_rules! not_asked {
                 &self,
                 request: Request<DetachVolumeRequest>,
             ) -> Result<Response<DetachVolumeResponse>, Status> {
-                let id = request.into_inner().volume_id;
+                let DetachVolumeRequest { volume_id: id, abandon } = request.into_inner();
                 self.describe(&id)?;
+                if abandon {
+                    return Err(Status::failed_precondition("it has no other copy"));
+                }
                 let mut state = self.0.lock().expect("state");
                 let volume = state.volumes.get_mut(&id).expect("described above");
                 if volume.device.as_ref().is_some_and(|device| is_mounted_or_held(&device.path)) {

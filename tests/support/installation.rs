@@ -183,7 +183,7 @@ impl Installation {
 
     /// No device any more.
     pub async fn detach(&self, volume: &str) {
-        let request = tandem::rpc::control::DetachVolumeRequest { volume_id: volume.to_owned() };
+        let request = tandem::rpc::control::DetachVolumeRequest { volume_id: volume.to_owned(), abandon: false };
         self.control().detach_volume(request).await.expect("detached");
     }
 }

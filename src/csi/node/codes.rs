@@ -62,7 +62,14 @@ codes! {
         Grow
     }
     GrowError { Capability => FailedPrecondition, Superblock => Internal, Io => Internal, Program => Internal; }
-    UnmountError { Busy => FailedPrecondition, Stacked => FailedPrecondition, Program => Internal, Table => Internal; }
+    UnmountError {
+        Busy => FailedPrecondition,
+        Stacked => FailedPrecondition,
+        Lazily => Internal,
+        Ended => Internal,
+        Program => Internal,
+        Table => Internal;
+    }
     StageError {
         Capability => InvalidArgument,
         Option => InvalidArgument,

@@ -14,6 +14,7 @@ mod health;
 mod path;
 mod publish;
 mod records;
+mod release;
 mod replica;
 mod stage;
 mod stats;

@@ -6,7 +6,9 @@ use crate::mount::Origin;
 use crate::rpc::control;
 use crate::volume::VolumeId;
 use std::path::PathBuf;
+use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::time::timeout;
 
 /// A volume as far as a node cares.
 #[derive(Clone, Debug)]
@@ -73,8 +75,23 @@ impl Replica {
 
     /// Takes the device away; none is fine.
     pub fn detach(&self, id: VolumeId) -> Result<(), ControlError> {
-        let request = control::DetachVolumeRequest { volume_id: id.to_string() };
-        match self.runtime.block_on(self.control.client().detach_volume(request)).map_err(ControlError::from) {
+        self.runtime.block_on(self.detach_volume(id, false))
+    }
+
+    /// As [`Replica::detach`]; `None`: it goes on, and is not waited for any longer.
+    pub fn detach_within(&self, id: VolumeId, limit: Duration) -> Option<Result<(), ControlError>> {
+        self.runtime.block_on(async { timeout(limit, self.detach_volume(id, false)).await.ok() })
+    }
+
+    /// Whoever waits for the device gets an error, if nobody serves it here: else [`ControlError::InUse`].
+    pub fn abandon(&self, id: VolumeId, limit: Duration) -> Result<(), ControlError> {
+        let asked = self.runtime.block_on(async { timeout(limit, self.detach_volume(id, true)).await });
+        asked.unwrap_or_else(|_| Err(ControlError::Unknown(format!("not within {} s", limit.as_secs()))))
+    }
+
+    async fn detach_volume(&self, id: VolumeId, abandon: bool) -> Result<(), ControlError> {
+        let request = control::DetachVolumeRequest { volume_id: id.to_string(), abandon };
+        match self.control.client().detach_volume(request).await.map_err(ControlError::from) {
             Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
             Err(error) => Err(error),
         }

@@ -6,25 +6,20 @@
 use super::errors::{RequestError, StageError, UnstageError};
 use super::path::{PathError, resolve};
 use super::records::{Staged, Use};
+use super::release::Release;
 use super::replica::Facts;
 use super::{Inner, filesystem, required};
 use crate::catalog::{Access, FsType};
 use crate::csi::capability::Capability;
 use crate::csi::control::ControlError;
 use crate::mount::{
-    Filesystem, GrowError, MountOptions, MountTable, device_number, grow_mounted, mount_device, prepare,
-    remove_read_only_twin, unmount,
+    Filesystem, GrowError, MountOptions, MountTable, device_number, grow_mounted, mount_device, prepare, unmount,
 };
 use crate::rpc::csi::{
     NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse,
 };
 use crate::volume::VolumeId;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
-/// How long a device may stay busy after its last unmount before the caller is told.
-const BUSY_LIMIT: Duration = Duration::from_secs(10);
-const BUSY_POLL: Duration = Duration::from_millis(50);
 
 /// Makes the volume ready to be published.
 pub fn stage(node: &Inner, request: &NodeStageVolumeRequest) -> Result<NodeStageVolumeResponse, StageError> {
@@ -158,11 +153,12 @@ fn unstage_recorded(node: &Inner, record: &Staged, staging: Option<&Path>) -> Re
     if staging.is_some_and(|staging| staging != record.staging) {
         return Ok(());
     }
+    let mut release = Release::new(node, record.volume);
     if record.filesystem.is_some() {
-        unmount(&record.staging)?;
+        release.unmount(&record.staging)?;
         node.steps.done()?;
     }
-    detach(node, record.volume)?;
+    release.detach()?;
     node.records.remove(record.volume)?;
     node.steps.done()?;
     Ok(())
@@ -175,29 +171,12 @@ fn unstage_unrecorded(node: &Inner, id: VolumeId, staging: Option<PathBuf>) -> R
         facts => facts?,
     };
     let Some(device) = facts.device else { return Ok(()) };
+    let mut release = Release::new(node, id);
     if let (Some(staging), Ok(number)) = (staging, device_number(&device))
         && MountTable::read()?.at(&staging).is_some_and(|mount| mount.device == number)
     {
-        unmount(&staging)?;
+        release.unmount(&staging)?;
         node.steps.done()?;
     }
-    detach(node, id)
-}
-
-/// The read-only twin of a block device holds it open: it goes first.
-fn detach(node: &Inner, id: VolumeId) -> Result<(), UnstageError> {
-    if let Ok(Facts { device: Some(device), .. }) = node.replica.volume(id) {
-        remove_read_only_twin(&device).map_err(|source| UnstageError::Twin { device, source })?;
-        node.steps.done()?;
-    }
-    let start = Instant::now();
-    loop {
-        match node.replica.detach(id) {
-            // An umount that outlived its killed parent may still be writing: the mount is gone, the device not yet free.
-            Err(ControlError::InUse(_)) if start.elapsed() < BUSY_LIMIT => std::thread::sleep(BUSY_POLL),
-            detached => break detached?,
-        }
-    }
-    node.steps.done()?;
-    Ok(())
+    release.detach()
 }

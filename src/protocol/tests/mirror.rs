@@ -367,3 +367,28 @@ fn a_primary_that_is_to_leave_still_drops_a_member() {
     script.commit();
     assert!(script.proposal().is_some_and(|next| next.primary.is_none()), "{:?}", script.outputs);
 }
+
+/// A secondary remembers so many operations from the first one that is not answered; what was further away it dropped
+/// without a word, and both waited for ever.
+#[test]
+fn nothing_is_started_further_ahead_than_the_others_remember() {
+    let mut script = Script::serving();
+    script.write(OTHER, 0);
+    let beside = Request::Write(BlockRange::new(1, 1).expect("not empty"));
+    let mut serial = 1;
+    loop {
+        script.give(Input::Request { tag: WRITER, request: beside });
+        if script.outputs.is_empty() {
+            break;
+        }
+        serial += 1;
+        script.finish();
+        script.hear_prepared(serial);
+        assert!(script.completes(WRITER));
+        script.give(Input::Replied { tag: WRITER });
+    }
+    assert_eq!(serial, super::super::secondary::MAX_APPLIES as u64);
+    script.hear_prepared(1);
+    assert!(script.completes(OTHER));
+    assert!(script.wants(|output| matches!(output, Output::Disk { tag: WRITER, .. })), "{:?}", script.outputs);
+}

@@ -6,6 +6,7 @@
 //! * A device that a killed engine left gets its core before its requests are executed again.
 
 use super::commands::Reply;
+use super::laggards::{Laggards, PATIENCE};
 use super::mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
 use super::tree::TreeKey;
@@ -58,6 +59,7 @@ pub(super) struct Mirror {
     /// Seals that found the store busy, tried again with each heartbeat; at most one for each ticket of the primary.
     pub busy: Vec<(OperationId, Control)>,
     pub role: Role,
+    laggards: Laggards,
     /// Nothing is done any more; these are told when nothing runs.
     pub closing: Vec<Reply<Result<(), EngineError>>>,
 }
@@ -88,6 +90,7 @@ impl Mirror {
             left_bytes: 0,
             busy: Vec::new(),
             role,
+            laggards: Laggards::default(),
             closing: Vec::new(),
         }
     }
@@ -316,12 +319,26 @@ impl Engine {
             let Some(key) = self.mirrored.get(index).copied() else { break };
             let Some(mirror) = self.mirror_mut(key) else { continue };
             mirror.ask_again();
+            self.give_up_laggards(key);
+            let Some(mirror) = self.mirror_mut(key) else { continue };
             for (operation, control) in std::mem::take(&mut mirror.busy) {
                 self.seal_again(key, operation, control);
             }
             self.step(key, Input::Tick);
         }
         self.pump();
+    }
+
+    /// A copy that does not answer is as good as gone; it comes back with its next word, and then it is asked everything again.
+    fn give_up_laggards(&mut self, key: VolumeKey) {
+        let now = self.now;
+        let Some(volume) = self.volume_mut(key) else { return };
+        let Some(mirror) = volume.mirror.as_mut() else { return };
+        let (volume, gone) = (volume.id, mirror.laggards.look(now, volume.replica.owed()));
+        for copy in gone {
+            tracing::error!(%volume, %copy, "a copy has not executed what it was sent for {PATIENCE:?}: it goes");
+            self.step(key, Input::Silent(copy));
+        }
     }
 
     pub fn mirror_mut(&mut self, key: VolumeKey) -> Option<&mut Mirror> {
@@ -352,6 +369,7 @@ impl Engine {
         Some(MirrorStatus {
             role: replica.role(),
             serves: replica.serves(),
+            answers: replica.answers(),
             configuration: record.configuration.clone(),
             wish: replica.wish().cloned(),
             intact: record.intact,

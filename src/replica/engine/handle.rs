@@ -209,6 +209,16 @@ impl EngineHandle {
         Ok(())
     }
 
+    /// Ends the connection of a device: whoever waits for it gets an error, and nothing that it is asked comes here any more.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn abort(&self, volume: VolumeId) -> Result<(), DetachError> {
+        let Some(found) = self.find(volume).await? else { return Ok(()) };
+        let control = found.control?;
+        self.blocking(move |_| control.abort()).await?.map_err(DetachError::Abort)
+    }
+
     /// Makes a grown volume's size known to its device; none is fine.
     ///
     /// # Errors

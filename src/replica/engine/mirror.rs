@@ -118,6 +118,8 @@ pub struct MirrorStatus {
     pub role: Role,
     /// Requests are executed here.
     pub serves: bool,
+    /// And can be answered: no other copy that they need is silent.
+    pub answers: bool,
     /// The last configuration that it acts under.
     pub configuration: Configuration,
     /// What the spec wants, as it was told last.

@@ -21,6 +21,7 @@ mod disk;
 mod files;
 mod handle;
 mod jobs;
+mod laggards;
 mod mirror;
 mod operations;
 mod outputs;
@@ -222,6 +223,9 @@ pub enum DetachError {
     /// The loop device.
     #[error(transparent)]
     Loop(LoopError),
+    /// Its connection cannot be ended.
+    #[error("its FUSE connection cannot be ended: {0}; the replica needs root and the control filesystem (fusectl)")]
+    Abort(std::io::Error),
     /// The engine.
     #[error(transparent)]
     Engine(#[from] EngineError),

@@ -3,12 +3,13 @@
 use super::Manager;
 use super::errors::AttachFailure as Failure;
 use super::mirror::MirrorPlace;
+use crate::protocol::{HEARTBEAT, SILENCE};
 use crate::replica::engine::EngineError;
 use crate::volume::VolumeId;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 /// How long the catalogue may take to say who shall use a volume: two calls at their slowest.
 const WISH_LIMIT: Duration = Duration::from_secs(12);
@@ -47,6 +48,29 @@ impl Manager {
             place.device = None;
         }
         Ok(())
+    }
+
+    /// Whoever waits for the device of a mirrored volume gets an error, if this copy answers nothing for as long as the copy that
+    /// it may wait for is waited for. Without a device there is nothing to do.
+    pub async fn abandon(&self, volume: VolumeId) -> Result<(), Failure> {
+        let Some(place) = self.place(volume) else { return Ok(()) };
+        let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+        if place.mirror.is_none() {
+            return Err(Failure::Only(volume));
+        }
+        let until = Instant::now() + SILENCE;
+        loop {
+            let status = self.engine().mirror_status(volume).await;
+            if status.map_err(|error| Failure::Status { volume, error })?.is_some_and(|status| status.answers) {
+                return Err(Failure::Served(volume));
+            }
+            if Instant::now() >= until {
+                break;
+            }
+            sleep(HEARTBEAT).await;
+        }
+        tracing::warn!(%volume, "its device is given up: it is to go, and nothing that it is asked is answered here");
+        self.engine().abort(volume).await.map_err(|error| Failure::Detach { volume, error })
     }
 
     /// The end of the process: copies without devices are closed, so that the holder keeps nothing for them.

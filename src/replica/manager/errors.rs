@@ -151,6 +151,12 @@ pub enum AttachFailure {
     Attach { volume: VolumeId, error: AttachError },
     #[error("volume {volume}: {error}")]
     Detach { volume: VolumeId, error: DetachError },
+    #[error("volume {0} has no other copy: its device is not given up")]
+    Only(VolumeId),
+    #[error("volume {0} is served here: its device is not given up")]
+    Served(VolumeId),
+    #[error("volume {volume}: {error}")]
+    Status { volume: VolumeId, error: EngineError },
 }
 
 impl From<AttachFailure> for Status {
@@ -159,8 +165,8 @@ impl From<AttachFailure> for Status {
         let code = match &failure {
             F::NoVolume(_) => Code::NotFound,
             F::NotReady(_) | F::Busy(_) | F::NotOpen(_) => Code::Aborted,
-            F::NotWished(_) => Code::FailedPrecondition,
-            F::Attach { .. } | F::NoCatalogue { .. } => Code::Unavailable,
+            F::NotWished(_) | F::Only(_) | F::Served(_) => Code::FailedPrecondition,
+            F::Attach { .. } | F::NoCatalogue { .. } | F::Status { .. } => Code::Unavailable,
             F::Detach { error: DetachError::Busy(_), .. } => Code::FailedPrecondition,
             F::Detach { .. } => Code::Unavailable,
         };

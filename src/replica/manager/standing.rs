@@ -153,6 +153,7 @@ mod tests {
         MirrorStatus {
             role: Role::Primary(Primary::Serving),
             serves: true,
+            answers: true,
             configuration: Configuration::first(Generation(1), one, [two].into()),
             wish: Some(Wish { primary: Some(one), copies: [one, two].into() }),
             intact: true,

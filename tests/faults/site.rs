@@ -1,0 +1,205 @@
+//! A cluster with one mirrored block volume, as the attacher and kubelet use it, and what is wrong with it.
+
+use crate::load::Oracle;
+use crate::rig::{Cluster, MIB, filesystem, place};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tandem::csi::control::{Client, Control};
+use tandem::rpc::control::{DetachVolumeRequest, GetVolumeRequest};
+use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, BlockVolume, access_mode::Mode};
+use tandem::rpc::csi::*;
+use tonic::{Code, Status};
+
+/// How long anything may take on a machine that is busy with other tests.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of the volume.
+pub const SIZE: i64 = 64 * MIB;
+
+/// One cluster at a time: two would take each other's time, and a lease is two seconds.
+static MACHINE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+pub struct Site {
+    pub cluster: Cluster,
+    pub id: String,
+    pub oracle: Oracle,
+    capability: VolumeCapability,
+    _machine: tokio::sync::MutexGuard<'static, ()>,
+}
+
+impl Site {
+    /// The volume is a block device, and not published anywhere.
+    pub async fn new(nodes: usize, replicas: &str) -> Self {
+        Self::with(nodes, replicas, block()).await
+    }
+
+    /// The same with a filesystem.
+    pub async fn with_filesystem() -> Self {
+        Self::with(2, "2", filesystem()).await
+    }
+
+    async fn with(nodes: usize, replicas: &str, capability: VolumeCapability) -> Self {
+        let machine = MACHINE.lock().await;
+        let cluster = Cluster::up(nodes);
+        let requisite: Vec<_> = (1..=nodes).map(place).collect();
+        let parameters = [("replication", "sync"), ("replicas", replicas)];
+        let request = CreateVolumeRequest {
+            name: "faults".into(),
+            capacity_range: Some(CapacityRange { required_bytes: SIZE, limit_bytes: 0 }),
+            volume_capabilities: vec![capability.clone()],
+            parameters: parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+            accessibility_requirements: Some(TopologyRequirement { preferred: requisite.clone(), requisite }),
+            ..Default::default()
+        };
+        let created = cluster.controller().create_volume(request).await.expect("created").into_inner();
+        let id = created.volume.expect("a volume").volume_id;
+        Self { cluster, id, oracle: Oracle::new(SIZE), capability, _machine: machine }
+    }
+
+    pub async fn publish(&self, number: usize) -> Result<(), Status> {
+        let request = ControllerPublishVolumeRequest {
+            volume_id: self.id.clone(),
+            node_id: format!("node-{number}"),
+            volume_capability: Some(self.capability.clone()),
+            ..Default::default()
+        };
+        self.cluster.controller().controller_publish_volume(request).await.map(drop)
+    }
+
+    pub async fn unpublish(&self, number: usize) {
+        let request = ControllerUnpublishVolumeRequest {
+            volume_id: self.id.clone(),
+            node_id: format!("node-{number}"),
+            ..Default::default()
+        };
+        self.cluster.controller().controller_unpublish_volume(request).await.expect("unpublished");
+    }
+
+    /// Where it is mounted on the node.
+    pub fn staging(&self, number: usize) -> PathBuf {
+        self.cluster.dir().join(format!("node-{number}/staging-{}", self.id))
+    }
+
+    /// Publishes and stages; the device.
+    pub async fn attach(&self, number: usize) -> PathBuf {
+        self.publish(number).await.expect("published");
+        let staging = self.staging(number);
+        std::fs::create_dir_all(&staging).expect("a directory");
+        let request = NodeStageVolumeRequest {
+            volume_id: self.id.clone(),
+            staging_target_path: staging.display().to_string(),
+            volume_capability: Some(self.capability.clone()),
+            ..Default::default()
+        };
+        // Kubelet repeats it, too.
+        self.repeat("stage", async || self.cluster.node(number).node_stage_volume(request.clone()).await).await;
+        self.device(number).await
+    }
+
+    fn control(&self, number: usize) -> Client {
+        Control::new(&self.cluster.dir().join(format!("node-{number}/replica.sock"))).client()
+    }
+
+    /// Of the volume at the node.
+    pub async fn device(&self, number: usize) -> PathBuf {
+        let request = GetVolumeRequest { volume_id: self.id.clone() };
+        self.control(number).get_volume(request).await.expect("it answers").into_inner().device.into()
+    }
+
+    /// Asks the node to give the device up.
+    pub async fn abandon(&self, number: usize) -> Result<(), Status> {
+        let request = DetachVolumeRequest { volume_id: self.id.clone(), abandon: true };
+        self.control(number).detach_volume(request).await.map(drop)
+    }
+
+    pub async fn unstage(&self, number: usize) {
+        let staging_target_path = self.staging(number).display().to_string();
+        let request = NodeUnstageVolumeRequest { volume_id: self.id.clone(), staging_target_path };
+        self.repeat("unstage", async || self.cluster.node(number).node_unstage_volume(request.clone()).await).await;
+    }
+
+    pub async fn detach(&self, number: usize) {
+        self.unstage(number).await;
+        self.unpublish(number).await;
+    }
+
+    /// What is to become true, asked again as its callers do.
+    async fn repeat<T>(&self, what: &str, ask: impl AsyncFn() -> Result<T, Status>) -> T {
+        let began = Instant::now();
+        loop {
+            match ask().await {
+                Ok(answer) => return answer,
+                Err(status) => assert!(
+                    matches!(status.code(), Code::Aborted | Code::Unavailable) && began.elapsed() < PATIENCE,
+                    "{what}: {status:?}"
+                ),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// What the controller says is wrong with the copies; nothing: all are members.
+    pub async fn health(&self) -> Result<Vec<String>, Status> {
+        let request = ControllerGetVolumeHealthRequest { volume_id: self.id.clone(), ..Default::default() };
+        let answer = self.cluster.controller().controller_get_volume_health(request).await?.into_inner();
+        Ok(answer.volume_health.unwrap_or_default().health_statuses.into_iter().map(|entry| entry.message).collect())
+    }
+
+    /// Waits until the committed configuration is like that; how long it took.
+    async fn until(&self, what: &str, is: impl Fn(&[String]) -> bool) -> Duration {
+        let began = Instant::now();
+        loop {
+            let health = self.health().await;
+            if health.as_ref().is_ok_and(|health| is(health)) {
+                return began.elapsed();
+            }
+            assert!(began.elapsed() < PATIENCE, "{what}: {health:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// All copies are members.
+    pub async fn until_whole(&self) -> Duration {
+        self.until("every copy to be a member", <[String]>::is_empty).await
+    }
+
+    /// The copy of the node is no member.
+    pub async fn until_dropped(&self, number: usize) -> Duration {
+        let name = format!("node-{number}");
+        self.until("a copy to be dropped", |health| health.iter().any(|message| message.contains(&name))).await
+    }
+
+    /// Everything that is acknowledged is on the device.
+    pub async fn check(&self, device: &Path) {
+        let (oracle, device) = (self.oracle.clone(), device.to_path_buf());
+        tokio::task::spawn_blocking(move || oracle.check(&device)).await.expect("it is as it was acknowledged");
+    }
+
+    /// A thread that reads one block.
+    pub fn read_first_block(&self, device: &Path) -> std::thread::JoinHandle<std::io::Result<()>> {
+        let device = device.to_path_buf();
+        std::thread::spawn(move || crate::load::read_first_block(&device))
+    }
+
+    fn replica(&self, number: usize) -> Pid {
+        let file = self.cluster.dir().join(format!("node-{number}/replica.pid"));
+        Pid::from_raw(std::fs::read_to_string(file).expect("started").trim().parse().expect("a pid"))
+    }
+
+    pub fn signal(&self, number: usize, signal: Signal) {
+        kill(self.replica(number), signal).expect("it runs");
+    }
+
+    /// Deleted, and nothing is left.
+    pub async fn finish(self) {
+        let Self { cluster, id, _machine, .. } = self;
+        cluster.delete(&id).await.expect("deleted");
+        cluster.down();
+    }
+}
+
+fn block() -> VolumeCapability {
+    let access_mode = Some(AccessMode { mode: Mode::SingleNodeWriter.into() });
+    VolumeCapability { access_mode, access_type: Some(AccessType::Block(BlockVolume::default())) }
+}
