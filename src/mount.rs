@@ -248,7 +248,7 @@ impl Unmounting {
 
     /// However long it takes.
     pub fn wait_for_its_end(self) -> Result<(), UnmountError> {
-        self.0.recv().unwrap_or_else(|_| Err(UnmountError::Ended))
+        self.0.recv().unwrap_or(Err(UnmountError::Ended))
     }
 }
 

@@ -1,4 +1,4 @@
-//! A cluster of real processes in network namespaces: volumes without replication are made, used and lost where they are.
+//! A cluster of real processes in network namespaces: volumes are made, used and lost where they are; mirrored ones outlive that.
 
 #[path = "cluster/rig.rs"]
 mod rig;

@@ -53,8 +53,9 @@ async fn a_volume_moves_from_a_node_that_dies_and_back() {
     // It finds its copy, and is brought up to date.
     let first = site.start("n1", site.catalog()).await;
     second.until_up_to_date(volume.id, one).await;
-    let both = second.seen(volume.id).await;
-    assert!(both.problems.is_empty(), "{:?}", both.problems);
+    // A member that was just admitted grants its lease a heartbeat later.
+    let both =
+        eventually("health", async || Some(second.seen(volume.id).await).filter(|v| v.problems.is_empty())).await;
     let peer = &both.mirror.as_ref().expect("one of several").peers[0];
     assert!(peer.connected && peer.out_of_sync_bytes == 0, "{peer:?}");
     eventually("what the other one says", async || {

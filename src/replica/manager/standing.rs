@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct MirrorView {
     pub role: Role,
     pub serves: bool,
+    /// And its requests are answered: no other copy that they need is silent.
+    pub answers: bool,
     pub stamp: Stamp,
     pub intact: bool,
     pub wished: bool,
@@ -74,6 +76,7 @@ impl MirrorView {
         Self {
             role: status.role,
             serves: status.serves,
+            answers: status.answers,
             stamp: configuration.stamp,
             intact: status.intact,
             wished: status.wish.as_ref().is_some_and(|wish| wish.primary == Some(here)),
@@ -93,6 +96,13 @@ impl MirrorView {
                  the catalogue, and the other members or a configuration without them; it goes on by itself"
             );
             entries.push(HealthEntry { kind: HealthKind::Inaccessible, reason: "NotServing", message });
+        }
+        if self.serves && !self.answers {
+            let message = format!(
+                "requests of volume {volume} wait for a copy that is silent, or for a configuration without it, which needs \
+                 the catalogue; they go on by themselves"
+            );
+            entries.push(HealthEntry { kind: HealthKind::Inaccessible, reason: "NotAnswering", message });
         }
         let behind: Vec<_> = self.copies.iter().filter(|copy| copy.is_behind()).map(CopyView::name).collect();
         if !behind.is_empty() {
@@ -199,6 +209,9 @@ mod tests {
         let mut waiting = status();
         (waiting.role, waiting.serves) = (Role::Secondary, false);
         assert_eq!(reasons(&waiting), [(HealthKind::Inaccessible, "NotServing")]);
+        let mut silent = status();
+        silent.answers = false;
+        assert_eq!(reasons(&silent), [(HealthKind::Inaccessible, "NotAnswering")]);
         waiting.wish.as_mut().expect("a wish").primary = None;
         assert_eq!(reasons(&waiting), []);
         waiting.intact = false;
