@@ -1,7 +1,8 @@
 //! Filesystems on block devices: make, check, grow, mount, bind, measure and unmount them.
 //!
 //! Invariants: what exists is never formatted (see [`prepare`]); what is mounted is read from the kernel, never remembered;
-//! unmounting happens in a child process, so that a filesystem that hangs can never hang this one. All functions block.
+//! unmounting happens in a child process, so that a filesystem that hangs can never hang this one; only a lazy unmount, of
+//! what was given up, does not. All functions block.
 
 mod grow;
 mod mountinfo;

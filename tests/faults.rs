@@ -237,3 +237,51 @@ async fn without_controller_a_volume_goes_on_and_without_the_other_copy_too_it_w
     site.detach(2).await;
     site.finish().await;
 }
+
+/// Case 10.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_way_to_the_other_copy_makes_writes_slow_and_none_hangs() {
+    let site = Site::new(2, "2").await;
+    let device = site.attach(1).await;
+    let load = Load::start(&device, &site.oracle);
+    load.await_writes(100, PATIENCE);
+    site.cluster.run(&["slow", "2", "link", "100K"]);
+    println!("slow: 100 writes in {:?}; {:?}", load.await_writes(100, PATIENCE), site.health().await);
+    site.cluster.run(&["heal"]);
+    site.until_whole().await;
+    println!("fast again: 300 writes in {:?}", load.await_writes(300, PATIENCE));
+    load.stop_well();
+    site.detach(1).await;
+    let device = site.attach(2).await;
+    site.check(&device).await;
+    site.detach(2).await;
+    site.finish().await;
+}
+
+/// Cases 1, 3 with three copies.
+#[tokio::test(flavor = "multi_thread")]
+async fn with_three_copies_each_of_the_others_has_what_a_dead_primary_acknowledged() {
+    let site = Site::new(3, "3").await;
+    let device = site.attach(1).await;
+    let load = Load::start(&device, &site.oracle);
+    load.await_writes(300, PATIENCE);
+    site.cluster.run(&["kill", "all", "1"]);
+    load.stop();
+    site.unpublish(1).await;
+    let device = site.attach(2).await;
+    site.check(&device).await;
+    let load = Load::start(&device, &site.oracle);
+    load.await_writes(200, PATIENCE);
+    site.cluster.run(&["start", "all", "1"]);
+    println!("three members after {:?}", site.until_whole().await);
+    load.await_writes(100, PATIENCE);
+    load.stop_well();
+    site.unstage(1).await;
+    for (from, to) in [(2, 3), (3, 1)] {
+        site.detach(from).await;
+        let device = site.attach(to).await;
+        site.check(&device).await;
+    }
+    site.detach(1).await;
+    site.finish().await;
+}
