@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::installation::{Installation, pids};
 use tandem::rpc::csi::volume_capability::access_mode::Mode;
@@ -241,38 +241,50 @@ async fn volumes_live_whole_lives() {
     assert_nothing_left(&tandem).await;
 }
 
+/// Then kills do not happen at all.
+const MOST_ROUNDS: usize = 50;
+
 /// Kills processes of an installation again and again, until it is dropped.
 struct Killer {
     stop: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<usize>>,
+    killed: Arc<AtomicUsize>,
+    thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Killer {
     fn new(dir: PathBuf, roles: &'static [&'static str]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let is_over = stop.clone();
+        let killed = Arc::new(AtomicUsize::new(0));
+        let (is_over, count) = (stop.clone(), killed.clone());
         let run = move || {
-            let (mut killed, mut random) = (0, 0x9e37_79b9_7f4a_7c15_u64);
+            let mut random = 0x9e37_79b9_7f4a_7c15_u64;
             while !is_over.load(Ordering::Relaxed) {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
                 // Rarer and rarer, so that a machine on which a start takes long gets through, too.
-                std::thread::sleep(Duration::from_millis(30 + random % 500 + 10 * killed as u64));
+                let done = count.load(Ordering::Relaxed) as u64;
+                std::thread::sleep(Duration::from_millis(30 + random % 500 + 10 * done));
                 for pid in pids(&dir, roles[random as usize % roles.len()]) {
                     let pid = nix::unistd::Pid::from_raw(pid);
-                    killed += usize::from(nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).is_ok());
+                    let hit = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).is_ok();
+                    count.fetch_add(usize::from(hit), Ordering::Relaxed);
                 }
             }
-            killed
         };
-        Self { stop, thread: Some(std::thread::spawn(run)) }
+        Self { stop, killed, thread: Some(std::thread::spawn(run)) }
+    }
+
+    /// So many until now.
+    fn killed(&self) -> usize {
+        self.killed.load(Ordering::Relaxed)
     }
 
     /// Stops it; answers how many it killed.
     fn stop(mut self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().map_or(0, |thread| thread.join().expect("killer"))
+        self.thread.take().into_iter().for_each(|thread| thread.join().expect("killer"));
+        self.killed()
     }
 }
 
@@ -285,19 +297,24 @@ impl Drop for Killer {
     }
 }
 
+/// At least so many rounds, and more where lives are short, until they have met enough kills.
 async fn lives_under_kills(roles: &'static [&'static str], rounds: usize) {
     let tandem = Installation::start(&[]).await;
     let node = node_name(&tandem).await;
     // Declared after the installation, so that it stops first on every way out.
     let killer = Killer::new(tandem.dir().to_owned(), roles);
-    for round in 0..rounds {
+    let wanted = 5 * rounds;
+    for round in 0..MOST_ROUNDS {
+        if round >= rounds && killer.killed() >= wanted {
+            break;
+        }
         for (name, fs_type) in [("ext4", Some("ext4")), ("xfs", Some("xfs")), ("block", None)] {
             live(&tandem, &node, &format!("{name}-{round}"), fs_type).await;
         }
     }
     let killed = killer.stop();
-    println!("{killed} kills of {roles:?} in {rounds} rounds of three lives");
-    assert!(killed >= 5 * rounds, "only {killed} kills");
+    println!("{killed} kills of {roles:?} in rounds of three lives");
+    assert!(killed >= wanted, "only {killed} kills in {MOST_ROUNDS} rounds");
     assert_nothing_left(&tandem).await;
 }
 
