@@ -205,3 +205,35 @@ async fn the_holder_ends_when_there_is_nothing_to_hold() {
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
 }
+
+/// What was acknowledged and not flushed is in memory that the holder keeps, also while the pool of its volume is away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_that_comes_back_brings_what_was_acknowledged_before_it_went() {
+    let mut tandem = Installation::start(&[]).await;
+    let place = tempfile::Builder::new().prefix("tandem-test-pool-").tempdir().expect("temporary directory");
+    let (pool, away) = (place.path().join("pool"), place.path().join("away"));
+    std::fs::create_dir(&pool).expect("a directory");
+    let add = || tandem::rpc::control::AddPoolRequest {
+        name: "second".into(),
+        path: pool.display().to_string(),
+        force: false,
+    };
+    tandem.control().add_pool(add()).await.expect("pool");
+    let volume = tandem.create("far", 64 << 20, &[("pool", "second")]).await;
+    let device = tandem.attach(&volume).await;
+    let mut chunk = Memory::zeros(MIB).expect("memory");
+    chunk.bytes_mut().fill(0x77);
+    // Open until the end: the last close would flush.
+    let open = open(&device);
+    open.write_all_at(chunk.bytes(), 5 * MIB as u64).expect("acknowledged");
+    tandem.kill();
+    std::fs::rename(&pool, &away).expect("the pool goes");
+    std::fs::write(&pool, "no directory").expect("and nothing is made in its place");
+    tandem.start_again().await;
+    std::fs::remove_file(&pool).expect("removed");
+    std::fs::rename(&away, &pool).expect("the pool is back");
+    tandem.control().add_pool(add()).await.expect("added again");
+    assert_eq!(byte(&device, 5), 0x77);
+    drop(open);
+    tandem.detach(&volume).await;
+}

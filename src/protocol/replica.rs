@@ -66,6 +66,9 @@ pub struct Replica {
     pub(super) copying: Option<Copying>,
     /// There was no space for what was copied: nothing is copied before the next tick.
     pub(super) copying_waits: bool,
+    /// A record or a flush of the core's own failed: neither is tried again before the next tick. A store that has failed
+    /// answers at once, and would be asked without end.
+    pub(super) disk_rests: bool,
     /// Something that others wait for was given up.
     pub(super) released: bool,
     /// Whether this copy may become the only one.
@@ -129,6 +132,7 @@ impl Replica {
             peers: Vec::new(),
             copying: None,
             copying_waits: false,
+            disk_rests: false,
             released: false,
             guard: Guard::Open,
             flushed: false,
@@ -178,7 +182,7 @@ impl Replica {
                 self.start_what_is_clear(outputs);
             }
             Input::Tick => {
-                self.copying_waits = false;
+                (self.copying_waits, self.disk_rests) = (false, false);
                 self.tick(outputs);
             }
         }
@@ -235,7 +239,7 @@ impl Replica {
         {
             return;
         }
-        if self.unsaved && self.persisting.is_none() && self.adoption.is_none() {
+        if self.unsaved && !self.disk_rests && self.persisting.is_none() && self.adoption.is_none() {
             self.persist(self.record.clone(), outputs);
         }
         self.adopt_if_drained(outputs);

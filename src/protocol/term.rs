@@ -134,7 +134,7 @@ impl Replica {
     /// Makes what was learned durable, when nothing of the one before runs any more.
     pub(super) fn adopt_if_drained(&mut self, outputs: &mut Vec<Output>) {
         let Some(adoption) = &self.adoption else { return };
-        if self.persisting.is_some() || !(self.is_primary() || self.is_drained()) {
+        if self.disk_rests || self.persisting.is_some() || !(self.is_primary() || self.is_drained()) {
             return;
         }
         let configuration = adoption.configuration.clone();
@@ -161,7 +161,7 @@ impl Replica {
         let Some(Persisting { record, .. }) = self.persisting.take() else { return };
         if result.is_err() {
             // Nothing was promised under it, and nothing will be before another attempt succeeds.
-            self.health = Health::Failed;
+            (self.health, self.disk_rests) = (Health::Failed, true);
             return;
         }
         let before = std::mem::replace(&mut self.record, record);

@@ -392,3 +392,32 @@ fn nothing_is_started_further_ahead_than_the_others_remember() {
     assert!(script.completes(OTHER));
     assert!(script.wants(|output| matches!(output, Output::Disk { tag: WRITER, .. })), "{:?}", script.outputs);
 }
+
+/// The store of a failed disk refuses at once; its core asked it again within the same turn, for ever.
+#[test]
+fn a_record_that_failed_is_tried_again_with_the_next_tick() {
+    let mut script = Script::new(true, &[], Memory::Kept);
+    let next = script.replica.record().configuration.with_primary(copy(2));
+    script.give(Input::Configuration(Box::new(next)));
+    script.fail();
+    assert!(!script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
+    script.give(Input::Tick);
+    assert!(script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
+}
+
+/// It left, and the wished copy could not take over: nobody was primary, so nobody brought it up to date, for ever.
+#[test]
+fn a_primary_stays_until_the_wished_copy_can_take_over() {
+    let mut script = Script::primary(false);
+    script.hear(Script::joined(FIRST, &[]));
+    assert!(!script.replica.record().configuration.is_member(copy(2)));
+    script.wish(Some(copy(2)));
+    // The flush before it would leave is done everywhere.
+    script.finish();
+    script.hear_prepared(1);
+    assert_eq!(script.proposal(), None);
+    script.wish(None);
+    script.finish();
+    script.hear_prepared(2);
+    assert_eq!(script.proposal().expect("it leaves for nobody").primary, None);
+}

@@ -164,7 +164,7 @@ impl Engine {
             id,
             store,
             files,
-            _pending: pending,
+            pending,
             under_way: 0,
             last_tick: Duration::ZERO,
             next_tick: None,

@@ -166,11 +166,11 @@ impl Engine {
             return self.begin_core(key);
         }
         opening.persisting = true;
-        let (first, boot) = (opening.config.first.clone(), opening.config.boot);
+        let (first, life) = (opening.config.first.clone(), tree.life(opening.config.boot));
         volume.running += 1;
         tree.under_way += 1;
         let operation = operations.add(tree_key, Purpose::FirstRecord(key));
-        tree.store.persist(operation, volume.id, first, boot, Reserve::Refused, actions);
+        tree.store.persist(operation, volume.id, first, life, Reserve::Refused, actions);
         self.collect_actions(tree_key);
     }
 
@@ -192,7 +192,8 @@ impl Engine {
         let Some(tree) = trees[volume.tree.0 as usize].as_ref() else { return };
         let Some(mirrored) = tree.store.mirrored(volume.id) else { return };
         let Some(Opening { config, reply, .. }) = volume.opening.take() else { return };
-        let memory = if mirrored.boot == config.boot { config.memory } else { Memory::Lost };
+        // Also an engine that was killed before it could record that the memory of the one before it was gone.
+        let memory = if mirrored.boot == tree.life(config.boot) { config.memory } else { Memory::Lost };
         let member = Member {
             copy: tree.id,
             incarnation: config.session.incarnation(),

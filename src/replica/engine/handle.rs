@@ -326,13 +326,17 @@ impl EngineHandle {
         }
     }
 
-    /// Lets go of the memory of requests, so that a holder without devices may end. For the end of the process, when no
-    /// volume is attached.
+    /// Lets go of the memory of requests, so that a holder without devices may end; not while it keeps any device, served or
+    /// not: its requests may be in there. For the end of the process.
     ///
     /// # Errors
     /// The holder does not answer.
     pub async fn release_arena(&self) -> Result<(), EngineError> {
-        self.blocking(|shared| shared.hold(|holder| holder.remove(super::ARENA))).await??;
+        let release = |holder: &Holder| {
+            let devices = holder.list()?.into_iter().filter(|entry| entry.key.starts_with(super::VOLUME));
+            if devices.count() == 0 { holder.remove(super::ARENA) } else { Ok(()) }
+        };
+        self.blocking(move |shared| shared.hold(release)).await??;
         Ok(())
     }
 

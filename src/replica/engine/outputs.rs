@@ -204,7 +204,8 @@ impl Engine {
         let (Some(mirror), Some(found)) = (volume.mirror.as_ref(), trees[tree.0 as usize].as_mut()) else { return };
         let before = found.store.mirrored(volume.id).map(|known| known.record.configuration.stamp);
         let reserve = mirror.reserve_for(&record.configuration, before, found.id);
-        found.store.persist(id, volume.id, record, mirror.boot, reserve, actions);
+        let life = found.life(mirror.boot);
+        found.store.persist(id, volume.id, record, life, reserve, actions);
         self.collect_actions(tree);
     }
 

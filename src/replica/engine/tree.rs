@@ -3,7 +3,7 @@
 use super::EngineError;
 use super::files::TreeFiles;
 use crate::store::Store;
-use crate::volume::InstanceId;
+use crate::volume::{BootId, InstanceId};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -23,8 +23,8 @@ pub(super) struct Tree {
     pub id: InstanceId,
     pub store: Box<Store>,
     pub files: TreeFiles,
-    /// The holder has a copy of it; this one only keeps the memory's name alive for later engines of this process.
-    pub _pending: OwnedFd,
+    /// The holder has a copy of it; this one keeps the memory's name alive for later engines of this process.
+    pub pending: OwnedFd,
     /// Physical operations, jobs and store operations that are not finished.
     pub under_way: usize,
     /// When the store last did a step in the background.
@@ -35,6 +35,15 @@ pub(super) struct Tree {
 }
 
 impl Tree {
+    /// The life of what was acknowledged and not logged: it ends with the node's, and with the memory that the holder keeps.
+    /// That is told by its inode, of which a kernel makes each number once.
+    pub fn life(&self, boot: BootId) -> BootId {
+        let inode = nix::sys::stat::fstat(&self.pending).map_or(0, |found| found.st_ino);
+        let mut bytes = boot.to_bytes();
+        bytes.iter_mut().zip(inode.to_le_bytes()).for_each(|(byte, more)| *byte ^= more);
+        BootId::from_bytes(bytes)
+    }
+
     /// When the store wants its next step, not more often than every `pace`.
     pub fn wanted_tick(&self, pace: Duration) -> Option<Duration> {
         let delay = self.store.next_tick().filter(|_| self.is_open())?;

@@ -16,6 +16,7 @@ use super::pool::{Pool, PoolName, Promises};
 use crate::store::{SnapshotInfo, VolumeInfo, spare_blocks};
 use crate::volume::{BLOCK_SIZE, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -115,12 +116,18 @@ pub(super) struct Inner {
     index: Mutex<Index>,
     operations: Operations,
     settings: OpenSettings,
+    /// What an earlier engine has acknowledged and not logged, of trees whose pool is not open: for when it is added.
+    held: Mutex<BTreeMap<InstanceId, OwnedFd>>,
 }
 
 impl Manager {
     fn index(&self) -> MutexGuard<'_, Index> {
         // Changes of the index are single inserts and removes, so a poisoned lock is still usable.
         self.inner.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn held(&self) -> MutexGuard<'_, BTreeMap<InstanceId, OwnedFd>> {
+        self.inner.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn engine(&self) -> &EngineHandle {

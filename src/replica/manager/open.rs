@@ -68,6 +68,7 @@ impl Manager {
                 index: Mutex::new(Index::default()),
                 operations: Operations::default(),
                 settings: settings.clone(),
+                held: Mutex::default(),
             }),
         };
         let mut held = std::mem::take(&mut recovered.pendings);
@@ -79,6 +80,7 @@ impl Manager {
         for tree in held.keys() {
             tracing::error!(%tree, "a device waits for a copy that is in no pool; add its pool with `tandem pool add`");
         }
+        *manager.held() = held;
         before_devices(&manager, &kept).await;
         manager.engine().reattach(recovered).await.into_iter().for_each(|(volume, device)| {
             if let Some(place) = manager.index().volumes.get_mut(&volume) {

@@ -89,7 +89,10 @@ impl Manager {
         let pool = opened.await.map_err(|e| Failure::List(io::Error::other(e)))??;
         let state =
             Arc::new(PoolState { pool, promises: Promises::default(), overcommit: self.inner.settings.overcommit });
-        self.open_trees(&state, &mut BTreeMap::new()).await;
+        // Their devices may be waiting with what was acknowledged: it is in this memory and nowhere else.
+        let mut held = std::mem::take(&mut *self.held());
+        self.open_trees(&state, &mut held).await;
+        self.held().append(&mut held);
         self.index().pools.insert(name.clone(), state.clone());
         self.index().broken_pools.remove(&name);
         Ok(self.view(&state).await)
