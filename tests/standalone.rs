@@ -230,6 +230,9 @@ async fn a_pool_that_comes_back_brings_what_was_acknowledged_before_it_went() {
     std::fs::rename(&pool, &away).expect("the pool goes");
     std::fs::write(&pool, "no directory").expect("and nothing is made in its place");
     tandem.start_again().await;
+    let detach = tandem::rpc::control::DetachVolumeRequest { volume_id: volume.clone(), abandon: false };
+    let refused = tandem.control().detach_volume(detach).await.expect_err("its device is there, and waits");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
     std::fs::remove_file(&pool).expect("removed");
     std::fs::rename(&away, &pool).expect("the pool is back");
     tandem.control().add_pool(add()).await.expect("added again");

@@ -16,7 +16,13 @@ use crate::volume::{VolumeId, VolumeSize};
 use std::os::fd::AsRawFd;
 
 impl Engine {
-    pub fn find(&self, id: VolumeId) -> Option<Found> {
+    /// The device of the volume, if it has one. One that waits is there, and nothing can be done with it.
+    pub fn find_device(&self, id: VolumeId) -> Result<Option<Found>, EngineError> {
+        let waits = self.parked.iter().any(|parked| parked.fuse.volume == id);
+        if waits { Err(EngineError::DeviceWaits(id)) } else { Ok(self.find(id)) }
+    }
+
+    fn find(&self, id: VolumeId) -> Option<Found> {
         let volume = self.volumes[self.volume_of(id)?.0 as usize].as_deref()?;
         let device = volume.device.as_ref()?;
         Some(Found {

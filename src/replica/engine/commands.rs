@@ -53,7 +53,7 @@ pub(super) enum Command {
     },
     Find {
         volume: VolumeId,
-        reply: Reply<Option<Found>>,
+        reply: Reply<Result<Option<Found>, EngineError>>,
     },
     AddDevice {
         tree: InstanceId,
@@ -118,7 +118,7 @@ impl Engine {
                     self.collect_actions(key);
                 }
             }
-            Command::Find { volume, reply } => drop(reply.send(self.find(volume))),
+            Command::Find { volume, reply } => drop(reply.send(self.find_device(volume))),
             Command::AddDevice { tree, device, reply } => {
                 let added = self.tree_of(tree).ok_or(EngineError::UnknownTree(tree));
                 let added = added.and_then(|tree| self.add_device(tree, *device, None)).map(drop);

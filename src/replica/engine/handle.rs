@@ -341,7 +341,7 @@ impl EngineHandle {
     }
 
     async fn find(&self, volume: VolumeId) -> Result<Option<Found>, EngineError> {
-        self.ask(|reply| Command::Find { volume, reply }).await
+        self.ask(|reply| Command::Find { volume, reply }).await?
     }
 
     async fn send(&self, command: Command) -> Result<(), EngineError> {

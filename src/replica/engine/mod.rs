@@ -159,6 +159,11 @@ pub enum EngineError {
         /// Why not.
         error: crate::protocol::DiskError,
     },
+    /// A killed engine left the device, and its copy is not open.
+    #[error(
+        "the device of volume {0} waits for its copy, which is not open: see the replica's log, repair its pool, then repeat"
+    )]
+    DeviceWaits(VolumeId),
     /// The kernel does not watch its connection.
     #[error("volume {volume}: its FUSE connection cannot be watched: {error}")]
     Watch {

@@ -3,7 +3,7 @@
 use super::Manager;
 use super::errors::AttachFailure as Failure;
 use super::mirror::MirrorPlace;
-use crate::protocol::{HEARTBEAT, SILENCE};
+use crate::protocol::{HEARTBEAT, Primary, Role, SILENCE};
 use crate::replica::engine::EngineError;
 use crate::volume::VolumeId;
 use std::path::PathBuf;
@@ -38,11 +38,9 @@ impl Manager {
 
     /// The volume has no device any more. Unknown volumes have none.
     pub async fn detach(&self, volume: VolumeId) -> Result<(), Failure> {
-        if self.place(volume).is_none() {
-            return Ok(());
-        }
         let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
-        // Also without a device: a call that was cut off may have left the connection that it was made on.
+        // Also without a device: a call that was cut off may have left the connection that it was made on; and of a volume
+        // that nobody knows: its device may be there while its pool is not.
         self.engine().detach(volume).await.map_err(|error| Failure::Detach { volume, error })?;
         if let Some(place) = self.index().volumes.get_mut(&volume) {
             place.device = None;
@@ -53,16 +51,20 @@ impl Manager {
     /// Whoever waits for the device of a mirrored volume gets an error, if this copy answers nothing for as long as the copy that
     /// it may wait for is waited for. Without a device there is nothing to do.
     pub async fn abandon(&self, volume: VolumeId) -> Result<(), Failure> {
-        let Some(place) = self.place(volume) else { return Ok(()) };
         let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
-        if place.mirror.is_none() {
+        if self.place(volume).is_none_or(|place| place.mirror.is_none()) {
             return Err(Failure::Only(volume));
         }
-        let until = Instant::now() + SILENCE;
+        let (until, mut copied) = (Instant::now() + SILENCE, None);
         loop {
             let status = self.engine().mirror_status(volume).await;
-            if status.map_err(|error| Failure::Status { volume, error })?.is_some_and(|status| status.answers) {
-                return Err(Failure::Served(volume));
+            if let Some(status) = status.map_err(|error| Failure::Status { volume, error })? {
+                // One that still makes the copies equal is about to answer.
+                let before = copied.replace(status.copied_bytes);
+                let goes_on = before.is_some_and(|before| before != status.copied_bytes);
+                if status.answers || goes_on && status.role == Role::Primary(Primary::Reconciling) {
+                    return Err(Failure::Served(volume));
+                }
             }
             if Instant::now() >= until {
                 break;
