@@ -111,7 +111,7 @@ impl Replica {
         let leaves = self.leaves() && self.is_quiet() && !self.flushed;
         let copied = self.copying.as_ref().is_some_and(|copying| copying.stage == Stage::Flushing(false));
         let serves = self.role == Role::Primary(Primary::Serving);
-        if serves && (room || leaves || copied) && !self.disk_rests && self.admission.own(FLUSH).is_none() {
+        if serves && (room || leaves || copied) && self.admission.own(FLUSH).is_none() {
             if let Some(copying) = self.copying.as_mut().filter(|_| copied) {
                 copying.stage = Stage::Flushing(true);
             }
@@ -123,7 +123,6 @@ impl Replica {
     /// A flush of the core's own is done on every copy.
     pub(super) fn own_flush_done(&mut self, result: Result<(), DiskError>) {
         self.flushed = result.is_ok() && self.leaves() && self.is_quiet();
-        self.disk_rests |= result.is_err();
         let Some(copying) = &self.copying else { return };
         if copying.stage == Stage::Flushing(true) && result.is_ok() {
             let candidate = copying.candidate;

@@ -354,12 +354,9 @@ impl Replica {
         self.start_what_is_clear(outputs);
     }
 
-    /// Nothing of this primary's is under way any more, and it is on stable media everywhere. Not for a copy that is no
-    /// member: it could not take over, and without a primary nobody would bring it up to date.
+    /// Nothing of this primary's is under way any more, and it is on stable media everywhere.
     pub(super) fn may_leave(&self) -> bool {
-        let wished = self.wish.as_ref().and_then(|wish| wish.primary);
-        let can_take_over = wished.is_none_or(|copy| self.record.configuration.is_member(copy));
-        can_take_over && (self.role != Role::Primary(Primary::Serving) || self.is_quiet() && self.flushed)
+        self.role != Role::Primary(Primary::Serving) || self.is_quiet() && self.flushed
     }
 
     pub(super) fn is_quiet(&self) -> bool {

@@ -404,20 +404,3 @@ fn a_record_that_failed_is_tried_again_with_the_next_tick() {
     script.give(Input::Tick);
     assert!(script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
 }
-
-/// It left, and the wished copy could not take over: nobody was primary, so nobody brought it up to date, for ever.
-#[test]
-fn a_primary_stays_until_the_wished_copy_can_take_over() {
-    let mut script = Script::primary(false);
-    script.hear(Script::joined(FIRST, &[]));
-    assert!(!script.replica.record().configuration.is_member(copy(2)));
-    script.wish(Some(copy(2)));
-    // The flush before it would leave is done everywhere.
-    script.finish();
-    script.hear_prepared(1);
-    assert_eq!(script.proposal(), None);
-    script.wish(None);
-    script.finish();
-    script.hear_prepared(2);
-    assert_eq!(script.proposal().expect("it leaves for nobody").primary, None);
-}
