@@ -137,10 +137,18 @@ fn directory(dir: &Path) -> Result<PathBuf, CheckError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
     let dir = fs::canonicalize(dir).map_err(failed)?;
     let probe = dir.join("tandem.probe");
-    fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe)).map_err(failed)?;
+    fs::write(&probe, b"").and_then(|()| remove_if_there(&probe)).map_err(failed)?;
     // The longest socket in it is the one of the replica.
     checked_length(dir.join("replica.sock"))?;
     Ok(dir)
+}
+
+/// A process of the same node that starts at the same moment may have removed it.
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }
 
 fn checked_length(path: PathBuf) -> Result<PathBuf, CheckError> {
@@ -200,6 +208,17 @@ mod tests {
         let good = dir.path().join("sub/csi.sock");
         assert_eq!(at(&format!("unix://{}", good.display())).expect("good"), good);
         assert_eq!(socket(None, dir.path()).expect("default"), dir.path().join("csi.sock"));
+    }
+
+    #[test]
+    fn processes_that_start_together_do_not_take_their_directory_for_one_that_cannot_be_written() {
+        let dir = tempfile::Builder::new().prefix("tandem-").tempdir().expect("a directory");
+        let prepare = || (0..200).map(|_| directory(dir.path()).map(drop)).collect::<Result<(), _>>();
+        std::thread::scope(|scope| {
+            let all = [0; 4].map(|_| scope.spawn(prepare));
+            all.map(|one| one.join().expect("no panic").expect("it can be written"));
+        });
+        assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A cluster with one mirrored block volume, as the attacher and kubelet use it, and what is wrong with it.
 
-use crate::load::Oracle;
+use crate::load::{Load, Oracle};
 use crate::rig::{Cluster, MIB, filesystem, place};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,8 +14,10 @@ use tonic::{Code, Status};
 
 /// How long anything may take on a machine that is busy with other tests.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Bytes of the volume.
-pub const SIZE: i64 = 64 * MIB;
+/// Bytes of the volume,
+const SIZE: i64 = 64 * MIB;
+/// and of the part of it that loads write to; the rest is for tests that know themselves what is there.
+pub const LOADED: i64 = 48 * MIB;
 
 /// One cluster at a time: two would take each other's time, and a lease is two seconds.
 static MACHINE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -29,32 +31,49 @@ pub struct Site {
 }
 
 impl Site {
-    /// The volume is a block device, and not published anywhere.
-    pub async fn new(nodes: usize, replicas: &str) -> Self {
-        Self::with(nodes, replicas, block()).await
+    /// The volume is a block device with a copy on each node, and not published anywhere.
+    pub async fn new(nodes: usize) -> Self {
+        Self::with(nodes, block(), Vec::new()).await
     }
 
     /// The same with a filesystem.
     pub async fn with_filesystem() -> Self {
-        Self::with(2, "2", filesystem()).await
+        Self::with(2, filesystem(), Vec::new()).await
     }
 
-    async fn with(nodes: usize, replicas: &str, capability: VolumeCapability) -> Self {
+    /// A volume in use at node 1: its device, and writers on it.
+    pub async fn under_load(nodes: usize) -> (Self, PathBuf, Load) {
+        Self::new(nodes).await.loaded().await
+    }
+
+    /// The same, with the pool of node 2 in this directory.
+    pub async fn under_load_with_pool(pool: &Path) -> (Self, PathBuf, Load) {
+        let flags = format!("--pool default={} --overcommit 100", pool.display());
+        Self::with(2, block(), vec![("TANDEM_CLUSTER_NODE_FLAGS_2", flags)]).await.loaded().await
+    }
+
+    async fn loaded(self) -> (Self, PathBuf, Load) {
+        let device = self.attach(1).await;
+        let load = Load::start(&device, &self.oracle);
+        (self, device, load)
+    }
+
+    async fn with(nodes: usize, capability: VolumeCapability, environment: Vec<(&'static str, String)>) -> Self {
         let machine = MACHINE.lock().await;
-        let cluster = Cluster::up(nodes);
+        let cluster = Cluster::up_with(nodes, environment);
         let requisite: Vec<_> = (1..=nodes).map(place).collect();
-        let parameters = [("replication", "sync"), ("replicas", replicas)];
+        let parameters = [("replication", "sync".to_owned()), ("replicas", nodes.to_string())];
         let request = CreateVolumeRequest {
             name: "faults".into(),
             capacity_range: Some(CapacityRange { required_bytes: SIZE, limit_bytes: 0 }),
             volume_capabilities: vec![capability.clone()],
-            parameters: parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+            parameters: parameters.into_iter().map(|(key, value)| (key.into(), value)).collect(),
             accessibility_requirements: Some(TopologyRequirement { preferred: requisite.clone(), requisite }),
             ..Default::default()
         };
         let created = cluster.controller().create_volume(request).await.expect("created").into_inner();
         let id = created.volume.expect("a volume").volume_id;
-        Self { cluster, id, oracle: Oracle::new(SIZE), capability, _machine: machine }
+        Self { cluster, id, oracle: Oracle::new(LOADED), capability, _machine: machine }
     }
 
     pub async fn publish(&self, number: usize) -> Result<(), Status> {
@@ -84,6 +103,13 @@ impl Site {
     /// Publishes and stages; the device.
     pub async fn attach(&self, number: usize) -> PathBuf {
         self.publish(number).await.expect("published");
+        // Kubelet repeats it, too.
+        self.repeat("stage", async || self.stage(number).await).await;
+        self.device(number).await
+    }
+
+    /// One call.
+    pub async fn stage(&self, number: usize) -> Result<(), Status> {
         let staging = self.staging(number);
         std::fs::create_dir_all(&staging).expect("a directory");
         let request = NodeStageVolumeRequest {
@@ -92,9 +118,7 @@ impl Site {
             volume_capability: Some(self.capability.clone()),
             ..Default::default()
         };
-        // Kubelet repeats it, too.
-        self.repeat("stage", async || self.cluster.node(number).node_stage_volume(request.clone()).await).await;
-        self.device(number).await
+        self.cluster.node(number).node_stage_volume(request).await.map(drop)
     }
 
     fn control(&self, number: usize) -> Client {
@@ -146,6 +170,16 @@ impl Site {
         Ok(answer.volume_health.unwrap_or_default().health_statuses.into_iter().map(|entry| entry.message).collect())
     }
 
+    /// Waits until the replica of the node has said this.
+    pub async fn until_said(&self, number: usize, text: &str) {
+        let log = self.cluster.dir().join(format!("node-{number}/replica.log"));
+        let began = Instant::now();
+        while !std::fs::read_to_string(&log).is_ok_and(|log| log.contains(text)) {
+            assert!(began.elapsed() < PATIENCE, "node-{number} does not say {text:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// Waits until the committed configuration is like that; how long it took.
     async fn until(&self, what: &str, is: impl Fn(&[String]) -> bool) -> Duration {
         let began = Instant::now();
@@ -189,6 +223,20 @@ impl Site {
 
     pub fn signal(&self, number: usize, signal: Signal) {
         kill(self.replica(number), signal).expect("it runs");
+    }
+
+    /// The volume moves from the first of these nodes, where it is used, to each of the others, and every copy has all that
+    /// is acknowledged. Then it is deleted, and nothing is left.
+    pub async fn finish_at_each(self, nodes: &[usize]) {
+        let mut device = self.device(nodes[0]).await;
+        for (at, node) in nodes.iter().enumerate() {
+            self.check(&device).await;
+            self.detach(*node).await;
+            if let Some(next) = nodes.get(at + 1) {
+                device = self.attach(*next).await;
+            }
+        }
+        self.finish().await;
     }
 
     /// Deleted, and nothing is left.
