@@ -5,7 +5,6 @@
 
 use super::Controller;
 use super::create::short;
-use super::mirror::take_wish_back;
 use super::names;
 use super::request::{Publish, Unpublish, Validate};
 use crate::catalog::{Access, AccessMode, NodeName, Publication, Stored, Volume};
@@ -107,13 +106,11 @@ impl Controller {
         let _volume = self.start(Subject::Volume(id))?;
         let Some(stored): Option<Stored<Volume>> = self.get(id).await? else { return Ok(()) };
         let publications = &stored.object.spec.publications;
-        let is_published = wanted.node.as_ref().map_or(!publications.is_empty(), |node| publications.contains_key(node));
+        let is_published =
+            wanted.node.as_ref().map_or(!publications.is_empty(), |node| publications.contains_key(node));
         if is_published {
-            let take_back = |volume: &mut Volume| {
-                volume.spec.publications.retain(|node, _| wanted.node.as_ref().is_some_and(|gone| gone != node));
-                take_wish_back(volume);
-            };
-            self.change(stored, take_back).await?;
+            let gone = |node: &NodeName| wanted.node.as_ref().is_none_or(|gone| gone == node);
+            self.change(stored, |volume| volume.spec.publications.retain(|node, _| !gone(node))).await?;
         }
         Ok(())
     }
