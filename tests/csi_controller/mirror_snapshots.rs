@@ -109,7 +109,10 @@ async fn an_attempt_without_an_answer_is_given_up_with_its_id() {
             let given_up = snapshots(&driver).await.into_iter().find(|snapshot| snapshot.id.to_string() == tried);
             assert!(given_up.is_some_and(|snapshot| snapshot.deleted && snapshot.name.is_none()));
             driver.controller.sweep_given_up().await.expect("swept");
-            assert_eq!((held(&nodes, 1), held(&nodes, 2)), (vec![taken.snapshot_id.clone()], vec![taken.snapshot_id.clone()]));
+            assert_eq!(
+                (held(&nodes, 1), held(&nodes, 2)),
+                (vec![taken.snapshot_id.clone()], vec![taken.snapshot_id.clone()])
+            );
             assert_eq!(driver.snapshot("snap", &id).await.expect("the same"), taken);
             driver.delete_snapshot(&taken.snapshot_id).await.expect("deleted");
             assert!(snapshots(&driver).await.is_empty());
@@ -167,7 +170,10 @@ async fn what_is_made_from_a_snapshot_begins_where_it_is() {
     let id = volume(&nodes, &driver, "pvc").await;
     let snapshot = driver.snapshot("snap", &id).await.expect("taken").snapshot_id;
     // One copy: on any holder, as the caller likes.
-    let there = CreateVolumeRequest { accessibility_requirements: at("", &[2]).accessibility_requirements, ..from_snapshot("one", &snapshot) };
+    let there = CreateVolumeRequest {
+        accessibility_requirements: at("", &[2]).accessibility_requirements,
+        ..from_snapshot("one", &snapshot)
+    };
     assert_eq!(driver.create(there).await.expect("restored").accessible_topology, [place("node-2")]);
     assert!(nodes.fakes[1].state().volumes.len() == 2 && nodes.fakes[0].state().volumes.len() == 1);
     // Two copies: clones, in the trees that hold it, members from the start.
@@ -207,7 +213,8 @@ async fn a_snapshot_of_one_copy_is_restored_to_several() {
     let tree = InstanceId::random();
     nodes.fakes[0].state().tree = tree.to_string();
     let snapshot = driver.snapshot("snap", &id).await.expect("taken").snapshot_id;
-    let wanted = CreateVolumeRequest { parameters: mirrored("", &[], "2").parameters, ..from_snapshot("pvc-2", &snapshot) };
+    let wanted =
+        CreateVolumeRequest { parameters: mirrored("", &[], "2").parameters, ..from_snapshot("pvc-2", &snapshot) };
     let made = driver.create(wanted.clone()).await.expect("restored");
     assert_eq!(driver.create(wanted).await.expect("the same"), made);
     let first = configuration(&driver, &made.volume_id).await.expect("written");
