@@ -206,6 +206,25 @@ async fn what_is_made_from_a_snapshot_begins_where_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_stays_while_a_volume_is_being_made_from_it() {
+    let (nodes, driver) = cluster(&[100, 50]).await;
+    let work = make_copies(&driver.catalog, &ALL);
+    let id = volume(&nodes, &driver, "pvc").await;
+    let snapshot = driver.snapshot("snap", &id).await.expect("taken").snapshot_id;
+    work.abort();
+    let wanted =
+        CreateVolumeRequest { parameters: mirrored("", &[], "2").parameters, ..from_snapshot("restored", &snapshot) };
+    assert_eq!(refused(driver.create(wanted.clone()).await), Code::Aborted, "no node makes its copy");
+    let status = driver.delete_snapshot(&snapshot).await.expect_err("it is needed");
+    assert!(status.code() == Code::FailedPrecondition && status.message().contains("being made"), "{status:?}");
+    assert_eq!(held(&nodes, 1), [snapshot.as_str()]);
+    let _work = make_copies(&driver.catalog, &ALL);
+    driver.create(wanted).await.expect("restored");
+    driver.delete_snapshot(&snapshot).await.expect("deleted");
+    assert!(held(&nodes, 1).is_empty() && held(&nodes, 2).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_of_one_copy_is_restored_to_several() {
     let (nodes, driver) = cluster(&[100, 50]).await;
     let _work = make_copies(&driver.catalog, &ALL);

@@ -81,9 +81,14 @@ impl Controller {
         };
         let recorded = self.record_found(id, wanted, found.as_ref()).await;
         if recorded.is_err() {
-            self.drop_made_for(id, found.and_then(|found| found.snapshot)).await;
+            self.drop_made_for(id, found.and_then(Found::give_up)).await;
         }
-        recorded
+        let stored = recorded?;
+        if self.base_is_there(&stored.object).await? {
+            return Ok(stored);
+        }
+        self.finish_deletion(stored).await?;
+        Err(CreateVolumeError::SourceNotFound(format!("of volume {id}, which was deleted meanwhile,")))
     }
 
     async fn record_found(

@@ -89,18 +89,22 @@ impl Controller {
     /// Needs the snapshot's operation (or that nobody knows its id).
     pub(in crate::csi) async fn erase_snapshot(&self, mut stored: Stored<Snapshot>) -> Result<(), DeleteSnapshotError> {
         let id = stored.object.id;
-        if let Some(volume) = self.being_made_from(id).await? {
-            return Err(DeleteSnapshotError::InUse { id, by: format!("volume {volume} is being made from it") });
-        }
         if !stored.object.deleted {
             stored.object.deleted = true;
             stored = self.update(stored).await?;
         }
         let mut others = stored.object.holders();
         others.extend(stored.object.strays.iter().cloned());
-        match self.erase_sealed(id, stored.object.node.as_ref(), &others).await {
+        // A volume that is written down after this finds it deleted.
+        let erased = match self.being_made_from(id).await? {
+            Some(volume) => {
+                Err(DeleteSnapshotError::InUse { id, by: format!("volume {volume} is being made from it") })
+            }
+            None => self.erase_sealed(id, stored.object.node.as_ref(), &others).await,
+        };
+        match erased {
             Ok(()) => Ok(self.remove(&stored).await?),
-            Err(error @ DeleteSnapshotError::InUse { .. }) if !stored.object.is_mirrored() => {
+            Err(error @ DeleteSnapshotError::InUse { .. }) => {
                 stored.object.deleted = false;
                 self.update(stored).await?;
                 Err(error)

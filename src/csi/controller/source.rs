@@ -14,7 +14,7 @@ use crate::catalog::{
 };
 use crate::csi::control::ControlError;
 use crate::csi::errors::{CreateSnapshotError, CreateVolumeError, Transient};
-use crate::csi::operations::Subject;
+use crate::csi::operations::{Operation, Subject};
 use crate::placement::Place;
 use crate::volume::{InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,6 +27,24 @@ pub(super) struct Found {
     pub holders: BTreeSet<NodeName>,
     /// The snapshot, also one that was taken for this volume alone.
     pub snapshot: Option<SnapshotId>,
+    /// Of that: nobody sweeps it away before there is a volume that names it.
+    taken: Option<Operation>,
+}
+
+impl Found {
+    fn at(source: Source, snapshot: &Snapshot, taken: Option<Operation>) -> Option<Self> {
+        match snapshot.status {
+            SnapshotStatus::Ready { size, .. } => {
+                Some(Self { source, size, holders: snapshot.holders(), snapshot: Some(snapshot.id), taken })
+            }
+            SnapshotStatus::Creating => None,
+        }
+    }
+
+    /// The snapshot that was taken for this volume alone, which nobody needs.
+    pub fn give_up(self) -> Option<SnapshotId> {
+        self.taken.and(self.snapshot)
+    }
 }
 
 /// Where a volume shall be, and what its copies begin with.
@@ -50,8 +68,8 @@ impl Controller {
                 let missing = || CreateVolumeError::SourceNotFound(format!("snapshot {}", short(text)));
                 let id = text.parse().map_err(|_| missing())?;
                 let snapshot = self.get::<Snapshot>(id).await?.map(|stored| stored.object);
-                found(Source::Snapshot(id), &snapshot.filter(Snapshot::is_visible).ok_or_else(missing)?)
-                    .ok_or_else(missing)
+                let snapshot = snapshot.filter(Snapshot::is_visible).ok_or_else(missing)?;
+                Found::at(Source::Snapshot(id), &snapshot, None).ok_or_else(missing)
             }
             WantedSource::Volume(text) => {
                 let missing = || CreateVolumeError::SourceNotFound(format!("volume {}", short(text)));
@@ -59,29 +77,38 @@ impl Controller {
                 let volume = self.get::<Volume>(source).await?.map(|stored| stored.object);
                 let volume = volume.filter(Volume::is_visible).ok_or_else(missing)?;
                 if volume.spec.mirror.is_some() || wanted.parameters.replication != Replication::None {
-                    let snapshot = self.take_for(id, &volume).await?;
-                    return found(Source::Volume(source), &snapshot).ok_or_else(missing);
+                    let (snapshot, taken) = self.take_for(id, &volume).await?;
+                    return Found::at(Source::Volume(source), &snapshot, Some(taken)).ok_or_else(missing);
                 }
-                let holders = self.holders(&volume).into_iter().collect();
-                Ok(Found { source: Source::Volume(source), size: volume.status.size, holders, snapshot: None })
+                let (size, holders) = (volume.status.size, self.holders(&volume).into_iter().collect());
+                Ok(Found { source: Source::Volume(source), size, holders, snapshot: None, taken: None })
             }
         }
     }
 
     /// A snapshot for one clone alone.
-    async fn take_for(&self, clone: VolumeId, volume: &Volume) -> Result<Snapshot, CreateVolumeError> {
+    async fn take_for(&self, clone: VolumeId, volume: &Volume) -> Result<(Snapshot, Operation), CreateVolumeError> {
         let sealing = self.sealing(volume)?;
         let wanted = Snapshot::wanted(SnapshotId::random(), volume.id, sealing.node);
         let stored = self.create(Snapshot { strays: sealing.strays, made_for: Some(clone), ..wanted }).await?;
-        let _snapshot = self.start(Subject::Snapshot(stored.object.id))?;
-        self.take_snapshot(stored).await.map_err(|error| match error {
+        let operation = self.start(Subject::Snapshot(stored.object.id))?;
+        let taken = self.take_snapshot(stored).await.map_err(|error| match error {
             CreateSnapshotError::NoRoom(text) => CreateVolumeError::NoRoom(text),
             CreateSnapshotError::SourceNotFound(text) => CreateVolumeError::SourceNotFound(format!("volume {text}")),
             CreateSnapshotError::Transient(error) => error.into(),
             CreateSnapshotError::Argument(error) => error.into(),
             CreateSnapshotError::NotHere(text) => CreateVolumeError::NotHere(text),
             CreateSnapshotError::Incompatible { .. } => CreateVolumeError::Refused(error.to_string()),
-        })
+        });
+        Ok((taken?, operation))
+    }
+
+    /// Whether the snapshot that the volume begins with is still there. Asked when the volume is written down: from then on
+    /// nobody deletes it, see [`Controller::erase_snapshot`].
+    pub(super) async fn base_is_there(&self, volume: &Volume) -> Result<bool, Transient> {
+        let Some(base) = &volume.spec.base else { return Ok(true) };
+        let snapshot = self.get::<Snapshot>(base.snapshot).await?.map(|stored| stored.object);
+        Ok(snapshot.is_some_and(|snapshot| !snapshot.deleted && snapshot.status != SnapshotStatus::Creating))
     }
 
     /// The snapshot that was taken for this volume alone is not needed any more. What cannot be done now is done later.
@@ -182,14 +209,5 @@ impl Controller {
             });
         }
         Ok(there)
-    }
-}
-
-fn found(source: Source, snapshot: &Snapshot) -> Option<Found> {
-    match snapshot.status {
-        SnapshotStatus::Ready { size, .. } => {
-            Some(Found { source, size, holders: snapshot.holders(), snapshot: Some(snapshot.id) })
-        }
-        SnapshotStatus::Creating => None,
     }
 }
