@@ -12,6 +12,8 @@ mod fake;
 mod groups;
 #[path = "csi_controller/metadata.rs"]
 mod metadata;
+#[path = "csi_controller/mirror_snapshots.rs"]
+mod mirror_snapshots;
 #[path = "csi_controller/mirrors.rs"]
 mod mirrors;
 #[path = "csi_controller/nodes.rs"]

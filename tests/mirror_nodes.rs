@@ -2,6 +2,8 @@
 
 #[path = "mirror_nodes/site.rs"]
 mod site;
+#[path = "mirror_nodes/snapshots.rs"]
+mod snapshots;
 
 use site::{Site, eventually, has, write};
 use std::collections::BTreeSet;

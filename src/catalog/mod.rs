@@ -26,7 +26,7 @@ mod watch;
 pub use configuration::ConfigurationError;
 pub use embedded::Embedded;
 pub use objects::{
-    Access, AccessMode, BadConfiguration, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot, GroupStatus,
+    Access, AccessMode, BadConfiguration, Base, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot, GroupStatus,
     MirrorSpec, Node, NodeName, Publication, Replication, Snapshot, SnapshotStatus, Source, Volume,
     VolumeConfiguration, VolumePhase, VolumeRequest, VolumeSpec, VolumeStatus,
 };
@@ -128,7 +128,7 @@ pub trait Object: Serialize + DeserializeOwned + Clone + Send + Sync + 'static {
     const KIND: &'static str;
     /// The object's key, unique in its kind and never changed.
     fn key(&self) -> String;
-    /// The name that the outside world gave it, unique in its kind and never changed.
+    /// The name that the outside world gave it, unique in its kind. It may be given up, and is never another one.
     fn name(&self) -> Option<&str>;
 }
 

@@ -92,6 +92,9 @@ pub enum Transient {
         /// Comma separated.
         nodes: String,
     },
+    /// Nobody orders the writes of a mirrored volume.
+    #[error("no copy of volume {0} shall be its primary: publish it to a node once, then repeat the call")]
+    NoPrimary(VolumeId),
     /// No node has announced itself, or not the one that it is about.
     #[error("{0}; `tandem replica` announces its node when it reaches the controller: repeat the call")]
     NoNode(String),
@@ -389,6 +392,14 @@ rpc_errors! {
         /// Nothing to compare.
         #[error("snapshots {base} and {target} are of different volumes")]
         OtherVolume {
+            /// The older one.
+            base: SnapshotId,
+            /// The newer one.
+            target: SnapshotId,
+        },
+        /// A copy that came later has the newer one, a copy that went has the older one.
+        #[error("no node holds both snapshots, {base} and {target}, so they cannot be compared")]
+        Apart {
             /// The older one.
             base: SnapshotId,
             /// The newer one.

@@ -203,13 +203,19 @@ async fn listen(
     Ok(served?)
 }
 
-/// Finishes what an earlier process left, as soon as the replica answers.
+/// Finishes what an earlier process left, as soon as the replica answers; then what this one gives up, now and then.
 async fn sweep(controller: Arc<Controller>) {
     let mut pause = SWEEP_PAUSE;
     while let Err(error) = controller.sweep().await {
         tracing::info!(%error, seconds = pause.as_secs(), "what an earlier process left half done is tried again later");
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(SWEEP_PAUSE_LIMIT);
+    }
+    loop {
+        tokio::time::sleep(SWEEP_PAUSE_LIMIT).await;
+        if let Err(error) = controller.sweep_given_up().await {
+            tracing::info!(%error, "snapshots that were given up are taken away later");
+        }
     }
 }
 

@@ -36,7 +36,8 @@ impl Coded for Transient {
     fn code(&self) -> Code {
         match self {
             Self::UnderWay(_) | Self::Conflict(_) | Self::Waiting { .. } => Code::Aborted,
-            Self::NoAnswer { .. } | Self::Catalog(_) | Self::Replica(_) | Self::NoNode(_) => Code::Unavailable,
+            Self::NoAnswer { .. } | Self::Catalog(_) | Self::Replica(_) => Code::Unavailable,
+            Self::NoPrimary(_) | Self::NoNode(_) => Code::Unavailable,
         }
     }
 }
@@ -107,6 +108,7 @@ codes! {
         NotFound => NotFound,
         Offset => OutOfRange,
         OtherVolume => InvalidArgument,
+        Apart => InvalidArgument,
         Refused => InvalidArgument,
     }
 }

@@ -70,7 +70,7 @@ impl Cluster {
     }
 
     /// The node's machine is gone.
-    fn stop(&mut self, number: usize) {
+    pub fn stop(&mut self, number: usize) {
         if let Some(machine) = self.machines[number - 1].take() {
             machine.shutdown_background();
         }

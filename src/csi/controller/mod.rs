@@ -22,8 +22,10 @@ mod publish;
 mod recover;
 pub mod request;
 pub(crate) mod response;
+pub(in crate::csi) mod seal;
 mod service;
 pub(crate) mod snapshot;
+mod source;
 mod sweep;
 
 pub use recover::{Report, recover};

@@ -122,7 +122,7 @@ async fn recover_snapshot(
     };
     let status = SnapshotStatus::Ready { size, created_ms: sealed.created_ms };
     let member_of = group.as_ref().map(|group| group.id);
-    let snapshot = Snapshot { id, name, volume, group: member_of, node: None, deleted: false, status };
+    let snapshot = Snapshot { name, group: member_of, status, ..Snapshot::wanted(id, volume, None) };
     if put(catalog, snapshot, |snapshot, name| snapshot.name = Some(name), report).await? {
         report.snapshots += 1;
     }

@@ -148,9 +148,12 @@ impl Engine {
             }
             Request::Seal(_) if payload.sealed().is_some() => {
                 let volume = volume.id;
-                if let Some(Sealed { snapshot, created_ms }) = payload.sealed() {
-                    self.seal_again(key, operation, Control::Seal { volume, snapshot, created_ms });
+                let Some(Sealed { snapshot, created_ms }) = payload.sealed() else { return };
+                if !mirror.reserve.has_space_for(snapshot) {
+                    tracing::warn!(%volume, %snapshot, "the pool has no space for a full overwrite after this snapshot");
+                    return self.refuse(key, operation, DiskError::NoSpace);
                 }
+                self.seal_again(key, operation, Control::Seal { volume, snapshot, created_ms });
             }
             Request::Write(_) | Request::Seal(_) => {
                 tracing::error!(volume = %volume.id, %from, ?request, "what shall be executed came without its data");

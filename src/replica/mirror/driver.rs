@@ -83,7 +83,7 @@ impl Driver {
             copy: tree,
         };
         let tasks = [tokio::spawn(forward(engine, volume, events)), tokio::spawn(courier.run(asked, refreshes))];
-        manager.set_refresher(volume, refresher.clone());
+        manager.set_open(volume, refresher.clone(), reserve.clone());
         let tasks = tasks.map(|task| Task(task.abort_handle()));
         tracing::info!(%volume, copy = %tree, ?memory, "a copy is open");
         Ok(Self { session, peers: Parties::new(), refresher, reserve, _tasks: tasks })

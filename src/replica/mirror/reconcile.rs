@@ -69,7 +69,7 @@ impl Mirrors {
         self.settings.catalog.configuration(volume).await?.ok_or(Trouble::NoConfiguration)
     }
 
-    /// Makes an empty copy.
+    /// Makes a copy: empty, or a clone.
     async fn make(
         &mut self,
         manager: &Manager,
@@ -84,16 +84,19 @@ impl Mirrors {
         }
         let configuration = self.committed(volume.id).await?;
         let record = self.record_of(volume, copy, &configuration, &CopyRecord::default());
+        let base = volume.spec.base.as_ref().filter(|base| base.clones.contains(&copy));
         let new = NewVolume {
             volume: volume.id,
             pool: spec.pool.parse()?,
             size: volume.spec.size,
             descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
             verify_reads: volume.spec.verify_reads,
-            source: Source::Blank,
+            source: base.map_or(Source::Blank, |base| Source::Snapshot(base.snapshot)),
         };
         manager.ensure_copy(new, copy, record.encode()).await?;
-        self.kept.insert(copy);
+        if base.is_none() {
+            self.kept.insert(copy);
+        }
         let Some(here) = manager.copy_here(volume.id) else { return Ok(()) };
         self.keep(manager, stored, &here).await
     }
