@@ -26,7 +26,7 @@ mod service;
 pub(crate) mod snapshot;
 mod sweep;
 
-pub use recover::{Report, recover};
+pub use recover::{ForceError, Promotion, Report, Row, State, recover};
 pub use request::SizeRange;
 pub use service::ControllerService;
 
