@@ -3,6 +3,8 @@
 
 #[path = "faults/load.rs"]
 mod load;
+#[path = "faults/recovery.rs"]
+mod recovery;
 #[allow(dead_code, reason = "tests/cluster.rs uses the rest")]
 #[path = "cluster/rig.rs"]
 mod rig;

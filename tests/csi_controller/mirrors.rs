@@ -45,11 +45,11 @@ fn make_copies(catalog: &Catalog, nodes: &[&str]) -> AbortHandle {
     tokio::spawn(work).abort_handle()
 }
 
-async fn object(driver: &Driver, id: &str) -> Object {
+pub async fn object(driver: &Driver, id: &str) -> Object {
     driver.catalog.get::<Object>(id).await.expect("readable").expect("there").object
 }
 
-async fn configuration(driver: &Driver, id: &str) -> Option<Configuration> {
+pub async fn configuration(driver: &Driver, id: &str) -> Option<Configuration> {
     let stored = driver.catalog.get::<VolumeConfiguration>(id).await.expect("readable");
     stored.map(|stored| Configuration::try_from(&stored.object).expect("a configuration"))
 }
