@@ -34,8 +34,10 @@ pub struct Found {
     pub removing: bool,
     /// The other copies, and where they were last.
     pub peers: BTreeMap<InstanceId, NodeName>,
-    /// It serves a device.
-    pub in_use: bool,
+    /// It has a device,
+    pub attached: bool,
+    /// and answers its requests.
+    pub serves: bool,
 }
 
 /// What was read of a volume.
@@ -122,13 +124,15 @@ pub fn forced(newest: &Configuration, copy: InstanceId, generation: Generation) 
     Configuration { stamp, term: stamp, primary: Some(copy), secondaries: BTreeSet::new(), candidates }
 }
 
-/// The copy that is in use: the primary, or the only one that serves.
+/// The copy that is in use: the primary, if its device is there, also while its requests wait for the catalogue; else the only
+/// member that serves one.
 pub fn in_use(found: &Copies, configuration: &Configuration) -> Option<InstanceId> {
-    let serves = |copy: &InstanceId| found.get(copy).is_some_and(|copy| copy.in_use);
-    let mut serving = configuration.members().filter(serves);
-    let first = serving.next()?;
-    // The primary comes first of all.
-    (configuration.primary == Some(first) || serving.next().is_none()).then_some(first)
+    let attached = |copy: &InstanceId| found.get(copy).is_some_and(|copy| copy.attached);
+    if let Some(primary) = configuration.primary.filter(attached) {
+        return Some(primary);
+    }
+    let mut serving = configuration.members().filter(|copy| attached(copy) && found[copy].serves);
+    serving.next().filter(|_| serving.next().is_none())
 }
 
 #[cfg(test)]

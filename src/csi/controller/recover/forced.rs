@@ -6,7 +6,7 @@
 //! * What was shown to the person is what is given up: the newest version that is known is part of the order.
 //! * The raised generation fences whoever comes back: it becomes a candidate, of which nothing is believed.
 
-use super::choice::{self, Copies};
+use super::choice::{self, Choice, Copies};
 use super::inventory::{self, Inventory};
 use super::mirrored::write;
 use crate::catalog::{MirrorSpec, NodeName, Stored, Volume, VolumeConfiguration};
@@ -183,21 +183,16 @@ impl Known {
         if self.newest.is_member(*copy) && self.current && found.intact {
             return Err(ForceError::Unneeded(format!("{}; it is promoted without --force", publish(node))));
         }
-        let reached = self.newest.members().filter(|member| member != copy).find_map(|member| self.found.get(&member));
-        match reached {
-            Some(_) if !self.current && self.newest.copies().all(|copy| self.found.contains_key(&copy)) => {
-                let advice = "every copy of the volume is reached: `tandem recover` puts it back without any loss";
-                Err(ForceError::Unneeded(advice.into()))
-            }
-            Some(member) if self.current => {
-                let stop = "if its disk is broken, stop its replica first";
-                Err(ForceError::Unneeded(format!(
-                    "{}, or wait until the other copy is up to date; {stop}",
-                    publish(&member.node)
-                )))
-            }
-            Some(_) | None => Ok(*copy),
+        if !self.current && matches!(choice::choose(&self.found), Choice::Complete(_)) {
+            let advice = "every copy of the volume is reached: `tandem recover` puts it back without any loss";
+            return Err(ForceError::Unneeded(advice.into()));
         }
+        let reached = self.newest.members().filter(|member| member != copy).find_map(|member| self.found.get(&member));
+        if let Some(member) = reached.filter(|_| self.current) {
+            let otherwise = "or wait until the other copy is up to date; if its disk is broken, stop its replica first";
+            return Err(ForceError::Unneeded(format!("{}, {otherwise}", publish(&member.node))));
+        }
+        Ok(*copy)
     }
 
     fn promotion(&self, copy: InstanceId, node: &NodeName) -> Promotion {

@@ -99,7 +99,6 @@ pub(super) fn copy(id: VolumeId, node: &NodeName, copy: &control::Volume) -> Res
         let other = peer.copy_id.parse().map_err(|_| bad("it names a copy that has no id of ours"))?;
         peers.insert(other, NodeName(peer.node.clone()));
     }
-    let serves = copy.mirror.as_ref().is_some_and(|mirror| mirror.serves);
     let found = Found {
         node: node.clone(),
         pool: copy.pool.clone(),
@@ -107,7 +106,8 @@ pub(super) fn copy(id: VolumeId, node: &NodeName, copy: &control::Volume) -> Res
         intact: record.intact,
         removing: record.removing,
         peers,
-        in_use: serves && !copy.device.is_empty(),
+        attached: !copy.device.is_empty(),
+        serves: copy.mirror.as_ref().is_some_and(|mirror| mirror.serves),
     };
     Ok((instance, found))
 }

@@ -31,7 +31,8 @@ fn found(configuration: Option<Configuration>) -> Found {
         intact: true,
         removing: false,
         peers: BTreeMap::new(),
-        in_use: false,
+        attached: false,
+        serves: false,
     }
 }
 
@@ -120,14 +121,18 @@ fn what_is_written_is_above_everything_and_names_the_same() {
 }
 
 #[test]
-fn a_device_that_is_served_says_who_is_in_use() {
+fn a_device_says_who_is_in_use() {
     let both = configuration(stamp(1, 2), &[1, 2], &[(3, 2)]);
-    let serving = |of: &[u8]| {
+    let used = |attached: &[u8], serving: &[u8]| {
         let mut copies = copies(&[(1, Some(&both)), (2, Some(&both)), (3, Some(&both))]);
-        of.iter().for_each(|copy| copies.get_mut(&id(*copy)).expect("there").in_use = true);
+        attached.iter().for_each(|copy| copies.get_mut(&id(*copy)).expect("there").attached = true);
+        serving.iter().for_each(|copy| copies.get_mut(&id(*copy)).expect("there").serves = true);
         in_use(&copies, &both)
     };
-    assert_eq!((serving(&[]), serving(&[1, 2]), serving(&[2]), serving(&[3])), (None, Some(id(1)), Some(id(2)), None));
+    assert_eq!(used(&[], &[1]), None);
+    assert_eq!(used(&[1, 2], &[2]), Some(id(1)), "its requests may wait for the catalogue");
+    assert_eq!((used(&[2], &[2]), used(&[2], &[])), (Some(id(2)), None));
+    assert_eq!(used(&[3], &[3]), None, "no member");
 }
 
 /// A volume's life: configurations, what is durable where, and which writes each copy has.
