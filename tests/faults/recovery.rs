@@ -142,11 +142,11 @@ async fn an_old_catalogue_is_not_followed_before_it_is_recovered() {
     let load = Load::start(&device, &site.oracle);
     load.await_writes(200, PATIENCE);
     let backup = site.cluster.dir().join("backup.redb");
-    restart_controller(&site, |catalogue| drop(std::fs::copy(catalogue, &backup).expect("backed up")));
+    restart_controller(&site, |catalogue| _ = std::fs::copy(catalogue, &backup).expect("backed up"));
     kill_secondary(&site);
     println!("dropped after {:?}", site.until_dropped(2).await);
     load.await_writes(200, PATIENCE);
-    restart_controller(&site, |catalogue| drop(std::fs::copy(&backup, catalogue).expect("restored")));
+    restart_controller(&site, |catalogue| _ = std::fs::copy(&backup, catalogue).expect("restored"));
     site.cluster.run(&["start", "all", "2"]);
     // The old catalogue says that copy 2 is a member. Copy 1 knows better, and tells copy 2.
     assert_eq!(site.health().await.expect("it answers"), Vec::<String>::new());

@@ -198,11 +198,12 @@ impl History {
         let other = ALL[self.below(ALL.len())];
         if next.secondaries.remove(&id(other)) {
             next.candidates.insert(id(other), Lacks::Since(next.stamp));
-        } else if next.candidates.contains_key(&id(other)) {
-            if self.durable.get(&other) == Some(self.now()) {
-                next.candidates.remove(&id(other));
+        } else if let Some(lacks) = next.candidates.remove(&id(other)) {
+            if self.follows(other) {
                 next.secondaries.insert(id(other));
                 *self.has.get_mut(&other).expect("all") = self.has[&proposer];
+            } else {
+                next.candidates.insert(id(other), lacks);
             }
         } else if other != proposer {
             next.candidates.insert(id(other), Lacks::Everything);
