@@ -11,6 +11,11 @@ pub mod control {
     tonic::include_proto!("tandem.control.v1");
 }
 
+/// After a disaster.
+pub mod recovery {
+    tonic::include_proto!("tandem.recovery.v1");
+}
+
 /// The Container Storage Interface.
 pub mod csi {
     tonic::include_proto!("csi.v1");

@@ -22,6 +22,8 @@ mod nodes;
 mod publish;
 #[path = "csi_controller/recover.rs"]
 mod recover;
+#[path = "csi_controller/recovery.rs"]
+mod recovery;
 #[path = "csi_controller/secrets.rs"]
 mod secrets;
 #[path = "csi_controller/server.rs"]

@@ -7,6 +7,8 @@ mod discards;
 mod load;
 #[path = "faults/pools.rs"]
 mod pools;
+#[path = "faults/recovery.rs"]
+mod recovery;
 #[allow(dead_code, reason = "tests/cluster.rs uses the rest")]
 #[path = "cluster/rig.rs"]
 mod rig;

@@ -116,6 +116,15 @@ impl Catalog {
         either!(self, catalog => catalog.delete(stored).await)
     }
 
+    /// Raises the generation above its own and above the highest that was found on the disks; returns the new one. Only where
+    /// the catalogue is.
+    pub async fn raise_generation(&self, found: Generation) -> Result<Generation, CatalogError> {
+        match self {
+            Self::Embedded(catalog) => catalog.raise_generation(found).await,
+            Self::Remote(catalog) => Err(catalog.not_here("its generation is raised by its controller only")),
+        }
+    }
+
     /// The catalogue's generation: 0 until it was rebuilt from the disks for the first time.
     pub async fn generation(&self) -> Result<Generation, CatalogError> {
         either!(self, catalog => catalog.generation().await)

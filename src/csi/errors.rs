@@ -228,6 +228,15 @@ rpc_errors! {
             /// As asked for.
             node: NodeName,
         },
+        /// The catalogue was lost, and not every copy has been read since.
+        #[error(
+            "volume {id} cannot be used yet: the catalogue was rebuilt and not every copy of it was read; bring its nodes back \
+             and run `tandem recover` again, or give copies up with `tandem promote {id} NODE --force`"
+        )]
+        NoConfiguration {
+            /// The volume.
+            id: VolumeId,
+        },
         /// The node has as many as it may.
         #[error("node {node} has its {limit} volumes already; unpublish one or raise --max-volumes-per-node")]
         NodeFull {

@@ -9,6 +9,7 @@ use super::group::GroupService;
 use super::identity::IdentityService;
 use super::node::{NodeConfig, NodeService, RecordError};
 use super::nodes::{Announced, Node, Nodes};
+use super::recovery::RecoveryService;
 use super::snapshot_metadata::SnapshotMetadataService;
 use crate::catalog::{self, Catalog, Embedded, NodeName, OpenError};
 use crate::rpc::csi::controller_server::ControllerServer;
@@ -16,6 +17,7 @@ use crate::rpc::csi::group_controller_server::GroupControllerServer;
 use crate::rpc::csi::identity_server::IdentityServer;
 use crate::rpc::csi::node_server::NodeServer;
 use crate::rpc::csi::snapshot_metadata_server::SnapshotMetadataServer;
+use crate::rpc::recovery::recovery_server::RecoveryServer;
 use crate::tls::{Credentials, CredentialsError, Identity, Role};
 use crate::uds::{self, SocketError};
 use std::fs;
@@ -153,7 +155,8 @@ pub async fn serve_controller(config: ControllerConfig, stop: impl Future<Output
     let catalog = Catalog::Embedded(file.clone());
     let nodes = Nodes::Announced(Announced::new(catalog.clone(), Arc::clone(&credentials), config.encrypted));
     let controller = Arc::new(Controller::new(catalog, nodes, config.max_volumes_per_node).with_mirrors());
-    let router = with_controller(services(None), &controller);
+    let recovery = RecoveryServer::new(RecoveryService(controller.clone()));
+    let router = with_controller(services(None), &controller).add_service(recovery);
     let (stopping, stopped) = oneshot::channel::<()>();
     let serving = tokio::spawn(catalog::serve(file, listener, credentials, async { drop(stopped.await) }));
     let served = tokio::select! {

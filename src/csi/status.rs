@@ -76,6 +76,7 @@ codes! {
         NodeNotFound => NotFound,
         NoCopy => FailedPrecondition,
         NotUpToDate => FailedPrecondition,
+        NoConfiguration => FailedPrecondition,
         Incompatible => AlreadyExists,
         Elsewhere => FailedPrecondition,
         NodeFull => ResourceExhausted,

@@ -3,7 +3,7 @@
 //! Invariants: reads only; nothing in here changes what a core does.
 
 use super::admission::{Awaits, Entry, Phase};
-use super::configuration::Stamp;
+use super::configuration::{Configuration, Stamp};
 use super::copying::Sync;
 use super::hot::Extent;
 use super::interface::{Primary, Role, Wish};
@@ -28,6 +28,11 @@ impl Replica {
         let configuration = &self.record.configuration;
         let is_primary = configuration.primary == Some(from) && configuration.stamp == stamp;
         is_primary && self.applies.iter().any(|apply| apply.waiting() == Some(serial))
+    }
+
+    /// The newest committed configuration that it knows: durable here, or on its way there.
+    pub fn newest(&self) -> &Configuration {
+        self.adoption.as_ref().map_or(&self.record.configuration, |adoption| adoption.configuration())
     }
 
     /// The other copies, if this one is primary.

@@ -2,15 +2,16 @@
 
 use super::engine::CopyState;
 use super::manager::{
-    AddPool, CopyView, ExtentStream, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, SnapshotView,
-    Source, VolumeFailure, VolumeView,
+    AddPool, CopyView, ExtentStream, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, RecordView,
+    SnapshotView, Source, VolumeFailure, VolumeView,
 };
 use super::pool::PoolName;
 use super::verify;
+use crate::catalog::{NodeName, VolumeConfiguration};
 use crate::protocol::{Primary, Role};
 use crate::rpc::control as rpc;
 use crate::rpc::control::replica_server::Replica;
-use crate::volume::{BLOCK_SIZE, SnapshotId, VolumeId, VolumeSize};
+use crate::volume::{BLOCK_SIZE, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::path::PathBuf;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -123,7 +124,23 @@ impl From<VolumeView> for rpc::Volume {
             unchecked_bytes: v.unchecked,
             merging_layers: v.merging_layers,
             mirror: v.mirror.map(Into::into),
+            record: v.record.map(|record| record_message(v.volume, record)),
         }
+    }
+}
+
+fn record_message(volume: VolumeId, record: RecordView) -> rpc::CopyRecord {
+    let RecordView { copy, removing, peers, record } = record;
+    let peer =
+        |(copy, node): (InstanceId, NodeName)| rpc::copy_record::Peer { copy_id: copy.to_string(), node: node.0 };
+    rpc::CopyRecord {
+        copy_id: copy.to_string(),
+        removing,
+        peers: peers.into_iter().map(peer).collect(),
+        intact: record.as_ref().is_some_and(|record| record.intact),
+        configuration: record
+            .map(|record| VolumeConfiguration::new(volume, &record.configuration).encode())
+            .unwrap_or_default(),
     }
 }
 

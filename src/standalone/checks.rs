@@ -216,7 +216,7 @@ mod tests {
         let prepare = || (0..200).map(|_| directory(dir.path()).map(drop)).collect::<Result<(), _>>();
         std::thread::scope(|scope| {
             let all = [0; 4].map(|_| scope.spawn(prepare));
-            all.map(|one| one.join().expect("no panic").expect("it can be written"));
+            let _ = all.map(|one| one.join().expect("no panic").expect("it can be written"));
         });
         assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);
     }

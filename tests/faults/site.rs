@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tandem::csi::control::{Client, Control};
-use tandem::rpc::control::{DetachVolumeRequest, GetVolumeRequest};
+use tandem::rpc::control::{DetachVolumeRequest, GetVolumeRequest, Mirror};
 use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, BlockVolume, access_mode::Mode};
 use tandem::rpc::csi::*;
 use tonic::{Code, Status};
@@ -129,6 +129,12 @@ impl Site {
     pub async fn device(&self, number: usize) -> PathBuf {
         let request = GetVolumeRequest { volume_id: self.id.clone() };
         self.control(number).get_volume(request).await.expect("it answers").into_inner().device.into()
+    }
+
+    /// What the copy at the node is and knows of the others; `None`: it is not open, or does not answer.
+    pub async fn mirror(&self, number: usize) -> Option<Mirror> {
+        let request = GetVolumeRequest { volume_id: self.id.clone() };
+        self.control(number).get_volume(request).await.ok()?.into_inner().mirror
     }
 
     /// Asks the node to give the device up.

@@ -118,7 +118,8 @@ impl Controller {
         let id = volume.id;
         let Some(mirror) = &mut volume.spec.mirror else { return Ok(()) };
         let Some(copy) = mirror.copies_on(node).map(|(copy, _)| copy).next() else { return Ok(()) };
-        if !self.configuration(id).await?.is_some_and(|configuration| configuration.is_member(copy)) {
+        let configuration = self.configuration(id).await?.ok_or(PublishError::NoConfiguration { id })?;
+        if !configuration.is_member(copy) {
             return Err(PublishError::NotUpToDate { id, node: node.clone() });
         }
         mirror.primary = Some(copy);
@@ -146,7 +147,13 @@ impl Controller {
                  as soon as their nodes are reached",
                 names(&behind)
             );
-            let reason = "CopyOutdated".to_owned();
+            let (reason, message) = match configuration {
+                Some(_) => ("CopyOutdated".to_owned(), message),
+                None => {
+                    let message = PublishError::NoConfiguration { id: volume.id }.to_string();
+                    ("NoConfiguration".to_owned(), format!("{message}; copies are on {}", names(&behind)))
+                }
+            };
             health_statuses.push(VolumeHealthEntry { status: status.into(), reason, message });
         }
         Ok(csi::VolumeHealth { volume_id: volume.id.to_string(), health_statuses })

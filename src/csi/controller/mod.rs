@@ -28,7 +28,7 @@ pub(crate) mod snapshot;
 mod source;
 mod sweep;
 
-pub use recover::{Report, recover};
+pub use recover::{ForceError, Promotion, Report, Row, State, recover};
 pub use request::SizeRange;
 pub use service::ControllerService;
 

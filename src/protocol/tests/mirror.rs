@@ -175,6 +175,34 @@ fn a_copy_that_lost_its_caches_records_that_before_anything_else() {
     }
 }
 
+/// The catalogue was lost and rebuilt from the disks while the volume was in use.
+#[test]
+fn a_raised_generation_that_names_the_running_primary_costs_a_term_and_no_request() {
+    let mut script = Script::serving();
+    script.wish(Some(copy(1)));
+    script.write(WRITER, 0);
+    let mut raised = script.replica.record().configuration.clone();
+    raised.stamp = Stamp { generation: Generation(2), version: ConfigurationVersion(3) };
+    raised.term = raised.stamp;
+    script.give(Input::Configuration(Box::new(raised)));
+    assert!(!script.wants(|output| matches!(output, Output::Complete { .. })), "neither answered nor failed");
+    script.finish();
+    let next = script.proposal().expect("a term of its own");
+    assert_eq!((next.primary, next.stamp), (Some(copy(1)), Stamp { version: ConfigurationVersion(4), ..next.term }));
+    script.commit();
+    let frame = Frame { stamp: next.stamp, incarnation: FIRST };
+    script.hear(Message::Joined { frame, intact: true, hot: Box::default() });
+    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    script.give(Input::Planned { operation, range: Ok(None) });
+    script.hear(Message::Settled(frame));
+    assert_eq!(script.replica.role(), Role::Primary(Primary::Serving));
+    assert!(script.wants(|output| matches!(output, Output::Disk { tag: WRITER, .. })), "it is executed again");
+    // What the lost catalogue may have committed is older, whatever its version.
+    let stale = Configuration { stamp: version(99), term: version(99), primary: Some(copy(2)), ..next };
+    script.give(Input::Configuration(Box::new(stale)));
+    assert_eq!((script.replica.role(), &script.outputs[..]), (Role::Primary(Primary::Serving), &[][..]));
+}
+
 /// It was begun anew and not awaited meanwhile, and its admission was committed.
 #[test]
 fn a_candidate_that_restarts_during_its_admission_stays_awaited() {

@@ -372,6 +372,7 @@ impl Engine {
             serves: replica.serves(),
             answers: replica.answers(),
             configuration: record.configuration.clone(),
+            newest: replica.newest().clone(),
             wish: replica.wish().cloned(),
             intact: record.intact,
             disk_failed: replica.has_failed(),

@@ -143,6 +143,8 @@ pub struct MirrorStatus {
     pub answers: bool,
     /// The last configuration that it acts under.
     pub configuration: Configuration,
+    /// The newest committed one that it knows: on its way to stable media, if it is not that one.
+    pub newest: Configuration,
     /// What the spec wants, as it was told last.
     pub wish: Option<Wish>,
     /// It has every acknowledged write, as far as it knows.

@@ -205,6 +205,9 @@ impl Engine {
         let Self { volumes, trees, actions, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let (Some(mirror), Some(found)) = (volume.mirror.as_ref(), trees[tree.0 as usize].as_mut()) else { return };
+        // It is committed: peers that know only an older catalogue are refused from now on, also where this copy learned it
+        // from its primary.
+        mirror.session.set_generation(record.configuration.stamp.generation);
         let before = found.store.mirrored(volume.id).map(|known| known.record.configuration.stamp);
         let reserve = mirror.reserve_for(&record.configuration, before, found.id);
         let life = found.life(mirror.boot);
