@@ -28,8 +28,8 @@ use tonic::Code;
 
 /// A lease, its margin, and what a busy machine adds: after it nobody reads what nobody may write.
 const LEASE_IS_OVER: Duration = Duration::from_millis(3500);
-/// How often the volume moves to the other node and back.
-const MOVES: usize = 20;
+/// How often the volume is used at the other node; with what is taken back, it is published 20 times.
+const MOVES: usize = 8;
 /// Within which kubelet hears that a volume is unstaged, whatever became of it.
 const UNSTAGE_LIMIT: Duration = Duration::from_secs(15);
 

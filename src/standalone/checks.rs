@@ -213,10 +213,11 @@ mod tests {
     #[test]
     fn processes_that_start_together_do_not_take_their_directory_for_one_that_cannot_be_written() {
         let dir = tempfile::Builder::new().prefix("tandem-").tempdir().expect("a directory");
-        let prepare = || (0..200).map(|_| directory(dir.path()).map(drop)).collect::<Result<(), _>>();
+        let prepare = || (0..200).try_for_each(|_| directory(dir.path()).map(drop));
         std::thread::scope(|scope| {
-            let all = [0; 4].map(|_| scope.spawn(prepare));
-            let _ = all.map(|one| one.join().expect("no panic").expect("it can be written"));
+            for thread in [0; 4].map(|_| scope.spawn(prepare)) {
+                thread.join().expect("no panic").expect("it can be written");
+            }
         });
         assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);
     }

@@ -46,10 +46,12 @@ class Cluster:
     def stop(self):
         if not os.path.exists(os.path.join(self.dir, "cluster")):
             return
-        for name, node in list(self.staged.items()):
-            subprocess.run(self.words(node, "volume", "unstage", name, self.stage_path(name, node)), capture_output=True,
-                           timeout=60)
-        self.command("down")
+        try:
+            for name, node in list(self.staged.items()):
+                subprocess.run(self.words(node, "volume", "unstage", name, self.stage_path(name, node)), capture_output=True,
+                               timeout=60)
+        finally:
+            self.command("down")
 
     def words(self, node, *words):
         where = f"{self.dir}/node-{node}" if node else f"{self.dir}/controller"

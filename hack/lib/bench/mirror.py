@@ -64,7 +64,7 @@ class Mirror:
 
 def room(bench):
     """The disk must hold all copies: a pool that becomes full makes writes wait, for ever here."""
-    wanted = 3 * bench.working_set + 2 * bench.size + 8 * bench.scattered + GIB
+    wanted = 3 * bench.working_set + 2 * bench.size + 4 * bench.scattered + GIB
     free = shutil.disk_usage(bench.directory).free
     if free < wanted:
         raise Failed(f"{bench.directory} has {free / GIB:.0f} GiB free, and the mirror's rows want {wanted / GIB:.0f}: "
@@ -226,7 +226,7 @@ def resync(bench):
         lost.append(100 * (1 - requests / seconds / whole))
     least = min(disk, link)
     share, reached = 100 * median(rates) / least, median(lost)
-    size = f"{bench.scattered >> 20} MiB scattered over {bench.mirror_size >> 30} GiB"
+    size = f"{bench.scattered >> 20} MiB scattered over {bench.mirror_size >> 20}"
     yield MirrorRow(f"mirror: resync of {size}", "MB/s", {"sync": median(rates)}, f">= 80 % of min(disk {disk:.0f}, link {link:.0f})",
               f"{share:.0f} %", verdict(share, 80, False, "%"), bench.halt, {"sync": rates})
     yield MirrorRow("mirror: application IOPS lost to a resync, qd8", "%", {"sync": reached}, "<= 10 %", f"{reached:.0f} %",
