@@ -14,7 +14,7 @@
 //!   candidate equal, and only the committed configuration makes it a member.
 //! * One range of one volume at a time; a copy that fails ends the work, which begins again when it joins again.
 
-use super::admission::{Awaits, COPY, FLUSH, Phase};
+use super::admission::{Awaits, COPY, Entry, FLUSH, Phase};
 use super::configuration::Lacks;
 use super::hot::Extent;
 use super::interface::{Output, Primary, Record, Role};
@@ -121,10 +121,12 @@ impl Replica {
     }
 
     /// A flush of the core's own is done on every copy.
-    pub(super) fn own_flush_done(&mut self, result: Result<(), DiskError>) {
-        self.flushed = result.is_ok() && self.leaves() && self.is_quiet();
+    pub(super) fn own_flush_done(&mut self, flush: Entry) {
+        // Whatever ran when it began, or was started since, is not covered.
+        let covers_all = flush.covers == flush.serial && self.next_serial == flush.serial.next();
+        self.flushed = flush.result.is_ok() && covers_all && self.leaves() && self.is_quiet();
         let Some(copying) = &self.copying else { return };
-        if copying.stage == Stage::Flushing(true) && result.is_ok() {
+        if copying.stage == Stage::Flushing(true) && flush.result.is_ok() {
             let candidate = copying.candidate;
             self.copying = None;
             if let Some(peer) = self.peers.iter_mut().find(|peer| Some(peer.copy) == candidate) {

@@ -73,7 +73,7 @@ pub struct Replica {
     pub(super) released: bool,
     /// Whether this copy may become the only one.
     pub(super) guard: Guard,
-    /// A flush before leaving is done.
+    /// A flush before leaving is done, and nothing was started since.
     pub(super) flushed: bool,
     /// Operations whose requester is gone.
     pub(super) orphans: Vec<OperationId>,
@@ -175,7 +175,6 @@ impl Replica {
             Input::Proposed { stamp, outcome } => self.proposed(stamp, outcome, outputs),
             Input::Configuration(configuration) => self.configuration_read(*configuration, outputs),
             Input::Wish(wish) => {
-                self.flushed &= self.wish.as_ref() == Some(&wish);
                 self.wish = Some(wish);
                 self.fence_what_waits(outputs);
                 // What waited while this copy was to leave.

@@ -51,6 +51,7 @@ impl Replica {
         if !matches!(entry.request, Request::Read(_)) {
             (entry.serial, entry.covers, entry.awaits) = (serial, covers, awaits.with(Awaits::LOCAL));
             self.next_serial = serial.next();
+            self.flushed = false;
         }
         let (tag, request) = (entry.tag, entry.request);
         outputs.push(Output::Disk { operation, tag, request });
@@ -205,7 +206,7 @@ impl Replica {
         }
         if entry.tag == FLUSH {
             self.admission.remove_own(FLUSH);
-            self.own_flush_done(entry.result);
+            self.own_flush_done(entry);
             return;
         }
         self.admission.at(position).phase = Phase::Completed;
