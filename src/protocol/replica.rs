@@ -64,10 +64,10 @@ pub struct Replica {
     /// Of a primary: every other copy, by the position that `Awaits` uses.
     pub(super) peers: Vec<Peer>,
     pub(super) copying: Option<Copying>,
-    /// There was no space for what was copied: nothing is copied before the next tick.
+    /// There was no space for what was copied, or the disk failed: nothing is copied before the next tick.
     pub(super) copying_waits: bool,
-    /// A record could not be made durable: that is not tried again before the next tick. A store that has failed answers at
-    /// once, and would be asked without end.
+    /// A record or a flush of the core's own failed: neither is tried again before the next tick. A store that has failed
+    /// answers at once, and would be asked without end.
     pub(super) disk_rests: bool,
     /// Something that others wait for was given up.
     pub(super) released: bool,

@@ -140,13 +140,18 @@ impl Replica {
         if broken && !self.peers.is_empty() && entry.request.range().is_none_or(|_| entry.request.is_mutation()) {
             self.health = self.health.max(Health::Damaged);
         }
+        if fails {
+            self.health = Health::Failed;
+        }
+        if broken && entry.tag == FLUSH {
+            return self.own_flush_failed();
+        }
         let entry = self.admission.at(position);
         entry.result = result;
         entry.awaits = entry.awaits.without(Awaits::LOCAL);
         if fails {
             // Never guess: the request stays unanswered until another copy is primary.
             entry.phase = Phase::Queued;
-            self.health = Health::Failed;
         } else if superseded {
             entry.phase = Phase::Queued;
         } else {

@@ -450,3 +450,24 @@ fn a_primary_stays_and_serves_until_the_wished_copy_can_take_over() {
     script.hear_prepared(script.replica.next_serial.0 - 1);
     assert_eq!(script.proposal().expect("it leaves").primary, None);
 }
+
+/// The store of a failed disk refuses at once; the flush before leaving was asked for again within the same turn, for ever.
+#[test]
+fn a_flush_of_its_own_that_failed_is_tried_again_with_the_next_tick() {
+    for secondary in [false, true] {
+        let mut script = if secondary { Script::serving() } else { Script::primary(false) };
+        let flushes = |output: &Output| matches!(output, Output::Disk { request: Request::Flush, .. });
+        script.wish(None);
+        for _ in 0..3 {
+            assert!(script.wants(flushes), "{:?}", script.outputs);
+            script.fail();
+            assert!(!script.wants(flushes), "{:?}", script.outputs);
+            script.give(Input::Tick);
+        }
+        script.finish();
+        if secondary {
+            script.hear_prepared(script.replica.next_serial.0 - 1);
+        }
+        assert_eq!(script.proposal().expect("it leaves").primary, None);
+    }
+}
