@@ -6,7 +6,7 @@
 mod mirror;
 mod node;
 
-pub use mirror::{BadConfiguration, CopySpec, MirrorSpec, Replication, VolumeConfiguration};
+pub use mirror::{BadConfiguration, CopyReport, CopySpec, MirrorSpec, Replication, VolumeConfiguration};
 pub use node::Node;
 
 use super::Object;
@@ -168,6 +168,9 @@ pub struct VolumeStatus {
     /// Copies that are durably on their nodes; empty without [`VolumeSpec::mirror`].
     #[serde(default)]
     pub copies: BTreeSet<InstanceId>,
+    /// What their nodes say of them.
+    #[serde(default)]
+    pub reports: BTreeMap<InstanceId, CopyReport>,
 }
 
 /// A volume.
@@ -190,7 +193,8 @@ impl Volume {
         let (size, verify_reads) = (request.size, request.verify_reads);
         let spec =
             VolumeSpec { size, verify_reads, publications: BTreeMap::new(), mirror: None, deleted: false, node: None };
-        let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies: BTreeSet::new() };
+        let (copies, reports) = (BTreeSet::new(), BTreeMap::new());
+        let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies, reports };
         Self { id, request, spec, status }
     }
     /// Whether a caller may know its id: it is there and shall stay.

@@ -6,6 +6,7 @@ use crate::rpc::control::replica_client::ReplicaClient;
 use crate::rpc::csi::controller_client::ControllerClient;
 use crate::rpc::csi::identity_client::IdentityClient;
 use crate::rpc::csi::node_client::NodeClient;
+use crate::rpc::operator::operator_client::OperatorClient;
 use crate::rpc::{control, csi};
 use crate::uds::connect;
 use std::path::{Path, PathBuf};
@@ -43,6 +44,13 @@ impl Target {
     /// The controller service: of the cluster's controller, or of the CSI socket.
     pub async fn controller(&self) -> Result<ControllerClient<Channel>, CliError> {
         Ok(ControllerClient::new(match &self.controller_endpoint {
+            Some(endpoint) => open(Self::socket_path(endpoint)).await?,
+            None => self.csi().await?,
+        }))
+    }
+    /// The operator service, beside the controller service.
+    pub async fn operator(&self) -> Result<OperatorClient<Channel>, CliError> {
+        Ok(OperatorClient::new(match &self.controller_endpoint {
             Some(endpoint) => open(Self::socket_path(endpoint)).await?,
             None => self.csi().await?,
         }))

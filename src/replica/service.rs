@@ -124,6 +124,7 @@ impl From<VolumeView> for rpc::Volume {
             unchecked_bytes: v.unchecked,
             merging_layers: v.merging_layers,
             mirror: v.mirror.map(Into::into),
+            tree_id: v.tree.to_string(),
         }
     }
 }

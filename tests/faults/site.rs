@@ -31,19 +31,24 @@ pub struct Site {
 impl Site {
     /// The volume is a block device, and not published anywhere.
     pub async fn new(nodes: usize, replicas: &str) -> Self {
-        Self::with(nodes, replicas, block()).await
+        let all: Vec<_> = (1..=nodes).collect();
+        Self::with(nodes, &all, &[("replication", "sync"), ("replicas", replicas)], block()).await
+    }
+
+    /// With one copy, on the first node.
+    pub async fn with_one_copy(nodes: usize) -> Self {
+        Self::with(nodes, &[1], &[], block()).await
     }
 
     /// The same with a filesystem.
     pub async fn with_filesystem() -> Self {
-        Self::with(2, "2", filesystem()).await
+        Self::with(2, &[1, 2], &[("replication", "sync")], filesystem()).await
     }
 
-    async fn with(nodes: usize, replicas: &str, capability: VolumeCapability) -> Self {
+    async fn with(nodes: usize, places: &[usize], parameters: &[(&str, &str)], capability: VolumeCapability) -> Self {
         let machine = MACHINE.lock().await;
         let cluster = Cluster::up(nodes);
-        let requisite: Vec<_> = (1..=nodes).map(place).collect();
-        let parameters = [("replication", "sync"), ("replicas", replicas)];
+        let requisite: Vec<_> = places.iter().copied().map(place).collect();
         let request = CreateVolumeRequest {
             name: "faults".into(),
             capacity_range: Some(CapacityRange { required_bytes: SIZE, limit_bytes: 0 }),
@@ -65,6 +70,35 @@ impl Site {
             ..Default::default()
         };
         self.cluster.controller().controller_publish_volume(request).await.map(drop)
+    }
+
+    /// Changes parameters, asked again as the resizer does.
+    pub async fn modify(&self, parameters: &[(&str, &str)]) {
+        let request = ControllerModifyVolumeRequest {
+            volume_id: self.id.clone(),
+            mutable_parameters: parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+            ..Default::default()
+        };
+        let ask = async || self.cluster.controller().controller_modify_volume(request.clone()).await;
+        self.repeat("modify", ask).await;
+    }
+
+    /// Grows the volume and its device at the node.
+    pub async fn expand(&self, required_bytes: i64, number: usize) {
+        let capacity_range = Some(CapacityRange { required_bytes, limit_bytes: 0 });
+        let volume_id = self.id.clone();
+        let request = ControllerExpandVolumeRequest { volume_id, capacity_range, ..Default::default() };
+        let ask = async || self.cluster.controller().controller_expand_volume(request.clone()).await;
+        let grown = self.repeat("expand", ask).await.into_inner();
+        assert_eq!((grown.capacity_bytes, grown.node_expansion_required), (required_bytes, false));
+        let request = NodeExpandVolumeRequest {
+            volume_id: self.id.clone(),
+            volume_path: self.staging(number).display().to_string(),
+            capacity_range,
+            ..Default::default()
+        };
+        let grown = self.cluster.node(number).node_expand_volume(request).await.expect("follows").into_inner();
+        assert_eq!(grown.capacity_bytes, required_bytes);
     }
 
     pub async fn unpublish(&self, number: usize) {

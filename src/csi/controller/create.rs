@@ -74,7 +74,7 @@ impl Controller {
     /// Writes down what is wanted, before anything is done for it.
     async fn record_volume(&self, wanted: &NewVolume) -> Result<Stored<Volume>, CreateVolumeError> {
         let replication = wanted.parameters.replication;
-        self.can_replicate(&wanted.parameters)?;
+        self.can_replicate(replication)?;
         let found = match &wanted.source {
             None => None,
             Some(_) if replication != Replication::None => {

@@ -6,7 +6,7 @@
 use super::{Controller, names};
 use crate::catalog::{CopySpec, MirrorSpec, NodeName, Replication, Stored, Volume, VolumeConfiguration, VolumePhase};
 use crate::csi::errors::{ArgumentError, CreateVolumeError, PublishError, Transient};
-use crate::csi::parameters::{ParameterError, Parameters};
+use crate::csi::parameters::ParameterError;
 use crate::placement::Choice;
 use crate::protocol::Configuration;
 use crate::rpc::csi::{self, VolumeHealthErrorType, volume_health::VolumeHealthEntry};
@@ -15,9 +15,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// How long a call waits for the nodes; external-provisioner gives up after 15 s and repeats it.
-const COPIES_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const COPIES_LIMIT: Duration = Duration::from_secs(10);
 /// How often it looks: nodes make a copy within a second.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// How many copies a volume has.
 pub(super) fn copies(replication: Replication) -> usize {
@@ -36,7 +36,7 @@ pub(super) fn placed(replication: Replication, choices: Vec<Choice>) -> (Option<
     let ids: BTreeSet<_> = choices.iter().map(|_| InstanceId::random()).collect();
     let copy = |Choice { node, pool }| CopySpec { node, pool };
     let copies: BTreeMap<_, _> = ids.into_iter().zip(choices.into_iter().map(copy)).collect();
-    (None, Some(MirrorSpec { primary: None, copies }))
+    (None, Some(MirrorSpec::new(copies)))
 }
 
 /// Refuses what can be done with a single copy only.
@@ -46,8 +46,8 @@ pub(in crate::csi) fn single(volume: &Volume, done: &'static str) -> Result<(), 
 
 impl Controller {
     /// Refuses a replication that this installation cannot keep.
-    pub(super) fn can_replicate(&self, parameters: &Parameters) -> Result<(), ArgumentError> {
-        match parameters.replication {
+    pub(super) fn can_replicate(&self, replication: Replication) -> Result<(), ArgumentError> {
+        match replication {
             Replication::None => Ok(()),
             Replication::Sync { .. } if self.nodes.is_alone() => Err(ParameterError::Alone.into()),
             Replication::Sync { .. } if self.mirrors => Ok(()),

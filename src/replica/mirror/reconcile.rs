@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   wanted, not here   space, tree, record ─> confirmed in the catalogue ─> open
-//!   wanted and here    record and peers follow the catalogue ─> confirmed ─> open
+//!   wanted, the only   record: from now on it is one of several; then as below
+//!   wanted and here    record, peers, size and settings follow the catalogue ─> confirmed ─> open
 //!   not wanted, here   no member, or the volume is deleted ─> recorded as going ─> taken out of the catalogue ─> removed
 //! ```
 
@@ -10,7 +11,8 @@ use super::Mirrors;
 use super::driver::{Driver, OpenError, Opening};
 use super::record::{CopyRecord, PeerRecord};
 use crate::catalog::{
-    Catalog, CatalogError, ConfigurationError, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError, Volume,
+    Catalog, CatalogError, ConfigurationError, CopyReport, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError,
+    Volume, VolumeSpec,
 };
 use crate::protocol::{Configuration, Record};
 use crate::replica::manager::{CopyHere, Manager, NewVolume, Source, VolumeFailure};
@@ -41,9 +43,9 @@ pub(super) enum Trouble {
 impl Mirrors {
     /// Makes the next steps for one volume; all of them unless something fails.
     pub(super) async fn reconcile(&mut self, manager: &Manager, id: VolumeId) -> Result<(), Trouble> {
-        let here = manager.copy_here(id);
-        if let Some(here) = here.as_ref().filter(|here| CopyRecord::decode(&here.record).is_ok_and(|r| r.removing)) {
-            return self.finish_removal(manager, here).await;
+        let mut here = manager.copy_here(id);
+        if let Some(gone) = here.take_if(|here| CopyRecord::decode(&here.record).is_ok_and(|r| r.removing)) {
+            self.finish_removal(manager, &gone).await?;
         }
         let catalog = self.settings.catalog.clone();
         let Some(stored) = catalog.get::<Volume>(&id.to_string()).await? else {
@@ -53,6 +55,11 @@ impl Mirrors {
             return Ok(());
         };
         let Some(mirror) = stored.object.spec.mirror.clone() else { return Ok(()) };
+        if let Some(copy) = manager.sole_tree(id).filter(|tree| self.is_ours(&mirror, *tree)) {
+            manager.join_mirror(id, CopyRecord::default().encode()).await?;
+            self.kept.insert(copy);
+            here = manager.copy_here(id);
+        }
         let deleted = stored.object.spec.deleted;
         let wanted = mirror.copies_on(&self.settings.node).next().filter(|_| !deleted);
         let wanted = wanted.map(|(copy, spec)| (copy, spec.clone()));
@@ -61,8 +68,19 @@ impl Mirrors {
             (None, None) => Ok(()),
             (Some((copy, _)), Some(here)) if here.tree == copy => self.keep(manager, stored, &here).await,
             (Some((copy, spec)), None) => self.make(manager, stored, copy, &spec).await,
-            (_, Some(here)) => self.remove(manager, &stored.object, &here).await,
+            (wanted, Some(here)) => {
+                self.remove(manager, &stored.object, &here).await?;
+                // Another one comes after it.
+                match (wanted, manager.copy_here(id), catalog.get::<Volume>(&id.to_string()).await?) {
+                    (Some((copy, spec)), None, Some(stored)) => self.make(manager, stored, copy, &spec).await,
+                    _ => Ok(()),
+                }
+            }
         }
+    }
+
+    fn is_ours(&self, mirror: &MirrorSpec, copy: InstanceId) -> bool {
+        mirror.copies.get(&copy).is_some_and(|spec| spec.node == self.settings.node)
     }
 
     async fn committed(&self, volume: VolumeId) -> Result<Configuration, Trouble> {
@@ -107,7 +125,9 @@ impl Mirrors {
         if record != before {
             manager.write_copy_record(volume, record.encode()).await?;
         }
-        confirm(&self.settings.catalog, stored, copy).await?;
+        let (spec, size) = (stored.object.spec.clone(), stored.object.status.size);
+        let report = follow(manager, volume, &spec).await?;
+        confirm(&self.settings.catalog, stored, copy, report).await?;
         if !self.drivers.contains_key(&volume) {
             // Until it has a record of its own it has never acted, and nobody could count on it without its answer.
             let first = Record { intact: configuration.is_member(copy), configuration };
@@ -117,6 +137,7 @@ impl Mirrors {
         }
         if let Some(driver) = self.drivers.get_mut(&volume) {
             driver.set_peers(&record.parties(&self.settings.node));
+            manager.serve_size(volume, size).await?;
             manager.offer_seal(volume, driver.reserve()).await?;
             driver.look();
         }
@@ -178,14 +199,37 @@ impl Mirrors {
 
     /// A deleted volume of which nothing is here.
     async fn unconfirm_all(&self, stored: Stored<Volume>, mirror: &MirrorSpec) -> Result<(), Trouble> {
-        let ours = |copy| mirror.copies.get(&copy).is_some_and(|spec| spec.node == self.settings.node);
-        unconfirm(&self.settings.catalog, stored, ours).await
+        unconfirm(&self.settings.catalog, stored, |copy| self.is_ours(mirror, copy)).await
     }
 }
 
-/// The catalogue says that the copy is durably on its node.
-async fn confirm(catalog: &Catalog, mut stored: Stored<Volume>, copy: InstanceId) -> Result<(), Trouble> {
-    if stored.object.status.copies.insert(copy) {
+/// Gives the copy the size and the settings that are wanted, and says what it has.
+async fn follow(manager: &Manager, volume: VolumeId, wanted: &VolumeSpec) -> Result<CopyReport, Trouble> {
+    let mut info = manager.copy_info(volume).await?;
+    let mut refused = None;
+    if info.size < wanted.size {
+        match manager.grow_copy(volume, wanted.size).await {
+            Ok(()) => info.size = wanted.size,
+            Err(error @ VolumeFailure::PoolFull { .. }) => refused = Some(error.to_string()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if info.verify_reads != wanted.verify_reads {
+        manager.modify_volume(volume, Some(wanted.verify_reads), None).await?;
+    }
+    Ok(CopyReport { size: info.size, verify_reads: wanted.verify_reads, refused })
+}
+
+/// The catalogue says that the copy is durably on its node, and what it is.
+async fn confirm(
+    catalog: &Catalog,
+    mut stored: Stored<Volume>,
+    copy: InstanceId,
+    report: CopyReport,
+) -> Result<(), Trouble> {
+    let status = &mut stored.object.status;
+    let is_new = status.copies.insert(copy);
+    if status.reports.insert(copy, report.clone()) != Some(report) || is_new {
         catalog.update(stored).await?;
     }
     Ok(())
@@ -196,9 +240,11 @@ async fn unconfirm(
     mut stored: Stored<Volume>,
     gone: impl Fn(InstanceId) -> bool,
 ) -> Result<(), Trouble> {
-    let before = stored.object.status.copies.len();
-    stored.object.status.copies.retain(|copy| !gone(*copy));
-    if stored.object.status.copies.len() != before {
+    let status = &mut stored.object.status;
+    let before = (status.copies.len(), status.reports.len());
+    status.copies.retain(|copy| !gone(*copy));
+    status.reports.retain(|copy, _| !gone(*copy));
+    if (status.copies.len(), status.reports.len()) != before {
         catalog.update(stored).await?;
     }
     Ok(())
