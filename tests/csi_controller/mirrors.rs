@@ -10,6 +10,7 @@ use tandem::protocol::{Configuration, Lacks};
 use tandem::rpc::csi::controller_server::Controller as _;
 use tandem::rpc::csi::volume_capability::access_mode::Mode;
 use tandem::rpc::csi::*;
+use tandem::volume::InstanceId;
 use tokio::task::AbortHandle;
 use tonic::{Code, Request};
 
@@ -37,12 +38,14 @@ fn make_copies_below(catalog: &Catalog, nodes: &[&str], limit: u64) -> AbortHand
         CopyReport { size: if fits { wanted } else { volume.status.size }, verify_reads, refused }
     };
     let work = async move {
+        let mut made = BTreeSet::new();
         loop {
             for mut stored in catalog.list::<Object>().await.expect("readable") {
                 let before = stored.object.status.clone();
                 let Some(mirror) = stored.object.spec.mirror.clone() else { continue };
                 for (copy, spec) in mirror.copies.iter().filter(|(_, spec)| nodes.contains(&spec.node)) {
                     assert!(!spec.pool.is_empty());
+                    made.insert(*copy);
                     let is = report(&stored.object);
                     let status = &mut stored.object.status;
                     if stored.object.spec.deleted {
@@ -53,6 +56,10 @@ fn make_copies_below(catalog: &Catalog, nodes: &[&str], limit: u64) -> AbortHand
                         status.reports.insert(*copy, is);
                     }
                 }
+                // What nobody wants any more is removed by whoever made it.
+                let gone = |copy: &InstanceId| made.contains(copy) && !mirror.copies.contains_key(copy);
+                stored.object.status.copies.retain(|copy| !gone(copy));
+                stored.object.status.reports.retain(|copy, _| !gone(copy));
                 if stored.object.status != before {
                     // A lost race is found at the next look.
                     let _ = catalog.update(stored).await;

@@ -75,7 +75,7 @@ async fn a_node_says_which_of_its_copies_are_there_and_nothing_else() {
     assert!(refused(with(&|v| _ = v.status.copies.remove(&there)).await), "another node's");
     assert!(refused(with(&|v| _ = v.status.copies.insert(InstanceId::random())).await), "nobody wants it");
     assert!(refused(with(&|v| _ = v.status.reports.insert(there, other())).await), "another node's");
-    assert!(refused(with(&|v| _ = v.status.reports.insert(gone, report())).await), "nobody wants it");
+    assert!(refused(with(&|v| _ = v.status.reports.insert(gone, other())).await), "nobody wants it");
     assert!(refused(with(&|v| _ = v.status.reports.remove(&there)).await), "another node's");
     assert!(refused(with(&|v| v.request.name = "other".into()).await));
     assert!(refused(site.node.delete(&read).await));

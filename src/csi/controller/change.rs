@@ -149,7 +149,9 @@ impl Controller {
             }
             volume.spec.mirror = Some(copies.clone());
         };
-        let changed = self.change(stored, wish).await?;
+        let mut wanted = stored.object.clone();
+        wish(&mut wanted);
+        let changed = if wanted == stored.object { stored } else { self.change(stored, wish).await? };
         self.begin_mirror(&changed.object).await?;
         let Some(verify_reads) = verify_reads else { return Ok(()) };
         let is_so = |volume: &Volume, _| (volume.status.verify_reads == verify_reads).then_some(());

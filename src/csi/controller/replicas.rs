@@ -48,6 +48,10 @@ impl Controller {
 
     /// A volume without replication as a mirror with one member.
     async fn only_copy(&self, volume: &Volume) -> Result<MirrorSpec, Transient> {
+        if volume.spec.size != volume.status.size {
+            // Its device may have the new size already. The sweep, or the repeated call, ends that first.
+            return Err(Transient::Conflict(format!("size of volume {}", volume.id)));
+        }
         let node = self.home(volume).await?;
         let request = GetVolumeRequest { volume_id: volume.id.to_string() };
         let answer = node.control.client().get_volume(request).await;
