@@ -61,7 +61,7 @@ async fn a_node_says_which_of_its_copies_are_there_and_nothing_else() {
     wanted.status.copies = BTreeSet::from([there, gone]);
     let size = wanted.spec.size;
     let other = || CopyReport { size, verify_reads: true, refused: None };
-    let report = || CopyReport { size: size, verify_reads: false, refused: None };
+    let report = || CopyReport { size, verify_reads: false, refused: None };
     wanted.status.reports = BTreeMap::from([(there, report()), (gone, report())]);
     let read = site.controller.create(wanted).await.expect("a controller may");
     let with = |change: &dyn Fn(&mut Volume)| {
