@@ -97,7 +97,8 @@ impl Site {
             capacity_range,
             ..Default::default()
         };
-        let grown = self.cluster.node(number).node_expand_volume(request).await.expect("follows").into_inner();
+        let ask = async || self.cluster.node(number).node_expand_volume(request.clone()).await;
+        let grown = self.repeat("node expand", ask).await.into_inner();
         assert_eq!(grown.capacity_bytes, required_bytes);
     }
 

@@ -37,6 +37,10 @@ pub fn expand(node: &Inner, request: &NodeExpandVolumeRequest) -> Result<NodeExp
         }
     };
     let facts = volume_of_size(node, id, required)?;
+    if facts.mirrored && facts.size < required {
+        // The controller has grown it, and this node has not heard of that yet.
+        return Err(ExpandError::DeviceBehind { device: node.replica.attach(id)?, found: facts.size, size: required });
+    }
     if facts.size < required || facts.size > limit {
         return Err(ExpandError::OutOfRange { volume: id, size: facts.size, required, limit });
     }

@@ -7,7 +7,6 @@ use super::errors::VolumeFailure as Failure;
 use super::mirror::{MirrorPlace, copy_record};
 use super::{Manager, VolumePlace, growth};
 use crate::crash::crash_point;
-use crate::replica::engine::MirrorInput;
 use crate::replica::records::Record;
 use crate::store::{Control, VolumeInfo};
 use crate::volume::{InstanceId, VolumeId, VolumeSize};
@@ -74,7 +73,7 @@ impl Manager {
         Ok(())
     }
 
-    /// The copy can hold so much, if its pool can promise it; its device does not change before [`Self::serve_size`].
+    /// The copy can hold so much, if its pool can promise it; its device does not change before [`Self::resize_device`].
     pub async fn grow_copy(&self, volume: VolumeId, size: VolumeSize) -> Result<(), Failure> {
         let place = self.place(volume).ok_or(Failure::NoVolume(volume))?;
         let _guard = self.begin(volume, &[volume.to_bytes(), place.tree.to_bytes()]).await?;
@@ -87,14 +86,14 @@ impl Manager {
         self.volume_info(place.tree, volume).await.ok_or(Failure::NoVolume(volume))
     }
 
-    /// Every copy of a mirrored volume can hold so much: its core and its device may know.
-    pub async fn serve_size(&self, volume: VolumeId, size: VolumeSize) -> Result<(), Failure> {
+    /// The device of a mirrored volume becomes as large as its core says. It waits with the requests that are under way, which
+    /// may wait for other nodes: no operation is held meanwhile, so that the device can be given up.
+    pub async fn resize_device(&self, volume: VolumeId) -> Result<(), Failure> {
         let engine = |error| Failure::Engine { volume, error };
-        let _guard = self.begin(volume, &[volume.to_bytes()]).await?;
-        self.engine().tell_mirror(volume, MirrorInput::Size(size)).await.map_err(engine)?;
         let Some(device) = self.place(volume).and_then(|place| place.device) else { return Ok(()) };
+        let Some(status) = self.engine().mirror_status(volume).await.map_err(engine)? else { return Ok(()) };
         // Also after an attempt that failed between the two.
-        if device_size(device).await != Some(size.bytes()) {
+        if device_size(device).await != Some(status.size.bytes()) {
             crash_point("resize.device");
             self.engine().resized(volume).await.map_err(engine)?;
         }

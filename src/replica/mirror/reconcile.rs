@@ -8,13 +8,14 @@
 //! ```
 
 use super::Mirrors;
-use super::driver::{Driver, OpenError, Opening};
+use super::driver::{OpenError, Opened, Opening};
 use super::record::{CopyRecord, PeerRecord};
 use crate::catalog::{
     Catalog, CatalogError, ConfigurationError, CopyReport, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError,
     Volume, VolumeSpec,
 };
 use crate::protocol::{Configuration, Record};
+use crate::replica::engine::EngineError;
 use crate::replica::manager::{CopyHere, Manager, NewVolume, Source, VolumeFailure};
 use crate::replica::pool::BadPoolName;
 use crate::volume::{InstanceId, VolumeId};
@@ -33,7 +34,11 @@ pub(super) enum Trouble {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
     Pool(#[from] BadPoolName),
+    #[error("its copy waits for what was asked of its device before")]
+    Opening,
     #[error("the catalogue has no configuration of it yet")]
     NoConfiguration,
     #[error("the record beside its copy is damaged ({0}): `tandem verify` shows it")]
@@ -132,12 +137,17 @@ impl Mirrors {
             // Until it has a record of its own it has never acted, and nobody could count on it without its answer.
             let first = Record { intact: configuration.is_member(copy), configuration };
             let opening = Opening { volume, tree: copy, memory: self.memory(copy), first };
-            let driver = Driver::open(&self.settings, manager, opening).await?;
-            self.drivers.insert(volume, driver);
+            let begin = || Opened::begin(&self.settings, manager, opening);
+            let mut opened = self.opening.remove(&volume).unwrap_or_else(begin);
+            let Some(driver) = opened.soon().await else {
+                self.opening.insert(volume, opened);
+                return Err(Trouble::Opening);
+            };
+            self.drivers.insert(volume, driver?);
         }
         if let Some(driver) = self.drivers.get_mut(&volume) {
             driver.set_peers(&record.parties(&self.settings.node));
-            manager.serve_size(volume, size).await?;
+            driver.set_size(manager, size).await?;
             manager.offer_seal(volume, driver.reserve()).await?;
             driver.look();
         }
@@ -190,6 +200,7 @@ impl Mirrors {
             unconfirm(&self.settings.catalog, stored, |copy| copy == here.tree).await?;
         }
         manager.close_copy(here.volume).await?;
+        self.opening.remove(&here.volume);
         self.drivers.remove(&here.volume);
         manager.delete_copy(here.volume).await?;
         self.kept.remove(&here.tree);
