@@ -16,6 +16,11 @@ pub mod recovery {
     tonic::include_proto!("tandem.recovery.v1");
 }
 
+/// What a person wants of a volume's copies.
+pub mod operator {
+    tonic::include_proto!("tandem.operator.v1");
+}
+
 /// The Container Storage Interface.
 pub mod csi {
     tonic::include_proto!("csi.v1");

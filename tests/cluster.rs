@@ -189,6 +189,13 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
     let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     assert!(json["mirror"]["role"] == "Primary" && json["mirror"]["copied_bytes"].as_u64() > Some(0), "{text}");
     tandem(&cluster, "node-2", &["volume", "unstage", "mirrored", &staging.display().to_string()]);
+    tandem(&cluster, "controller", &["volume", "demote", &id]);
+    let promoted = tandem(&cluster, "controller", &["volume", "promote", &id, "node-1"]);
+    assert!(promoted.contains("node-1 is primary"), "{promoted}");
+    let text = tandem(&cluster, "controller", &["volume", "copies", &id, "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let of = |node: &str| json.as_array().into_iter().flatten().find(|copy| copy["node"] == node).expect("a copy");
+    assert!(of("node-1")["primary"] == true && of("node-2")["up_to_date"] == true, "{text}");
     tandem(&cluster, "controller", &["volume", "delete", &id]);
     let left = tandem(&cluster, "controller", &["volume", "list", "-o", "json"]);
     assert_eq!(left.trim(), "[]");
@@ -241,4 +248,30 @@ fn what_cannot_be_is_refused_and_a_half_made_cluster_goes() {
     let down = hack_cluster(&dir, &["down"]);
     assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
     assert_eq!(traces(&dir), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_moves_to_a_third_node_by_a_persons_command() {
+    let cluster = Cluster::up(3);
+    let volume = cluster.create_with("mirrored", &[1, 2], &[("replication", "sync")]).await.expect("created");
+    let id = volume.volume_id;
+    let staging = cluster.stage(&id, 1).await;
+    write(&staging);
+    // Its node is dead for good.
+    cluster.run(&["kill", "all", "2"]);
+    let said = tandem(&cluster, "controller", &["volume", "move", &id, "--from", "node-2", "--to", "node-3"]);
+    assert!(said.contains("the copy on node-2 is replaced by the one on node-3"), "{said}");
+    println!("{}", tandem(&cluster, "controller", &["volume", "copies", &id]));
+    cluster.unstage(&id, 1, &staging).await;
+    cluster.run(&["kill", "all", "1"]);
+    let staging = cluster.stage(&id, 3).await;
+    assert_eq!(read(&staging), WORD);
+    cluster.run(&["start", "all", "1"]);
+    cluster.run(&["start", "all", "2"]);
+    cluster.unstage(&id, 3, &staging).await;
+    let began = Instant::now();
+    while let Err(status) = cluster.delete(&id).await {
+        assert!(status.code() == Code::Aborted && began.elapsed() < Duration::from_secs(60), "{status:?}");
+    }
+    cluster.down();
 }

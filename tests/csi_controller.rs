@@ -4,6 +4,8 @@
 
 #[path = "csi_controller/changes.rs"]
 mod changes;
+#[path = "csi_controller/copies.rs"]
+mod copies;
 #[path = "csi_controller/crashes.rs"]
 mod crashes;
 #[path = "csi_controller/fake.rs"]

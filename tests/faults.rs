@@ -20,7 +20,7 @@ mod small_pool;
 
 use load::Load;
 use nix::sys::signal::Signal;
-use site::{PATIENCE, Site};
+use site::{PATIENCE, SIZE, Site};
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -274,4 +274,28 @@ async fn a_volume_that_moves_to_and_fro_loses_nothing_on_the_way() {
     site.attach(1).await;
     site.until_whole().await;
     site.finish_at_each(&[1, 2]).await;
+}
+
+/// One copy, two, one and two again, and twice the size: while it is written, and no request fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_gets_and_gives_up_a_copy_and_grows_under_load() {
+    let site = Site::with_one_copy(2).await;
+    let device = site.attach(1).await;
+    let load = Load::start(&device, &site.oracle);
+    load.await_writes(300, PATIENCE);
+    for wanted in ["sync", "none", "sync"] {
+        site.modify(&[("replication", wanted)]).await;
+        println!("{wanted}: as wanted after {:?}", site.until_whole().await);
+        load.await_writes(300, PATIENCE);
+    }
+    site.expand(2 * SIZE, 1).await;
+    load.await_writes(100, PATIENCE);
+    println!("{} writes", load.stop_well());
+    site.until_whole().await;
+    site.check(&device).await;
+    site.detach(1).await;
+    let device = site.attach(2).await;
+    site.check(&device).await;
+    site.detach(2).await;
+    site.finish().await;
 }

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tandem::replica::device::loop_device;
-use tandem::replica::engine::{CopyState, IoChoice};
+use tandem::replica::engine::{CopyState, IoChoice, MirrorInput};
 use tandem::store::{Control, Directory, PENDING_BYTES, Pending, Store};
 use tandem::volume::SnapshotId;
 
@@ -376,6 +376,19 @@ fn a_mirrored_volume_grows_and_its_device_comes_and_goes() {
             let size = rig::size(128 * MIB);
             node.handle.control(node.tree, Control::Resize { volume: node.volume, size }).await.expect("grows");
         }
+        let beyond = BLOCKS * 4096;
+        assert_eq!(
+            one.status().await.size,
+            rig::size(64 * MIB),
+            "its copy is larger, and nobody has said that both are"
+        );
+        one.handle.resized(one.volume).await.expect("nothing to do");
+        let refused =
+            File::options().write(true).open(device).expect("the device").write_all_at(&content(1, 1), beyond);
+        assert_eq!(refused.expect_err("past the end").raw_os_error(), Some(nix::libc::ENOSPC));
+        one.handle.tell_mirror(one.volume, MirrorInput::Size(rig::size(128 * MIB))).await.expect("told");
+        // What was read from the catalogue earlier.
+        one.handle.tell_mirror(one.volume, MirrorInput::Size(rig::size(64 * MIB))).await.expect("told");
         one.handle.resized(one.volume).await.expect("grows");
         write(device, BLOCKS..BLOCKS + 100, 2).await;
         one.handle.detach(one.volume).await.expect("detaches");

@@ -5,12 +5,13 @@ mod site;
 #[path = "mirror_nodes/snapshots.rs"]
 mod snapshots;
 
-use site::{Site, eventually, has, write};
+use site::{SIZE, Site, at, eventually, has, size, write};
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tandem::catalog::{Catalog, CopySpec, MirrorSpec, NodeName, Remote, Stored, Volume, VolumeConfiguration, serve};
-use tandem::protocol::{Configuration, Generation};
+use tandem::protocol::{Configuration, Generation, Lacks};
 use tandem::replica::manager::AttachFailure;
 use tandem::tls::{Authority, Credentials, Leaf, Role, Validity};
 use tandem::volume::InstanceId;
@@ -205,8 +206,7 @@ async fn a_copy_moves_to_another_node() {
 
     let with =
         |volume: &mut Volume, change: &dyn Fn(&mut MirrorSpec)| change(volume.spec.mirror.as_mut().expect("mirrored"));
-    let there = CopySpec { node: NodeName("n3".into()), pool: "default".into() };
-    site.change(volume.id, |v| with(v, &|mirror| _ = mirror.copies.insert(three, there.clone()))).await;
+    site.change(volume.id, |v| with(v, &|mirror| _ = mirror.copies.insert(three, at("n3")))).await;
     first.until_up_to_date(volume.id, three).await;
     site.change(volume.id, |v| with(v, &|mirror| _ = mirror.copies.remove(&two))).await;
     let pool = site.path("n2").join("pool");
@@ -264,4 +264,174 @@ async fn a_lost_copy_is_not_made_again_and_an_unknown_one_is_kept() {
     assert_eq!(first.manager.copy_here(volume.id).expect("kept").tree, one);
     first.kill().await;
     second.kill().await;
+}
+
+/// Bytes of a device.
+fn bytes(device: &Path) -> u64 {
+    let name = device.file_name().expect("a name");
+    let sectors = std::fs::read_to_string(Path::new("/sys/class/block").join(name).join("size")).expect("readable");
+    sectors.trim().parse::<u64>().expect("a number") * 512
+}
+
+/// Each node grows its copy when it reads that it shall; the device follows when the catalogue says that all have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_grows_on_all_nodes_before_its_device_does() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volume = site.create(&["n1", "n2"]).await;
+    let (one, two) = (volume.copies["n1"], volume.copies["n2"]);
+    site.wish(volume.id, Some(one)).await;
+    let device = first.attach(volume.id).await;
+    first.until_up_to_date(volume.id, two).await;
+    write(&device, 0..16, 1).await;
+
+    // Nobody's pool has so much: both say so, and what they have stays as it is.
+    let huge = size(4 << 40);
+    site.change(volume.id, |volume| volume.spec.size = huge).await;
+    eventually("two refusals", async || {
+        let reports = site.volume(volume.id).await.object.status.reports;
+        (reports.len() == 2 && reports.values().all(|report| report.refused.is_some())).then_some(())
+    })
+    .await;
+    let larger = size(2 * SIZE);
+    site.change(volume.id, |volume| (volume.spec.size, volume.spec.verify_reads) = (larger, true)).await;
+    let wanted = tandem::catalog::CopyReport { size: larger, verify_reads: true, refused: None };
+    eventually("both copies to be larger", async || {
+        let reports = site.volume(volume.id).await.object.status.reports;
+        (reports.len() == 2 && reports.values().all(|report| *report == wanted)).then_some(())
+    })
+    .await;
+    assert_eq!(bytes(&device), SIZE, "nobody has said that all are");
+    assert_eq!(first.manager.volume(volume.id).await.expect("there").size, SIZE);
+    site.change(volume.id, |volume| volume.status.size = larger).await;
+    eventually("the device to grow", async || (bytes(&device) == 2 * SIZE).then_some(())).await;
+    let blocks = SIZE / 4096;
+    write(&device, blocks..blocks + 32, 2).await;
+    assert!(site.configuration(volume.id).await.is_member(two), "the other copy has taken it");
+
+    first.manager.detach(volume.id).await.expect("detached");
+    site.wish(volume.id, Some(two)).await;
+    let device = second.attach(volume.id).await;
+    assert_eq!(bytes(&device), 2 * SIZE);
+    assert!(has(&device, 0..16, 1).await && has(&device, blocks..blocks + 32, 2).await);
+    second.manager.detach(volume.id).await.expect("detached");
+    first.kill().await;
+    second.kill().await;
+}
+
+/// A copy that is larger than the volume, because another one could not grow, is made equal to a new one of the volume's size.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_larger_than_its_volume_fills_a_new_one() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volume = site.create(&["n1"]).await;
+    let (one, two) = (volume.copies["n1"], InstanceId::random());
+    site.wish(volume.id, Some(one)).await;
+    site.change(volume.id, |volume| volume.spec.size = size(2 * SIZE)).await;
+    eventually("a larger copy", async || {
+        let reports = site.volume(volume.id).await.object.status.reports;
+        reports.values().all(|report| report.size == size(2 * SIZE)).then_some(()).filter(|()| reports.len() == 1)
+    })
+    .await;
+    site.change(volume.id, |volume| volume.spec.size = size(SIZE)).await;
+    let device = first.attach(volume.id).await;
+    assert_eq!(bytes(&device), SIZE, "it was never the volume's size");
+    write(&device, 0..64, 5).await;
+    let add = |volume: &mut Volume| _ = volume.spec.mirror.as_mut().expect("mirrored").copies.insert(two, at("n2"));
+    site.change(volume.id, add).await;
+    first.until_up_to_date(volume.id, two).await;
+    let report = site.volume(volume.id).await.object.status.reports[&two].clone();
+    assert_eq!(report.size, size(SIZE));
+    first.manager.detach(volume.id).await.expect("detached");
+    site.wish(volume.id, Some(two)).await;
+    let device = second.attach(volume.id).await;
+    assert!(bytes(&device) == SIZE && has(&device, 0..64, 5).await);
+    second.manager.detach(volume.id).await.expect("detached");
+    first.kill().await;
+    second.kill().await;
+}
+
+/// A volume with one copy, in use, gets another one, gives it up, gets it again, and can then be used there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_in_use_becomes_mirrored_and_ceases_to_be() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volume = site.create_sole("n1", &first).await;
+    let (id, one) = (volume.id, volume.copies["n1"]);
+    let device = first.attach(id).await;
+    write(&device, 0..64, 1).await;
+    let mut round = 1;
+    for two in [InstanceId::random(), InstanceId::random()] {
+        // As the controller does it: what is wanted, then the first configuration if there is none.
+        let mirrored = |volume: &mut Volume| {
+            let mut mirror = MirrorSpec::new([(one, at("n1")), (two, at("n2"))].into());
+            mirror.primary = Some(one);
+            (volume.spec.mirror, volume.spec.node) = (Some(mirror), None);
+            volume.status.copies.insert(one);
+        };
+        site.change(id, mirrored).await;
+        if round == 1 {
+            let mut start = Configuration::first(Generation(0), one, BTreeSet::new());
+            start.candidates.insert(two, Lacks::Everything);
+            site.file.create(VolumeConfiguration::new(id, &start)).await.expect("created");
+        }
+        round += 1;
+        write(&device, 32..96, round).await;
+        first.until_up_to_date(id, two).await;
+        // A member that was just admitted grants its lease a heartbeat later.
+        eventually("health", async || first.seen(id).await.problems.is_empty().then_some(())).await;
+        round += 1;
+        write(&device, 64..128, round).await;
+        if round == 3 {
+            let sole = |volume: &mut Volume| _ = volume.spec.mirror.as_mut().expect("mirrored").copies.remove(&two);
+            site.change(id, sole).await;
+            let pool = site.path("n2").join("pool");
+            eventually("the other copy to go", async || (second.trees(&pool) == 0).then_some(())).await;
+            assert_eq!(site.configuration(id).await.members().collect::<Vec<_>>(), [one]);
+            write(&device, 128..160, 9).await;
+        }
+        if round == 5 {
+            first.manager.detach(id).await.expect("detached");
+            site.wish(id, Some(two)).await;
+            let device = second.attach(id).await;
+            for (blocks, content) in [(0..32, 1), (32..64, 4), (64..128, 5), (128..160, 9)] {
+                assert!(has(&device, blocks, content).await, "{content}");
+            }
+            second.manager.detach(id).await.expect("detached");
+        }
+    }
+    site.change(id, |volume| volume.spec.deleted = true).await;
+    eventually("no copy", async || site.volume(id).await.object.status.copies.is_empty().then_some(())).await;
+    for (node, up) in [("n1", &first), ("n2", &second)] {
+        let pool = site.path(node).join("pool");
+        eventually("no tree", async || (up.trees(&pool) == 0).then_some(())).await;
+    }
+    first.kill().await;
+    second.kill().await;
+}
+
+/// A volume that shall become mirrored and is deleted before its node has heard of it leaves nothing behind.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_is_deleted_while_it_becomes_mirrored_leaves_nothing() {
+    let mut site = Site::new(&["n1"]);
+    let first = site.start("n1", site.catalog()).await;
+    site.announce("n1").await;
+    let volume = site.create_sole("n1", &first).await;
+    let one = volume.copies["n1"];
+    site.change(volume.id, |volume| {
+        volume.spec.mirror = Some(MirrorSpec::new([(one, at("n1"))].into()));
+        volume.status.copies.insert(one);
+        volume.spec.deleted = true;
+    })
+    .await;
+    eventually("no copy", async || site.volume(volume.id).await.object.status.copies.is_empty().then_some(())).await;
+    let pool = site.path("n1").join("pool");
+    eventually("no tree", async || (first.trees(&pool) == 0).then_some(())).await;
+    first.kill().await;
 }

@@ -5,6 +5,7 @@
 
 use super::{GroupSnapshot, Node, NodeName, Object, Snapshot, Volume, VolumeConfiguration};
 use crate::tls::{Identity, Role};
+use crate::volume::InstanceId;
 
 /// A change of one object: what it is, and what it shall be. Neither is `None` twice.
 pub(super) struct Write<'a, T> {
@@ -43,18 +44,23 @@ impl Guarded for VolumeConfiguration {
 }
 
 impl Guarded for Volume {
-    /// Which copies are there: its own, and those that nobody wants any more.
+    /// Which copies are there, and what they are: its own, and those that nobody wants any more.
     fn node_may(node: &NodeName, write: &Write<'_, Self>) -> bool {
         let (Some(before), Some(after)) = (write.before, write.after) else { return false };
         let mut expected = before.clone();
         expected.status.copies.clone_from(&after.status.copies);
+        expected.status.reports.clone_from(&after.status.reports);
         let owner = |copy| {
             let mirror = before.spec.mirror.as_ref();
             mirror.and_then(|mirror| mirror.copies.get(copy)).map(|spec| &spec.node)
         };
         let mut added = after.status.copies.difference(&before.status.copies);
         let mut removed = before.status.copies.difference(&after.status.copies);
+        let reports = (&before.status.reports, &after.status.reports);
+        let changed = |copy: &&InstanceId| reports.0.get(copy) != reports.1.get(copy);
+        let mut told = reports.0.keys().chain(reports.1.keys()).filter(changed);
         expected == *after
+            && told.all(|copy| owner(copy).map_or(!reports.1.contains_key(copy), |owner| owner == node))
             && added.all(|copy| owner(copy) == Some(node))
             && removed.all(|copy| owner(copy).is_none_or(|owner| owner == node))
     }

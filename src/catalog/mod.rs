@@ -26,8 +26,8 @@ mod watch;
 pub use configuration::ConfigurationError;
 pub use embedded::Embedded;
 pub use objects::{
-    Access, AccessMode, BadConfiguration, Base, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot, GroupStatus,
-    MirrorSpec, Node, NodeName, Publication, Replication, Snapshot, SnapshotStatus, Source, Volume,
+    Access, AccessMode, BadConfiguration, Base, CopyReport, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot,
+    GroupStatus, MirrorSpec, Node, NodeName, Publication, Replication, Snapshot, SnapshotStatus, Source, Volume,
     VolumeConfiguration, VolumePhase, VolumeRequest, VolumeSpec, VolumeStatus,
 };
 

@@ -6,7 +6,7 @@
 mod mirror;
 mod node;
 
-pub use mirror::{BadConfiguration, CopySpec, MirrorSpec, Replication, VolumeConfiguration};
+pub use mirror::{BadConfiguration, CopyReport, CopySpec, MirrorSpec, Replication, VolumeConfiguration};
 pub use node::Node;
 
 use super::Object;
@@ -182,6 +182,9 @@ pub struct VolumeStatus {
     /// Copies that are durably on their nodes; empty without [`VolumeSpec::mirror`].
     #[serde(default)]
     pub copies: BTreeSet<InstanceId>,
+    /// What their nodes say of them.
+    #[serde(default)]
+    pub reports: BTreeMap<InstanceId, CopyReport>,
 }
 
 /// A volume.
@@ -205,7 +208,8 @@ impl Volume {
         let publications = BTreeMap::new();
         let (mirror, node, base) = Default::default();
         let spec = VolumeSpec { size, verify_reads, publications, mirror, deleted: false, node, base };
-        let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies: BTreeSet::new() };
+        let (copies, reports) = (BTreeSet::new(), BTreeMap::new());
+        let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies, reports };
         Self { id, request, spec, status }
     }
     /// Whether a caller may know its id: it is there and shall stay.

@@ -6,6 +6,7 @@ use crate::rpc::control::replica_client::ReplicaClient;
 use crate::rpc::csi::controller_client::ControllerClient;
 use crate::rpc::csi::identity_client::IdentityClient;
 use crate::rpc::csi::node_client::NodeClient;
+use crate::rpc::operator::operator_client::OperatorClient;
 use crate::rpc::recovery::recovery_client::RecoveryClient;
 use crate::rpc::{control, csi};
 use crate::uds::connect;
@@ -48,18 +49,21 @@ impl Target {
     }
     /// The controller service: of the cluster's controller, or of the CSI socket.
     pub async fn controller(&self) -> Result<ControllerClient<Channel>, CliError> {
-        Ok(ControllerClient::new(match &self.controller_endpoint {
-            Some(endpoint) => open(Self::socket_path(endpoint)).await?,
-            None => self.csi().await?,
-        }))
+        Ok(ControllerClient::new(self.controller_channel().await?))
+    }
+    async fn controller_channel(&self) -> Result<Channel, CliError> {
+        match &self.controller_endpoint {
+            Some(endpoint) => open(Self::socket_path(endpoint)).await,
+            None => self.csi().await,
+        }
     }
     /// The cluster's controller, for what a person asks of it alone.
     pub async fn recovery(&self) -> Result<RecoveryClient<Channel>, CliError> {
-        let channel = match &self.controller_endpoint {
-            Some(endpoint) => open(Self::socket_path(endpoint)).await?,
-            None => self.csi().await?,
-        };
-        Ok(RecoveryClient::new(channel))
+        Ok(RecoveryClient::new(self.controller_channel().await?))
+    }
+    /// The operator service, beside the controller service.
+    pub async fn operator(&self) -> Result<OperatorClient<Channel>, CliError> {
+        Ok(OperatorClient::new(self.controller_channel().await?))
     }
     /// Whether it is the directory of `tandem controller`, which has no copies.
     fn is_controller(&self) -> bool {

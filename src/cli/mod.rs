@@ -6,6 +6,7 @@
 mod certificates;
 mod client;
 mod completions;
+mod copies;
 mod holder;
 mod mirror;
 mod node;

@@ -1,16 +1,18 @@
-//! `tandem promote --force`: gives up the copies of a volume that are not there, after a person has agreed.
+//! `tandem promote`: as `tandem volume promote`; with `--force` it gives up the copies of a volume that are not there, after a
+//! person has agreed.
 
 use super::CliError;
 use super::client::{Target, refused};
+use super::copies::{self, PromoteArguments};
 use super::output::Output;
 use crate::rpc::recovery::{ForceRequest, PlanForceRequest, PlanForceResponse};
 use std::io::{BufRead, IsTerminal, Write};
 
-/// Make the copy of a mirrored volume on a node the only one that counts, when the copies with newer writes are lost.
+/// Make the copy of a mirrored volume on a node primary; with --force, although it may lack writes.
 ///
-/// Writes may be lost: what is lost is said before, and asked for. All other copies of the volume are thrown away and made
-/// anew from this one as soon as their nodes are back. While a copy with every acknowledged write is there, nothing has to
-/// be forced, and nothing is: publish the volume there (`tandem volume stage` does).
+/// With --force it is the only one that counts from then on, because the copies with newer writes are lost. What is lost is
+/// said before, and asked for. All other copies of the volume are thrown away and made anew from this one as soon as their
+/// nodes are back. While a copy with every acknowledged write is there, nothing has to be forced, and nothing is.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Id or name.
@@ -32,11 +34,7 @@ pub struct Arguments {
 /// Asks and forces.
 pub async fn run(Arguments { volume, node, force, yes, target, output }: Arguments) -> Result<(), CliError> {
     if !force {
-        let text = format!(
-            "a copy that has every acknowledged write is promoted by using it: `tandem volume stage {volume} PATH` at {node}; \
-             where it may lack writes, see `tandem promote --help` for --force"
-        );
-        return Err(CliError::Together(text));
+        return copies::promote(PromoteArguments { volume, node, target, output }).await;
     }
     let doing = format!("cannot promote the copy of volume {volume} on {node}");
     let mut client = target.recovery().await?;

@@ -3,7 +3,7 @@
 use super::client::{COPY_MISSING, Target, find_snapshot, find_volume, name_of, refused, volumes};
 use super::mirror::Mirror;
 use super::output::{Output, Row};
-use super::{CliError, node, units};
+use super::{CliError, copies, node, units};
 use crate::rpc::control::health::Kind;
 use crate::rpc::csi::volume_content_source::{SnapshotSource, Type as Source, VolumeSource};
 use crate::rpc::csi::{self, volume_capability as capability};
@@ -33,6 +33,8 @@ pub enum Command {
     Expand(ExpandArguments),
     /// Change parameters of a volume while it is in use; all or nothing.
     Modify(ModifyArguments),
+    #[command(flatten)]
+    Copies(copies::Command),
     #[command(flatten)]
     Node(node::Command),
 }
@@ -216,6 +218,7 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Delete(arguments) => delete(arguments).await,
         Command::Expand(arguments) => expand(arguments).await,
         Command::Modify(arguments) => modify(arguments).await,
+        Command::Copies(command) => copies::run(command).await,
         Command::Node(command) => node::run(command).await,
     }
 }

@@ -42,14 +42,6 @@ pub enum ArgumentError {
     /// A parameter.
     #[error(transparent)]
     Parameter(#[from] ParameterError),
-    /// What cannot be done on all copies at once.
-    #[error("volume {id} has copies on several nodes, and such a volume cannot be {done} in this version")]
-    Mirrored {
-        /// The volume.
-        id: VolumeId,
-        /// What was asked for.
-        done: &'static str,
-    },
     /// A capability.
     #[error(transparent)]
     Capability(#[from] CapabilityError),
@@ -294,6 +286,47 @@ rpc_errors! {
         /// The replica finds the request senseless; nothing was changed.
         #[error("the volume cannot be changed like that: {0}")]
         Refused(String),
+        /// No nodes for more copies; nothing was changed.
+        #[error("no room for more copies of the volume: {0}")]
+        NoRoom(String),
+    }
+    /// What a person asks for a volume's copies.
+    OperatorError {
+        /// No such volume.
+        #[error("volume {0:?} does not exist")]
+        NotFound(String),
+        /// It has but one.
+        #[error("volume {0} has one copy; `tandem volume modify --parameter replication=sync` gives it another one")]
+        Single(VolumeId),
+        /// It is used there.
+        #[error("volume {id} is published to node {node}; unpublish it there first")]
+        InUse {
+            /// The volume.
+            id: VolumeId,
+            /// Where.
+            node: NodeName,
+        },
+        /// No copy on that node.
+        #[error("volume {id} has no copy on node {node}; its copies are on {holders}")]
+        NoCopy {
+            /// The volume.
+            id: VolumeId,
+            /// As asked for.
+            node: NodeName,
+            /// Comma separated.
+            holders: String,
+        },
+        /// The copy there lacks acknowledged writes.
+        #[error("the copy of volume {id} on node {node} is not up to date and cannot be primary; use another one, or wait")]
+        NotUpToDate {
+            /// The volume.
+            id: VolumeId,
+            /// As asked for.
+            node: NodeName,
+        },
+        /// No place for another copy.
+        #[error("no place for the copy: {0}")]
+        NoPlace(String),
     }
     /// CreateSnapshot.
     CreateSnapshotError {

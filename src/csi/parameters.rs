@@ -35,14 +35,14 @@ pub const PARAMETERS: [Parameter; 5] = [
         key: REPLICATION,
         values: "none, sync",
         default: "none",
-        mutable: false,
+        mutable: true,
         meaning: "Whether other nodes hold the data, too: with `sync` each acknowledged write, which needs a cluster; `async` is not available in this version.",
     },
     Parameter {
         key: REPLICAS,
         values: "2, 3",
         default: "2",
-        mutable: false,
+        mutable: true,
         meaning: "How many nodes hold the data of a volume with `replication: sync`; refused without that.",
     },
     Parameter {
@@ -98,6 +98,8 @@ pub struct Parameters {
 pub struct Changes {
     /// Check reads of sealed layers.
     pub verify_reads: Option<bool>,
+    replication: Option<Replication>,
+    replicas: Option<u8>,
 }
 
 /// Why parameters are refused.
@@ -165,6 +167,7 @@ impl Parameters {
             (None, _) => {}
         }
         let changes = Changes::parse(mutable)?;
+        parsed.replication = changes.replication(parsed.replication)?;
         parsed.verify_reads = changes.verify_reads.unwrap_or(parsed.verify_reads);
         Ok(parsed)
     }
@@ -189,11 +192,24 @@ impl Changes {
         for (key, value) in mutable.iter().collect::<BTreeMap<_, _>>() {
             match known_key(key)? {
                 Some(VERIFY_READS) => changes.verify_reads = Some(boolean(VERIFY_READS, value)?),
+                Some(REPLICATION) => changes.replication = Some(replication(value)?),
+                Some(REPLICAS) => changes.replicas = Some(replicas(value)?),
                 Some(key) => return Err(ParameterError::Immutable { key }),
                 None => {}
             }
         }
         Ok(changes)
+    }
+
+    /// What becomes of a volume that has `now`. How many copies there are stays as it is unless it is said.
+    pub fn replication(&self, now: Replication) -> Result<Replication, ParameterError> {
+        match (self.replication.unwrap_or(now), now, self.replicas) {
+            (Replication::None, _, Some(_)) => Err(ParameterError::ReplicasAlone),
+            (Replication::None, _, None) => Ok(Replication::None),
+            (Replication::Sync { .. }, _, Some(replicas))
+            | (Replication::Sync { .. }, Replication::Sync { replicas }, None) => Ok(Replication::Sync { replicas }),
+            (wanted @ Replication::Sync { .. }, Replication::None, None) => Ok(wanted),
+        }
     }
 }
 
@@ -354,10 +370,34 @@ mod tests {
 
     #[test]
     fn only_mutable_keys_change_a_volume() {
-        assert_eq!(Changes::parse(&map(&[("verifyReads", "true")])), Ok(Changes { verify_reads: Some(true) }));
+        let verified = Changes { verify_reads: Some(true), ..Changes::default() };
+        assert_eq!(Changes::parse(&map(&[("verifyReads", "true")])), Ok(verified));
         assert_eq!(Changes::parse(&map(&[("pool", "fast")])), Err(ParameterError::Immutable { key: "pool" }));
         assert!(matches!(Changes::parse(&map(&[("fake", "1")])), Err(ParameterError::Unknown { .. })));
         assert_eq!(Changes::parse(&map(&[])), Ok(Changes::default()));
+    }
+
+    #[test]
+    fn the_number_of_copies_changes_when_it_is_said() {
+        let (none, two, three) =
+            (Replication::None, Replication::Sync { replicas: 2 }, Replication::Sync { replicas: 3 });
+        let change = |pairs: &[(&str, &str)], now| Changes::parse(&map(pairs)).and_then(|c| c.replication(now));
+        let cases: [(&[(&str, &str)], _, _); 8] = [
+            (&[], three, Ok(three)),
+            (&[("replication", "sync")], none, Ok(two)),
+            (&[("replication", "sync")], three, Ok(three)),
+            (&[("replication", "sync"), ("replicas", "3")], none, Ok(three)),
+            (&[("replicas", "2")], three, Ok(two)),
+            (&[("replicas", "2")], none, Err(ParameterError::ReplicasAlone)),
+            (&[("replication", "none")], two, Ok(none)),
+            (&[("replication", "none"), ("replicas", "2")], two, Err(ParameterError::ReplicasAlone)),
+        ];
+        for (pairs, now, expected) in cases {
+            assert_eq!(change(pairs, now), expected, "{pairs:?} of {now:?}");
+        }
+        let created =
+            Parameters::parse(&map(&[("replication", "sync"), ("replicas", "3")]), &map(&[("replication", "none")]));
+        assert_eq!(created.expect("mutable ones win").replication, none);
     }
 
     #[test]

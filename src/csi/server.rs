@@ -4,7 +4,7 @@
 //! Invariants: one process per catalogue; the socket is made by the rules of [`uds`](crate::uds).
 
 use super::control::Control;
-use super::controller::{Controller, ControllerService};
+use super::controller::{Controller, ControllerService, OperatorService};
 use super::group::GroupService;
 use super::identity::IdentityService;
 use super::node::{NodeConfig, NodeService, RecordError};
@@ -17,6 +17,7 @@ use crate::rpc::csi::group_controller_server::GroupControllerServer;
 use crate::rpc::csi::identity_server::IdentityServer;
 use crate::rpc::csi::node_server::NodeServer;
 use crate::rpc::csi::snapshot_metadata_server::SnapshotMetadataServer;
+use crate::rpc::operator::operator_server::OperatorServer;
 use crate::rpc::recovery::recovery_server::RecoveryServer;
 use crate::tls::{Credentials, CredentialsError, Identity, Role};
 use crate::uds::{self, SocketError};
@@ -177,6 +178,7 @@ fn with_controller(router: Router, controller: &Arc<Controller>) -> Router {
     router
         .add_service(ControllerServer::new(ControllerService(controller.clone())))
         .add_service(GroupControllerServer::new(GroupService(controller.clone())))
+        .add_service(OperatorServer::new(OperatorService(controller.clone())))
         .add_service(SnapshotMetadataServer::new(SnapshotMetadataService(controller.clone())))
 }
 
@@ -195,7 +197,8 @@ async fn listen(
 ) -> Result<(), ServeError> {
     // Last, so that whoever can connect gets answers.
     let listener = uds::listen_on(path)?;
-    let sweeping = controller.map(|controller| tokio::spawn(sweep(controller)));
+    let sweeping = controller
+        .map(|controller| tokio::spawn(async move { tokio::join!(sweep(controller.clone()), controller.tend()) }));
     tracing::info!(endpoint = %path.display(), "CSI is served");
     let served = router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await;
     if let Some(sweeping) = sweeping {

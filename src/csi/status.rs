@@ -6,7 +6,8 @@
 use super::errors::{
     ArgumentError, CapacityError, CreateGroupError, CreateSnapshotError, CreateVolumeError, DeleteGroupError,
     DeleteSnapshotError, DeleteVolumeError, ExpandError, GetGroupError, GetSnapshotError, GetVolumeError, ListError,
-    MetadataError, ModifyError, PublishError, Transient, UnpublishError, ValidateError, VolumeHealthError,
+    MetadataError, ModifyError, OperatorError, PublishError, Transient, UnpublishError, ValidateError,
+    VolumeHealthError,
 };
 use tonic::{Code, Status};
 
@@ -88,7 +89,15 @@ codes! {
     ListError { Token => Aborted }
     CapacityError {}
     ExpandError { NotFound => NotFound, Range => OutOfRange, NoRoom => ResourceExhausted }
-    ModifyError { NotFound => NotFound, Refused => InvalidArgument }
+    ModifyError { NotFound => NotFound, Refused => InvalidArgument, NoRoom => ResourceExhausted }
+    OperatorError {
+        NotFound => NotFound,
+        Single => FailedPrecondition,
+        InUse => FailedPrecondition,
+        NoCopy => FailedPrecondition,
+        NotUpToDate => FailedPrecondition,
+        NoPlace => ResourceExhausted,
+    }
     CreateSnapshotError {
         SourceNotFound => NotFound,
         Incompatible => AlreadyExists,

@@ -125,6 +125,7 @@ impl From<VolumeView> for rpc::Volume {
             merging_layers: v.merging_layers,
             mirror: v.mirror.map(Into::into),
             record: v.record.map(|record| record_message(v.volume, record)),
+            tree_id: v.tree.to_string(),
         }
     }
 }

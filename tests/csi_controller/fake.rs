@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tandem::rpc::control::replica_server::{Replica, ReplicaServer};
 use tandem::rpc::control::*;
+use tandem::volume::InstanceId;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Code, Request, Response, Status, async_trait};
@@ -80,6 +81,7 @@ impl State {
             verify_reads: wanted.verify_reads,
             ready: !(has_source && self.copying),
             to_copy_bytes: if has_source { wanted.size_bytes } else { 0 },
+            tree_id: InstanceId::random().to_string(),
             ..Default::default()
         };
         self.volumes.insert(wanted.volume_id, volume.clone());

@@ -178,7 +178,7 @@ async fn an_old_catalogue_is_raised_to_what_the_copies_know() {
     let copies: BTreeMap<_, _> = [spec(1), spec(2)].into();
     volume.status.copies = copies.keys().copied().collect();
     volume.status.phase = VolumePhase::Ready;
-    volume.spec.mirror = Some(MirrorSpec { primary: None, copies });
+    volume.spec.mirror = Some(MirrorSpec::new(copies));
     driver.catalog.create(volume).await.expect("created");
     driver.catalog.create(VolumeConfiguration::new(id, &old)).await.expect("created");
     driver.publish_to(id, "node-1").await.expect("published");

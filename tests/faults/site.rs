@@ -33,12 +33,17 @@ pub struct Site {
 impl Site {
     /// The volume is a block device with a copy on each node, and not published anywhere.
     pub async fn new(nodes: usize) -> Self {
-        Self::with(nodes, block(), Vec::new()).await
+        Self::with(nodes, nodes, block(), Vec::new()).await
     }
 
-    /// The same with a filesystem.
+    /// With one copy, on the first node.
+    pub async fn with_one_copy(nodes: usize) -> Self {
+        Self::with(nodes, 1, block(), Vec::new()).await
+    }
+
+    /// Two copies, and a filesystem.
     pub async fn with_filesystem() -> Self {
-        Self::with(2, filesystem(), Vec::new()).await
+        Self::with(2, 2, filesystem(), Vec::new()).await
     }
 
     /// A volume in use at node 1: its device, and writers on it.
@@ -49,7 +54,7 @@ impl Site {
     /// The same, with the pool of node 2 in this directory.
     pub async fn under_load_with_pool(pool: &Path) -> (Self, PathBuf, Load) {
         let flags = format!("--pool default={} --overcommit 100", pool.display());
-        Self::with(2, block(), vec![("TANDEM_CLUSTER_NODE_FLAGS_2", flags)]).await.loaded().await
+        Self::with(2, 2, block(), vec![("TANDEM_CLUSTER_NODE_FLAGS_2", flags)]).await.loaded().await
     }
 
     async fn loaded(self) -> (Self, PathBuf, Load) {
@@ -58,16 +63,22 @@ impl Site {
         (self, device, load)
     }
 
-    async fn with(nodes: usize, capability: VolumeCapability, environment: Vec<(&'static str, String)>) -> Self {
+    async fn with(
+        nodes: usize,
+        copies: usize,
+        capability: VolumeCapability,
+        environment: Vec<(&'static str, String)>,
+    ) -> Self {
         let machine = MACHINE.lock().await;
         let cluster = Cluster::up_with(nodes, environment);
-        let requisite: Vec<_> = (1..=nodes).map(place).collect();
-        let parameters = [("replication", "sync".to_owned()), ("replicas", nodes.to_string())];
+        let requisite: Vec<_> = (1..=copies).map(place).collect();
+        let sync = [("replication", "sync".to_owned()), ("replicas", copies.to_string())];
+        let parameters = sync.into_iter().filter(|_| copies > 1);
         let request = CreateVolumeRequest {
             name: "faults".into(),
             capacity_range: Some(CapacityRange { required_bytes: SIZE, limit_bytes: 0 }),
             volume_capabilities: vec![capability.clone()],
-            parameters: parameters.into_iter().map(|(key, value)| (key.into(), value)).collect(),
+            parameters: parameters.map(|(key, value)| (key.into(), value)).collect(),
             accessibility_requirements: Some(TopologyRequirement { preferred: requisite.clone(), requisite }),
             ..Default::default()
         };
@@ -84,6 +95,36 @@ impl Site {
             ..Default::default()
         };
         self.cluster.controller().controller_publish_volume(request).await.map(drop)
+    }
+
+    /// Changes parameters, asked again as the resizer does.
+    pub async fn modify(&self, parameters: &[(&str, &str)]) {
+        let request = ControllerModifyVolumeRequest {
+            volume_id: self.id.clone(),
+            mutable_parameters: parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+            ..Default::default()
+        };
+        let ask = async || self.cluster.controller().controller_modify_volume(request.clone()).await;
+        self.repeat("modify", ask).await;
+    }
+
+    /// Grows the volume and its device at the node.
+    pub async fn expand(&self, required_bytes: i64, number: usize) {
+        let capacity_range = Some(CapacityRange { required_bytes, limit_bytes: 0 });
+        let volume_id = self.id.clone();
+        let request = ControllerExpandVolumeRequest { volume_id, capacity_range, ..Default::default() };
+        let ask = async || self.cluster.controller().controller_expand_volume(request.clone()).await;
+        let grown = self.repeat("expand", ask).await.into_inner();
+        assert_eq!((grown.capacity_bytes, grown.node_expansion_required), (required_bytes, false));
+        let request = NodeExpandVolumeRequest {
+            volume_id: self.id.clone(),
+            volume_path: self.staging(number).display().to_string(),
+            capacity_range,
+            ..Default::default()
+        };
+        let ask = async || self.cluster.node(number).node_expand_volume(request.clone()).await;
+        let grown = self.repeat("node expand", ask).await.into_inner();
+        assert_eq!(grown.capacity_bytes, required_bytes);
     }
 
     pub async fn unpublish(&self, number: usize) {

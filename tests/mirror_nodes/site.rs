@@ -5,15 +5,15 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tandem::catalog::{
-    Base, Catalog, CopySpec, Embedded, MirrorSpec, Node, NodeName, Object, Replication, Stored, UpdateError, Volume,
-    VolumeConfiguration, VolumeRequest,
+    Base, Catalog, CopySpec, Descriptor, Embedded, MirrorSpec, Node, NodeName, Object, Replication, Stored,
+    UpdateError, Volume, VolumeConfiguration, VolumePhase, VolumeRequest,
 };
 use tandem::metrics;
 use tandem::protocol::{Configuration, Generation, Lacks};
 use tandem::replica::device::loop_device;
 use tandem::replica::engine::{self, CopyState, EngineConfig, IoChoice, MirrorStatus};
 use tandem::replica::holder::Holder;
-use tandem::replica::manager::{Manager, OpenSettings};
+use tandem::replica::manager::{Manager, NewVolume, OpenSettings, Source};
 use tandem::replica::mirror::{MirrorSettings, Mirrors, boot_id};
 use tandem::replica::peer::{Endpoint, Security};
 use tandem::volume::{ClusterId, InstanceId, SnapshotId, VolumeId, VolumeSize};
@@ -34,6 +34,15 @@ pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>)
         assert!(began.elapsed() < LONG, "{what} does not come");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+pub fn size(bytes: u64) -> VolumeSize {
+    VolumeSize::try_from(bytes).expect("a size")
+}
+
+/// A copy on this node.
+pub fn at(node: &str) -> CopySpec {
+    CopySpec { node: NodeName(node.into()), pool: "default".into() }
 }
 
 /// A volume with a copy on each of some nodes.
@@ -78,22 +87,10 @@ impl Site {
 
     /// The same for one whose copies may begin with a snapshot.
     pub async fn create_from(&mut self, copies: BTreeMap<&'static str, InstanceId>, base: Option<Base>) -> Wanted {
-        let size = VolumeSize::try_from(SIZE).expect("a size");
         let replicas = u8::try_from(copies.len()).expect("few");
-        let request = VolumeRequest {
-            name: format!("pvc-{}", self.volumes.len()),
-            size,
-            pool: "default".into(),
-            fs_type: None,
-            verify_reads: false,
-            access: BTreeSet::new(),
-            source: None,
-            replication: Replication::Sync { replicas },
-        };
-        let mut volume = Volume::wanted(VolumeId::random(), request);
-        let spec = |node: &str| CopySpec { node: NodeName(node.into()), pool: "default".into() };
-        let wanted = copies.iter().map(|(node, copy)| (*copy, spec(node))).collect();
-        volume.spec.mirror = Some(MirrorSpec { primary: None, copies: wanted });
+        let mut volume = Volume::wanted(VolumeId::random(), self.request(Replication::Sync { replicas }));
+        let wanted = copies.iter().map(|(node, copy)| (*copy, at(node))).collect();
+        volume.spec.mirror = Some(MirrorSpec::new(wanted));
         let is_whole = |copy: &InstanceId| base.as_ref().is_none_or(|base| base.clones.contains(copy));
         let (whole, empty): (Vec<_>, Vec<_>) = copies.values().copied().partition(is_whole);
         let mut whole = whole.into_iter();
@@ -104,6 +101,39 @@ impl Site {
         self.volumes.push(volume.id);
         let id = self.file.create(volume).await.expect("created").object.id;
         Wanted { id, copies }
+    }
+
+    fn request(&self, replication: Replication) -> VolumeRequest {
+        VolumeRequest {
+            name: format!("pvc-{}", self.volumes.len()),
+            size: size(SIZE),
+            pool: "default".into(),
+            fs_type: None,
+            verify_reads: false,
+            access: BTreeSet::new(),
+            source: None,
+            replication,
+        }
+    }
+
+    /// A volume with one copy, on this node, as the controller and the replica make it.
+    pub async fn create_sole(&mut self, node: &'static str, up: &Up) -> Wanted {
+        let mut volume = Volume::wanted(VolumeId::random(), self.request(Replication::None));
+        (volume.spec.node, volume.status.phase) = (Some(NodeName(node.into())), VolumePhase::Ready);
+        let id = volume.id;
+        let new = NewVolume {
+            volume: id,
+            pool: "default".parse().expect("a name"),
+            size: volume.spec.size,
+            descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
+            verify_reads: false,
+            source: Source::Blank,
+        };
+        up.manager.ensure_volume(new).await.expect("made");
+        self.volumes.push(id);
+        self.file.create(volume).await.expect("created");
+        let tree = up.manager.volume(id).await.expect("there").tree;
+        Wanted { id, copies: BTreeMap::from([(node, tree)]) }
     }
 
     /// A device of a volume that the catalogue does not know is looked for at the end as well.

@@ -6,7 +6,7 @@
 use super::NodeName;
 use crate::catalog::Object;
 use crate::protocol::{Configuration, ConfigurationVersion, Generation, Lacks, MAX_COPIES, Stamp, Wish};
-use crate::volume::{InstanceId, VolumeId};
+use crate::volume::{InstanceId, VolumeId, VolumeSize};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -42,9 +42,35 @@ pub struct MirrorSpec {
     pub primary: Option<InstanceId>,
     /// Where each copy shall be.
     pub copies: BTreeMap<InstanceId, CopySpec>,
+    /// Those of them that go as soon as all others have every acknowledged write.
+    #[serde(default)]
+    pub leaving: BTreeSet<InstanceId>,
+}
+
+/// What a node says of its copy, beside that it is there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CopyReport {
+    /// What it can hold: more than the volume has where another node has refused to grow.
+    pub size: VolumeSize,
+    /// Whether its reads are checked.
+    pub verify_reads: bool,
+    /// Why it does not have the size that is wanted.
+    #[serde(default)]
+    pub refused: Option<String>,
 }
 
 impl MirrorSpec {
+    /// These copies, and no wish.
+    pub fn new(copies: BTreeMap<InstanceId, CopySpec>) -> Self {
+        Self { primary: None, copies, leaving: BTreeSet::new() }
+    }
+
+    /// The copies that shall stay.
+    pub fn staying(&self) -> impl Iterator<Item = (InstanceId, &CopySpec)> {
+        self.copies.iter().filter(|(copy, _)| !self.leaving.contains(copy)).map(|(copy, spec)| (*copy, spec))
+    }
+
     /// As the core takes it.
     pub fn wish(&self) -> Wish {
         Wish { primary: self.primary, copies: self.copies.keys().copied().collect() }

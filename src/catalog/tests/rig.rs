@@ -32,7 +32,7 @@ pub fn mirrored(name: &str, copies: &[(InstanceId, &str)]) -> Volume {
     let mut volume = volume(name);
     let spec = |node: &str| CopySpec { node: NodeName(node.into()), pool: "default".into() };
     let copies: BTreeMap<_, _> = copies.iter().map(|(copy, node)| (*copy, spec(node))).collect();
-    volume.spec.mirror = Some(MirrorSpec { primary: None, copies });
+    volume.spec.mirror = Some(MirrorSpec::new(copies));
     volume
 }
 

@@ -2,12 +2,12 @@
 
 use super::rig::{Lab, Served, anywhere, embedded, mirrored, snapshot, volume};
 use crate::catalog::{
-    Catalog, CatalogError, CreateError, Node, NodeName, Snapshot, UpdateError, Volume, VolumeConfiguration,
+    Catalog, CatalogError, CopyReport, CreateError, Node, NodeName, Snapshot, UpdateError, Volume, VolumeConfiguration,
 };
 use crate::protocol::{Configuration, Generation};
 use crate::tls::Role;
 use crate::volume::{InstanceId, VolumeId};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 fn refused_create<T: std::fmt::Debug>(result: Result<T, CreateError>) -> bool {
     matches!(result, Err(CreateError::Failed(CatalogError::Refused { .. })))
@@ -59,6 +59,10 @@ async fn a_node_says_which_of_its_copies_are_there_and_nothing_else() {
     let (here, there, gone) = (InstanceId::random(), InstanceId::random(), InstanceId::random());
     let mut wanted = mirrored("data", &[(here, "n1"), (there, "n2")]);
     wanted.status.copies = BTreeSet::from([there, gone]);
+    let size = wanted.spec.size;
+    let other = || CopyReport { size, verify_reads: true, refused: None };
+    let report = || CopyReport { size, verify_reads: false, refused: None };
+    wanted.status.reports = BTreeMap::from([(there, report()), (gone, report())]);
     let read = site.controller.create(wanted).await.expect("a controller may");
     let with = |change: &dyn Fn(&mut Volume)| {
         let mut stored = read.clone();
@@ -70,10 +74,14 @@ async fn a_node_says_which_of_its_copies_are_there_and_nothing_else() {
     assert!(refused(with(&|v| v.status.phase = crate::catalog::VolumePhase::Ready).await));
     assert!(refused(with(&|v| _ = v.status.copies.remove(&there)).await), "another node's");
     assert!(refused(with(&|v| _ = v.status.copies.insert(InstanceId::random())).await), "nobody wants it");
+    assert!(refused(with(&|v| _ = v.status.reports.insert(there, other())).await), "another node's");
+    assert!(refused(with(&|v| _ = v.status.reports.insert(gone, other())).await), "nobody wants it");
+    assert!(refused(with(&|v| _ = v.status.reports.remove(&there)).await), "another node's");
     assert!(refused(with(&|v| v.request.name = "other".into()).await));
     assert!(refused(site.node.delete(&read).await));
     let mut mine = read;
     mine.object.status.copies = BTreeSet::from([there, here]);
+    mine.object.status.reports = BTreeMap::from([(there, report()), (here, report())]);
     site.node.update(mine).await.expect("its own copy is there, and one that nobody wants is not");
     assert!(refused_create(site.node.create(volume("other")).await));
     assert!(refused_create(site.node.create(snapshot(VolumeId::random())).await));

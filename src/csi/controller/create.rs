@@ -73,7 +73,7 @@ impl Controller {
 
     /// Writes down what is wanted, before anything is done for it.
     async fn record_volume(&self, wanted: &NewVolume) -> Result<Stored<Volume>, CreateVolumeError> {
-        self.can_replicate(&wanted.parameters)?;
+        self.can_replicate(wanted.parameters.replication)?;
         let id = VolumeId::random();
         let found = match &wanted.source {
             None => None,

@@ -8,7 +8,7 @@ use super::source::Placed;
 use super::{Controller, names};
 use crate::catalog::{CopySpec, MirrorSpec, NodeName, Replication, Stored, Volume, VolumeConfiguration, VolumePhase};
 use crate::csi::errors::{ArgumentError, CreateVolumeError, PublishError, Transient};
-use crate::csi::parameters::{ParameterError, Parameters};
+use crate::csi::parameters::ParameterError;
 use crate::placement::Choice;
 use crate::protocol::{Configuration, Lacks};
 use crate::rpc::csi::{self, VolumeHealthErrorType, volume_health::VolumeHealthEntry};
@@ -17,9 +17,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// How long a call waits for the nodes; external-provisioner gives up after 15 s and repeats it.
-const COPIES_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const COPIES_LIMIT: Duration = Duration::from_secs(10);
 /// How often it looks: nodes make a copy within a second.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// How many copies a volume has.
 pub(super) fn copies(replication: Replication) -> usize {
@@ -38,18 +38,16 @@ pub(super) fn placed(replication: Replication, choices: Vec<Choice>) -> Placed {
     let copies: Vec<_> = choices.into_iter().map(copy).collect();
     // The best place is the first primary's.
     let primary = copies.first().map(|(copy, _)| *copy);
-    Placed { mirror: Some(MirrorSpec { primary, copies: copies.into_iter().collect() }), ..Placed::default() }
-}
-
-/// Refuses what can be done with a single copy only.
-pub(super) fn single(volume: &Volume, done: &'static str) -> Result<(), ArgumentError> {
-    if volume.spec.mirror.is_some() { Err(ArgumentError::Mirrored { id: volume.id, done }) } else { Ok(()) }
+    Placed {
+        mirror: Some(MirrorSpec { primary, ..MirrorSpec::new(copies.into_iter().collect()) }),
+        ..Placed::default()
+    }
 }
 
 impl Controller {
     /// Refuses a replication that this installation cannot keep.
-    pub(super) fn can_replicate(&self, parameters: &Parameters) -> Result<(), ArgumentError> {
-        match parameters.replication {
+    pub(super) fn can_replicate(&self, replication: Replication) -> Result<(), ArgumentError> {
+        match replication {
             Replication::None => Ok(()),
             Replication::Sync { .. } if self.nodes.is_alone() => Err(ParameterError::Alone.into()),
             Replication::Sync { .. } if self.mirrors => Ok(()),

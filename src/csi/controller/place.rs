@@ -69,7 +69,7 @@ impl Controller {
 
     /// What can be created with these parameters at this place. A pool that is not there has no room.
     pub async fn capacity(&self, wanted: Capacity) -> Result<csi::GetCapacityResponse, CapacityError> {
-        self.can_replicate(&wanted.parameters)?;
+        self.can_replicate(wanted.parameters.replication)?;
         let Pools { mut pools, silent } = self.nodes.pools().await?;
         let place = wanted.topology.unwrap_or(Place::Anywhere);
         if let Some((_, error)) = silent.into_iter().find(|(node, _)| place.includes(node)) {
@@ -94,7 +94,7 @@ impl Controller {
 
 /// What a pool must be able to take for certain: what it announces is rounded down to whole MiB, so about the rest of the
 /// size its replica decides.
-fn certain(size: VolumeSize) -> u64 {
+pub(super) fn certain(size: VolumeSize) -> u64 {
     const MIB: u64 = 1 << 20;
     size.bytes() / MIB * MIB
 }

@@ -170,7 +170,7 @@ impl Controller {
             let id = copy(&choice.node).unwrap_or_else(InstanceId::random);
             (id, CopySpec { node: choice.node, pool: choice.pool })
         });
-        let mirror = Some(MirrorSpec { primary: Some(primary), copies: spec.collect() });
+        let mirror = Some(MirrorSpec { primary: Some(primary), ..MirrorSpec::new(spec.collect()) });
         Ok(Placed { node: None, mirror, base: Some(Base { snapshot, clones }) })
     }
 

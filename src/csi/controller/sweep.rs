@@ -73,7 +73,9 @@ impl Controller {
         let volume = &stored.object;
         let (wanted, is) = (&volume.spec, &volume.status);
         let half_made = is.phase == VolumePhase::Creating;
-        let half_changed = wanted.size != is.size || wanted.verify_reads != is.verify_reads;
+        // The nodes of a mirrored volume go on by themselves, and `tend` takes in what they say.
+        let half_changed =
+            wanted.mirror.is_none() && (wanted.size != is.size || wanted.verify_reads != is.verify_reads);
         if !(wanted.deleted || half_made || half_changed) {
             return Ok(());
         }

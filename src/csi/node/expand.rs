@@ -1,12 +1,15 @@
 //! NodeExpandVolume: the filesystem (or the device) follows a volume that the controller has grown.
 
 use super::errors::ExpandError;
+use super::replica::Facts;
 use super::stats::place_of;
 use super::{Inner, required};
 use crate::catalog::Access;
 use crate::csi::capability::Capability;
+use crate::csi::control::ControlError;
 use crate::mount::{GrowError, device_size, grow_mounted, resize_read_only_twin};
 use crate::rpc::csi::{NodeExpandVolumeRequest, NodeExpandVolumeResponse};
+use crate::volume::VolumeId;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -27,13 +30,17 @@ pub fn expand(node: &Inner, request: &NodeExpandVolumeRequest) -> Result<NodeExp
             return Err(ExpandError::OtherAccess(id));
         }
     }
-    let facts = node.replica.volume(id)?;
     let (required, limit) = match request.capacity_range {
         None => (0, u64::MAX),
         Some(range) => {
             (bytes(range.required_bytes)?, Some(bytes(range.limit_bytes)?).filter(|b| *b > 0).unwrap_or(u64::MAX))
         }
     };
+    let facts = volume_of_size(node, id, required)?;
+    if facts.mirrored && facts.size < required {
+        // The controller has grown it, and this node has not heard of that yet.
+        return Err(ExpandError::DeviceBehind { device: node.replica.attach(id)?, found: facts.size, size: required });
+    }
     if facts.size < required || facts.size > limit {
         return Err(ExpandError::OutOfRange { volume: id, size: facts.size, required, limit });
     }
@@ -50,6 +57,18 @@ pub fn expand(node: &Inner, request: &NodeExpandVolumeRequest) -> Result<NodeExp
     }
     node.steps.done()?;
     Ok(NodeExpandVolumeResponse { capacity_bytes: facts.size.try_into().unwrap_or(i64::MAX) })
+}
+
+/// The volume; a mirrored one when it has the size, if that is soon.
+fn volume_of_size(node: &Inner, id: VolumeId, required: u64) -> Result<Facts, ControlError> {
+    let start = Instant::now();
+    loop {
+        let facts = node.replica.volume(id)?;
+        if !facts.mirrored || facts.size >= required || start.elapsed() > DEVICE_LIMIT {
+            return Ok(facts);
+        }
+        std::thread::sleep(POLL);
+    }
 }
 
 fn bytes(value: i64) -> Result<u64, ExpandError> {

@@ -19,6 +19,8 @@ pub struct Facts {
     pub copying: Option<(u64, u64)>,
     /// Its device, if it is attached.
     pub device: Option<PathBuf>,
+    /// It has copies elsewhere: what the controller says of it comes here by the catalogue.
+    pub mirrored: bool,
     /// Whether blank means new.
     pub origin: Origin,
     /// The filesystem of its StorageClass.
@@ -39,6 +41,7 @@ impl From<control::Volume> for Facts {
             size: volume.size_bytes,
             copying: (!volume.ready).then_some((volume.copied_bytes, volume.to_copy_bytes)),
             device: Some(volume.device).filter(|device| !device.is_empty()).map(PathBuf::from),
+            mirrored: volume.mirror.is_some(),
             origin,
             fs_type,
             health: volume.health,

@@ -18,7 +18,7 @@ use crate::protocol::{
 };
 use crate::replica::peer::{Event, Payload, Session};
 use crate::store::{Control, Reserve};
-use crate::volume::{BLOCK_SIZE, BootId, InstanceId, VolumeId};
+use crate::volume::{BLOCK_SIZE, BlockRange, BootId, InstanceId, VolumeId, VolumeSize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -60,6 +60,8 @@ pub(super) struct Mirror {
     pub role: Role,
     /// Copies that were slow, as far as it was said.
     resting: BTreeSet<InstanceId>,
+    /// What every copy can hold, as it was told; never less than before.
+    told_size: Option<VolumeSize>,
     /// Nothing is done any more; these are told when nothing runs.
     pub closing: Vec<Reply<Result<(), EngineError>>>,
 }
@@ -91,6 +93,7 @@ impl Mirror {
             busy: Vec::new(),
             role,
             resting: BTreeSet::new(),
+            told_size: None,
             closing: Vec::new(),
         }
     }
@@ -269,10 +272,23 @@ impl Engine {
         match input {
             MirrorInput::Configuration(configuration) => self.step(key, Input::Configuration(configuration)),
             MirrorInput::Wish(wish) => self.step(key, Input::Wish(wish)),
+            MirrorInput::Size(size) => self.limit_size(key, size),
             MirrorInput::Proposed { stamp, outcome } => self.step(key, Input::Proposed { stamp, outcome }),
             MirrorInput::Peer(event) => self.peer_event(key, event),
         }
         Ok(())
+    }
+
+    /// Nothing beyond it is asked of the volume, nor copied, whatever this copy can hold: others may hold less.
+    fn limit_size(&mut self, key: VolumeKey, size: VolumeSize) {
+        let Some((tree, id)) = self.volume_mut(key).map(|volume| (volume.tree, volume.id)) else { return };
+        let Ok(held) = self.known(tree, id) else { return };
+        let Some(volume) = self.volume_mut(key) else { return };
+        let Some(mirror) = volume.mirror.as_mut() else { return };
+        // Whoever read the catalogue earlier may say so later.
+        let told = mirror.told_size.map_or(size, |before| before.max(size));
+        mirror.told_size = Some(told);
+        volume.size = told.min(held);
     }
 
     fn peer_event(&mut self, key: VolumeKey, event: Event) {
@@ -368,6 +384,7 @@ impl Engine {
         let others = record.configuration.copies().filter(|copy| *copy != me);
         Some(MirrorStatus {
             role: replica.role(),
+            size: volume.size,
             serves: replica.serves(),
             answers: replica.answers(),
             configuration: record.configuration.clone(),
@@ -384,8 +401,14 @@ impl Engine {
 }
 
 impl Volume {
+    /// What of a range of the plan is within the volume: its copy here may be larger, and others may not.
+    pub fn within(&self, range: BlockRange) -> Option<BlockRange> {
+        let end = range.end().min(self.size.blocks());
+        BlockRange::new(range.start(), u32::try_from(end.saturating_sub(range.start())).ok()?)
+    }
+
     /// Bytes behind the end of a range of the plan.
-    pub fn behind(&self, range: crate::volume::BlockRange) -> u64 {
+    pub fn behind(&self, range: BlockRange) -> u64 {
         self.size.blocks().saturating_sub(range.end()) * BLOCK_SIZE
     }
 }

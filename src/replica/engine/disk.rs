@@ -240,6 +240,7 @@ impl Engine {
                 if let (Ok(()), Some((volume, size))) = (result, resized)
                     && let Some(key) = self.volume_of(volume)
                     && let Some(volume) = self.volume_mut(key)
+                    && volume.mirror.is_none()
                 {
                     volume.size = volume.size.max(size);
                 }

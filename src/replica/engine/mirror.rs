@@ -12,7 +12,7 @@ use crate::protocol::{Configuration, Memory, Outcome, Record, Role, Stamp, Wish}
 use crate::replica::peer;
 use crate::replica::pool::{Promise, Promises};
 use crate::store::Reserve;
-use crate::volume::{BootId, InstanceId, SnapshotId, VolumeId};
+use crate::volume::{BootId, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
@@ -58,6 +58,8 @@ pub enum MirrorInput {
     Configuration(Box<Configuration>),
     /// What the spec wants. To be told before a device is attached: a copy that is not wished refuses its requests.
     Wish(Wish),
+    /// Bytes that every copy can hold: what a device of the volume has. To be told before the first configuration.
+    Size(VolumeSize),
     /// The answer to a proposal.
     Proposed {
         /// The version that was proposed.
@@ -137,6 +139,8 @@ impl SealReserve {
 pub struct MirrorStatus {
     /// What this copy is.
     pub role: Role,
+    /// What a device of it has; the copy itself may be larger.
+    pub size: VolumeSize,
     /// Requests are executed here.
     pub serves: bool,
     /// And can be answered: no other copy that they need is silent.

@@ -231,7 +231,7 @@ impl Engine {
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let left = |range: Option<BlockRange>| range.map_or(0, |range| volume.behind(range) + range.bytes());
         let Some(tree) = trees[volume.tree.0 as usize].as_mut() else { return };
-        let range = planned.map(|()| tree.store.next_range(volume.id));
+        let range = planned.map(|()| tree.store.next_range(volume.id).and_then(|range| volume.within(range)));
         let left = left(range.unwrap_or_default());
         if let Some(mirror) = volume.mirror.as_mut() {
             mirror.copied_bytes += mirror.range.take().map_or(0, |(_, payload)| payload.data().len() as u64);

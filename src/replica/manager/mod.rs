@@ -21,6 +21,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 mod attach;
+mod change;
 mod copy;
 mod errors;
 mod follow;

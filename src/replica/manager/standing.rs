@@ -7,7 +7,7 @@ use crate::catalog::NodeName;
 use crate::protocol::{Role, Stamp};
 use crate::replica::engine::{CopyState, MirrorStatus};
 use crate::replica::mirror::nodes_of;
-use crate::volume::{InstanceId, VolumeId};
+use crate::volume::{InstanceId, VolumeId, VolumeSize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A copy on this node and the others of its volume.
@@ -15,6 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 #[allow(missing_docs, reason = "named and explained in control.proto")]
 pub struct MirrorView {
     pub role: Role,
+    /// Of the volume: what every copy can hold.
+    pub size: VolumeSize,
     pub serves: bool,
     /// And its requests are answered: no other copy that they need is silent.
     pub answers: bool,
@@ -75,6 +77,7 @@ impl MirrorView {
         let all: BTreeSet<_> = configuration.copies().chain(wanted.iter().copied()).collect();
         Self {
             role: status.role,
+            size: status.size,
             serves: status.serves,
             answers: status.answers,
             stamp: configuration.stamp,
@@ -163,6 +166,7 @@ mod tests {
         let configuration = Configuration::first(Generation(1), one, [two].into());
         MirrorStatus {
             role: Role::Primary(Primary::Serving),
+            size: VolumeSize::try_from(1 << 30).expect("a size"),
             serves: true,
             answers: true,
             newest: configuration.clone(),

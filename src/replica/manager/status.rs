@@ -16,6 +16,7 @@ use std::path::PathBuf;
 #[allow(missing_docs, reason = "named and explained in control.proto")]
 pub struct VolumeView {
     pub volume: VolumeId,
+    pub tree: InstanceId,
     pub pool: String,
     pub size: u64,
     pub copy: Option<CopyProgress>,
@@ -114,11 +115,14 @@ impl Manager {
             None => {}
         }
         let record = self.record_view(volume, &place).await;
+        let served = mirror.as_ref().map(|mirror| mirror.size);
         let copying_size = place.copy.as_ref().map(|copy| copy.size);
+        let size = served.or(info.as_ref().map(|i| i.size)).or(copying_size);
         VolumeView {
             volume,
+            tree: place.tree,
             pool,
-            size: info.as_ref().map(|i| i.size).or(copying_size).map_or(0, VolumeSize::bytes),
+            size: size.map_or(0, VolumeSize::bytes),
             copy: place.copy.map(|c| CopyProgress { copied: c.copied_bytes, total: c.total_bytes }),
             allocated: info.as_ref().map_or(0, |i| i.allocated_blocks * BLOCK_SIZE),
             device: place.device,

@@ -1,4 +1,4 @@
-//! Volumes: made, cloned, grown, modified and deleted.
+//! Volumes: made, cloned and deleted.
 
 use super::errors::VolumeFailure as Failure;
 use super::mirror::{MirrorPlace, copy_record};
@@ -241,54 +241,6 @@ impl Manager {
             self.remove_record(&place.pool, place.tree, copy_record(volume)).await;
         }
         self.tidy_tree(&place.pool, place.tree).await;
-        Ok(())
-    }
-
-    /// Grows the volume. A size that is not larger changes nothing.
-    pub async fn expand_volume(&self, volume: VolumeId, size: VolumeSize) -> Result<(), Failure> {
-        let place = self.place(volume).ok_or(Failure::NoVolume(volume))?;
-        let _guard = self.begin(volume, &[volume.to_bytes(), place.tree.to_bytes()]).await?;
-        if place.copy.is_some() {
-            return Err(Failure::NotReady(volume));
-        }
-        let info = self.volume_info(place.tree, volume).await.ok_or(Failure::NoVolume(volume))?;
-        if info.size < size {
-            let pool = self.pool(&place.pool).ok_or_else(|| Failure::NoPool(place.pool.clone()))?;
-            let promise = self.promise(&place.pool, &pool, growth(size.bytes() - info.size.bytes())).await?;
-            self.control(volume, place.tree, Control::Resize { volume, size }).await?;
-            promise.settle(place.tree, self.promised_bytes(place.tree).await);
-        }
-        if place.device.is_some() {
-            crash_point("resize.device");
-            // Also after a call that was cut off between the two: the device may still have the old size.
-            self.engine().resized(volume).await.map_err(|error| Failure::Engine { volume, error })?;
-        }
-        Ok(())
-    }
-
-    /// Changes what is given, online.
-    pub async fn modify_volume(
-        &self,
-        volume: VolumeId,
-        verify_reads: Option<bool>,
-        descriptor: Option<String>,
-    ) -> Result<(), Failure> {
-        let place = self.place(volume).ok_or(Failure::NoVolume(volume))?;
-        let _guard = self.begin(volume, &[volume.to_bytes()]).await?;
-        if place.copy.is_some() {
-            return Err(Failure::NotReady(volume));
-        }
-        if let Some(descriptor) = descriptor {
-            let pool = self.pool(&place.pool).ok_or_else(|| Failure::NoPool(place.pool.clone()))?;
-            let record = Record::new(descriptor.clone(), None);
-            self.write_record(&pool, place.tree, volume, &volume.to_string(), record).await?;
-            if let Some(place) = self.index().volumes.get_mut(&volume) {
-                place.descriptor = descriptor;
-            }
-        }
-        if let Some(verify_reads) = verify_reads {
-            self.control(volume, place.tree, Control::Modify { volume, verify_reads }).await?;
-        }
         Ok(())
     }
 

@@ -81,14 +81,18 @@ impl Courier {
         }
     }
 
-    /// Reads the wish and the configuration, and tells the engine. Whether this copy shall be primary.
+    /// Reads the size, the wish and the configuration, and tells the engine. Whether this copy shall be primary.
     async fn tell_what_is_there(&self) -> Result<bool, Trouble> {
         // Before the catalogue is read: what the copy learns meanwhile may be newer than what was read.
         let here = self.engine.mirror_status(self.volume).await?.map(|status| status.configuration.stamp);
         let stored = self.catalog.get::<Volume>(&self.volume.to_string()).await.map_err(ConfigurationError::from)?;
         let Some(configuration) = self.catalog.configuration(self.volume).await? else { return Ok(false) };
         OlderCatalogue::check(configuration.stamp, here)?;
-        let wish = stored.filter(|stored| !stored.object.spec.deleted).and_then(|stored| stored.object.spec.mirror);
+        let volume = stored.map(|stored| stored.object).filter(|volume| !volume.spec.deleted);
+        if let Some(volume) = &volume {
+            self.engine.tell_mirror(self.volume, MirrorInput::Size(volume.status.size)).await?;
+        }
+        let wish = volume.and_then(|volume| volume.spec.mirror);
         let wished = wish.as_ref().is_some_and(|mirror| mirror.primary == Some(self.copy));
         // Of a volume that is gone or shall go nothing is wished: its copies stay as they are until they are removed.
         if let Some(mirror) = wish {

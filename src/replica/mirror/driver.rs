@@ -1,21 +1,25 @@
 //! One copy that the engine runs: its conversations, and the tasks that carry what happens to the engine.
 //!
-//! Invariants: peers' events wait for the engine and for nothing else; all of it ends when the driver is dropped.
+//! Invariants: peers' events wait for the engine and for nothing else; a device that is resized waits for its requests, and
+//! nothing else of the copy waits for that; all of it ends when the driver is dropped.
 
-use super::MirrorSettings;
 use super::courier::{Courier, Refresh, Refresher};
 use super::record::Parties;
+use super::{FIRST_PAUSE, LAST_PAUSE, MirrorSettings};
 use crate::protocol::{Memory, Record};
 use crate::replica::engine::{EngineError, EngineHandle, MirrorConfig, MirrorInput, SealReserve};
 use crate::replica::manager::Manager;
 use crate::replica::peer::{AlreadyOpen, Event, Session};
-use crate::volume::{InstanceId, VolumeId};
+use crate::volume::{InstanceId, VolumeId, VolumeSize};
 use std::sync::Arc;
-use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::{AbortHandle, JoinHandle};
 
 /// Requests of a core that wait for the catalogue; it says the others again at its next heartbeat.
 const MAX_REQUESTS: usize = 8;
+/// How long other volumes wait for one copy to be open: what is under way on it has ended by then, unless it is stuck.
+const OPEN_SOON: Duration = Duration::from_secs(1);
 /// Looks at the catalogue that were asked for and have not begun: one is as good as many.
 const MAX_REFRESHES: usize = 8;
 
@@ -35,6 +39,8 @@ pub(super) enum OpenError {
     Session(#[from] AlreadyOpen),
     #[error(transparent)]
     Engine(#[from] EngineError),
+    #[error("the task that opens it has ended: {0}")]
+    Task(tokio::task::JoinError),
 }
 
 /// A task that ends with its owner.
@@ -46,13 +52,39 @@ impl Drop for Task {
     }
 }
 
+/// A copy that is being opened, in a task that ends with its owner.
+pub(super) struct Opened(JoinHandle<Result<Driver, OpenError>>);
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Opened {
+    /// Begins.
+    pub fn begin(settings: &Arc<MirrorSettings>, manager: &Manager, opening: Opening) -> Self {
+        let (settings, manager) = (Arc::clone(settings), manager.clone());
+        Self(tokio::spawn(async move { Driver::open(&settings, &manager, opening).await }))
+    }
+
+    /// The open copy, if that is soon.
+    pub async fn soon(&mut self) -> Option<Result<Driver, OpenError>> {
+        let opened = tokio::time::timeout(OPEN_SOON, &mut self.0).await.ok()?;
+        Some(opened.unwrap_or_else(|error| Err(OpenError::Task(error))))
+    }
+}
+
 /// See the module.
 pub(super) struct Driver {
     session: Arc<Session>,
     peers: Parties,
     refresher: Refresher,
     reserve: SealReserve,
-    _tasks: [Task; 2],
+    volume: VolumeId,
+    /// The volume's size may be another.
+    resized: Arc<Notify>,
+    _tasks: [Task; 3],
 }
 
 impl Driver {
@@ -82,11 +114,16 @@ impl Driver {
             volume,
             copy: tree,
         };
-        let tasks = [tokio::spawn(forward(engine, volume, events)), tokio::spawn(courier.run(asked, refreshes))];
+        let resized = Arc::new(Notify::new());
+        let tasks = [
+            tokio::spawn(forward(engine, volume, events)),
+            tokio::spawn(courier.run(asked, refreshes)),
+            tokio::spawn(resize(manager.clone(), volume, Arc::clone(&resized))),
+        ];
         manager.set_open(volume, refresher.clone(), reserve.clone());
         let tasks = tasks.map(|task| Task(task.abort_handle()));
         tracing::info!(%volume, copy = %tree, ?memory, "a copy is open");
-        Ok(Self { session, peers: Parties::new(), refresher, reserve, _tasks: tasks })
+        Ok(Self { session, peers: Parties::new(), refresher, reserve, volume, resized, _tasks: tasks })
     }
 
     /// Calls these copies, and nobody else.
@@ -103,6 +140,13 @@ impl Driver {
         self.peers.clone_from(wanted);
     }
 
+    /// Every copy can hold so much: the core may know, and the device follows by itself.
+    pub async fn set_size(&self, manager: &Manager, size: VolumeSize) -> Result<(), EngineError> {
+        manager.engine_handle().tell_mirror(self.volume, MirrorInput::Size(size)).await?;
+        self.resized.notify_one();
+        Ok(())
+    }
+
     /// Where the copy's seals take their space from.
     pub fn reserve(&self) -> &SealReserve {
         &self.reserve
@@ -112,6 +156,22 @@ impl Driver {
     pub fn look(&self) {
         // A full queue means that somebody looks soon anyway.
         let _ = self.refresher.try_send(None);
+    }
+}
+
+/// Lets the device follow the volume's size.
+async fn resize(manager: Manager, volume: VolumeId, resized: Arc<Notify>) {
+    loop {
+        resized.notified().await;
+        let mut pause = FIRST_PAUSE;
+        while let Err(error) = manager.resize_device(volume).await {
+            // What fails again and again is said once.
+            if pause == FIRST_PAUSE {
+                tracing::warn!(%volume, %error, "its device does not have its size yet; it is tried again");
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LAST_PAUSE);
+        }
     }
 }
 

@@ -11,6 +11,7 @@
 //!   made again under its name, because others may count on what it held.
 //! * Data is deleted only because an object in the catalogue says so, never because there is no object; and a catalogue that
 //!   is older than a copy ([`OlderCatalogue`]) changes nothing of it.
+//! * No volume waits for another one's requests: what may wait for those is a task of its own.
 //! * The data path does not wait for the catalogue: peers' events go to the engine in a task of their own, and copies are
 //!   opened from what is beside them ([`record`]) before anybody asks the catalogue.
 
@@ -24,11 +25,12 @@ use crate::protocol::{Memory, Stamp};
 use crate::replica::manager::Manager;
 use crate::replica::peer::Endpoint;
 use crate::volume::{BootId, InstanceId, VolumeId};
-use driver::{Driver, Opening};
+use driver::{Driver, Opened, Opening};
 use record::CopyRecord;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use courier::{Refresh, Refresher};
@@ -81,8 +83,10 @@ pub fn boot_id() -> io::Result<BootId> {
 
 /// See the module.
 pub struct Mirrors {
-    settings: MirrorSettings,
+    settings: Arc<MirrorSettings>,
     drivers: BTreeMap<VolumeId, Driver>,
+    /// Copies that are being opened: a volume that is in use first ends what it has begun, which may wait for space.
+    opening: BTreeMap<VolumeId, Opened>,
     /// Trees of which the node's caches have everything: an engine of this boot has left them to the holder, or this one
     /// has made them.
     kept: BTreeSet<InstanceId>,
@@ -108,8 +112,8 @@ impl Work {
 impl Mirrors {
     /// Of this node. Nothing is opened yet.
     pub fn new(settings: MirrorSettings) -> Self {
-        let (drivers, kept, addresses, said) = Default::default();
-        Self { settings, drivers, kept, addresses, said }
+        let (drivers, opening, kept, addresses, said) = Default::default();
+        Self { settings: Arc::new(settings), drivers, opening, kept, addresses, said }
     }
 
     /// Opens the copies that are on this node and have acted before, from what is beside them; no catalogue is asked. To be

@@ -2,17 +2,20 @@
 //!
 //! ```text
 //!   wanted, not here   space, tree, record ─> confirmed in the catalogue ─> open
-//!   wanted and here    record and peers follow the catalogue ─> confirmed ─> open
+//!   wanted, the only   record: from now on it is one of several; then as below
+//!   wanted and here    record, peers, size and settings follow the catalogue ─> confirmed ─> open
 //!   not wanted, here   no member, or the volume is deleted ─> recorded as going ─> taken out of the catalogue ─> removed
 //! ```
 
-use super::driver::{Driver, OpenError, Opening};
+use super::driver::{OpenError, Opened, Opening};
 use super::record::{CopyRecord, PeerRecord};
 use super::{Mirrors, OlderCatalogue};
 use crate::catalog::{
-    Catalog, CatalogError, ConfigurationError, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError, Volume,
+    Catalog, CatalogError, ConfigurationError, CopyReport, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError,
+    Volume, VolumeSpec,
 };
 use crate::protocol::{Configuration, Record};
+use crate::replica::engine::EngineError;
 use crate::replica::manager::{CopyHere, Manager, NewVolume, Source, VolumeFailure};
 use crate::replica::pool::BadPoolName;
 use crate::volume::{InstanceId, VolumeId};
@@ -31,7 +34,11 @@ pub(super) enum Trouble {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
     Pool(#[from] BadPoolName),
+    #[error("its copy waits for what was asked of its device before")]
+    Opening,
     #[error("the catalogue has no configuration of it yet: if it was lost, use `tandem recover`")]
     NoConfiguration,
     #[error(transparent)]
@@ -43,9 +50,9 @@ pub(super) enum Trouble {
 impl Mirrors {
     /// Makes the next steps for one volume; all of them unless something fails.
     pub(super) async fn reconcile(&mut self, manager: &Manager, id: VolumeId) -> Result<(), Trouble> {
-        let here = manager.copy_here(id);
-        if let Some(here) = here.as_ref().filter(|here| CopyRecord::decode(&here.record).is_ok_and(|r| r.removing)) {
-            return self.finish_removal(manager, here).await;
+        let mut here = manager.copy_here(id);
+        if let Some(gone) = here.take_if(|here| CopyRecord::decode(&here.record).is_ok_and(|r| r.removing)) {
+            self.finish_removal(manager, &gone).await?;
         }
         let catalog = self.settings.catalog.clone();
         let Some(stored) = catalog.get::<Volume>(&id.to_string()).await? else {
@@ -55,6 +62,11 @@ impl Mirrors {
             return Ok(());
         };
         let Some(mirror) = stored.object.spec.mirror.clone() else { return Ok(()) };
+        if let Some(copy) = manager.sole_tree(id).filter(|tree| self.is_ours(&mirror, *tree)) {
+            manager.join_mirror(id, CopyRecord::default().encode()).await?;
+            self.kept.insert(copy);
+            here = manager.copy_here(id);
+        }
         let deleted = stored.object.spec.deleted;
         let wanted = mirror.copies_on(&self.settings.node).next().filter(|_| !deleted);
         let wanted = wanted.map(|(copy, spec)| (copy, spec.clone()));
@@ -63,8 +75,19 @@ impl Mirrors {
             (None, None) => Ok(()),
             (Some((copy, _)), Some(here)) if here.tree == copy => self.keep(manager, stored, &here).await,
             (Some((copy, spec)), None) => self.make(manager, stored, copy, &spec).await,
-            (_, Some(here)) => self.remove(manager, &stored.object, &here).await,
+            (wanted, Some(here)) => {
+                self.remove(manager, &stored.object, &here).await?;
+                // Another one comes after it.
+                match (wanted, manager.copy_here(id), catalog.get::<Volume>(&id.to_string()).await?) {
+                    (Some((copy, spec)), None, Some(stored)) => self.make(manager, stored, copy, &spec).await,
+                    _ => Ok(()),
+                }
+            }
         }
+    }
+
+    fn is_ours(&self, mirror: &MirrorSpec, copy: InstanceId) -> bool {
+        mirror.copies.get(&copy).is_some_and(|spec| spec.node == self.settings.node)
     }
 
     /// The configuration in the catalogue, if that is not older than the copy on this node.
@@ -117,16 +140,24 @@ impl Mirrors {
         if record != before {
             manager.write_copy_record(volume, record.encode()).await?;
         }
-        confirm(&self.settings.catalog, stored, copy).await?;
+        let (spec, size) = (stored.object.spec.clone(), stored.object.status.size);
+        let report = follow(manager, volume, &spec).await?;
+        confirm(&self.settings.catalog, stored, copy, report).await?;
         if !self.drivers.contains_key(&volume) {
             // Until it has a record of its own it has never acted, and nobody could count on it without its answer.
             let first = Record { intact: configuration.is_member(copy), configuration };
             let opening = Opening { volume, tree: copy, memory: self.memory(copy), first };
-            let driver = Driver::open(&self.settings, manager, opening).await?;
-            self.drivers.insert(volume, driver);
+            let begin = || Opened::begin(&self.settings, manager, opening);
+            let mut opened = self.opening.remove(&volume).unwrap_or_else(begin);
+            let Some(driver) = opened.soon().await else {
+                self.opening.insert(volume, opened);
+                return Err(Trouble::Opening);
+            };
+            self.drivers.insert(volume, driver?);
         }
         if let Some(driver) = self.drivers.get_mut(&volume) {
             driver.set_peers(&record.parties(&self.settings.node));
+            driver.set_size(manager, size).await?;
             manager.offer_seal(volume, driver.reserve()).await?;
             driver.look();
         }
@@ -179,6 +210,7 @@ impl Mirrors {
             unconfirm(&self.settings.catalog, stored, |copy| copy == here.tree).await?;
         }
         manager.close_copy(here.volume).await?;
+        self.opening.remove(&here.volume);
         self.drivers.remove(&here.volume);
         manager.delete_copy(here.volume).await?;
         self.kept.remove(&here.tree);
@@ -188,14 +220,37 @@ impl Mirrors {
 
     /// A deleted volume of which nothing is here.
     async fn unconfirm_all(&self, stored: Stored<Volume>, mirror: &MirrorSpec) -> Result<(), Trouble> {
-        let ours = |copy| mirror.copies.get(&copy).is_some_and(|spec| spec.node == self.settings.node);
-        unconfirm(&self.settings.catalog, stored, ours).await
+        unconfirm(&self.settings.catalog, stored, |copy| self.is_ours(mirror, copy)).await
     }
 }
 
-/// The catalogue says that the copy is durably on its node.
-async fn confirm(catalog: &Catalog, mut stored: Stored<Volume>, copy: InstanceId) -> Result<(), Trouble> {
-    if stored.object.status.copies.insert(copy) {
+/// Gives the copy the size and the settings that are wanted, and says what it has.
+async fn follow(manager: &Manager, volume: VolumeId, wanted: &VolumeSpec) -> Result<CopyReport, Trouble> {
+    let mut info = manager.copy_info(volume).await?;
+    let mut refused = None;
+    if info.size < wanted.size {
+        match manager.grow_copy(volume, wanted.size).await {
+            Ok(()) => info.size = wanted.size,
+            Err(error @ VolumeFailure::PoolFull { .. }) => refused = Some(error.to_string()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if info.verify_reads != wanted.verify_reads {
+        manager.modify_volume(volume, Some(wanted.verify_reads), None).await?;
+    }
+    Ok(CopyReport { size: info.size, verify_reads: wanted.verify_reads, refused })
+}
+
+/// The catalogue says that the copy is durably on its node, and what it is.
+async fn confirm(
+    catalog: &Catalog,
+    mut stored: Stored<Volume>,
+    copy: InstanceId,
+    report: CopyReport,
+) -> Result<(), Trouble> {
+    let status = &mut stored.object.status;
+    let is_new = status.copies.insert(copy);
+    if status.reports.insert(copy, report.clone()) != Some(report) || is_new {
         catalog.update(stored).await?;
     }
     Ok(())
@@ -206,9 +261,11 @@ async fn unconfirm(
     mut stored: Stored<Volume>,
     gone: impl Fn(InstanceId) -> bool,
 ) -> Result<(), Trouble> {
-    let before = stored.object.status.copies.len();
-    stored.object.status.copies.retain(|copy| !gone(*copy));
-    if stored.object.status.copies.len() != before {
+    let status = &mut stored.object.status;
+    let before = (status.copies.len(), status.reports.len());
+    status.copies.retain(|copy| !gone(*copy));
+    status.reports.retain(|copy, _| !gone(*copy));
+    if (status.copies.len(), status.reports.len()) != before {
         catalog.update(stored).await?;
     }
     Ok(())

@@ -150,7 +150,8 @@ impl Case<'_> {
         let (least, most) = (self.sizes.0.try_into(), self.sizes.1.try_into());
         volume.status.size = least.unwrap_or(volume.status.size);
         volume.spec.size = most.unwrap_or(volume.spec.size);
-        volume.spec.mirror = Some(MirrorSpec { primary: choice::in_use(&self.found, configuration), copies });
+        volume.spec.mirror =
+            Some(MirrorSpec { primary: choice::in_use(&self.found, configuration), ..MirrorSpec::new(copies) });
         volume.status.copies = configuration.copies().collect();
         volume.status.phase = VolumePhase::Ready;
         report.volumes += u64::from(put(catalog, volume, |volume, name| volume.request.name = name, report).await?);
@@ -176,7 +177,7 @@ impl Case<'_> {
         }
         status.copies.extend(configuration.copies());
         let wished = spec.mirror.as_ref().and_then(|mirror| mirror.primary).filter(|copy| copies.contains_key(copy));
-        spec.mirror = Some(MirrorSpec { primary: in_use.or(wished), copies });
+        spec.mirror = Some(MirrorSpec { primary: in_use.or(wished), ..MirrorSpec::new(copies) });
         if stored.object != before {
             catalog.update(stored).await?;
         }

@@ -1,0 +1,276 @@
+//! What a person wants of a volume's copies: who is primary, and that one moves to another node (`proto/operator.proto`).
+//!
+//! Invariants: only wishes are written, the copies decide; nothing is taken from under a volume where it is used; a copy
+//! is replaced by one that has every acknowledged write, or it stays.
+
+use super::Controller;
+use super::create::short;
+use super::mirror::{COPIES_LIMIT, LOOK_EVERY};
+use super::names;
+use super::place::certain;
+use super::request::present;
+use crate::catalog::{CopySpec, MirrorSpec, NodeName, Stored, Volume};
+use crate::csi::errors::{ArgumentError, OperatorError, Transient};
+use crate::csi::handler::answer;
+use crate::csi::operations::Subject;
+use crate::protocol::{Configuration, MAX_COPIES};
+use crate::rpc::control::{GetVolumeRequest, copy::State};
+use crate::rpc::operator::{self as rpc, operator_server};
+use crate::volume::{InstanceId, VolumeId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+use tonic::{Request, Response, Status};
+
+/// Promote: the volume, and the node of the copy.
+pub struct Promote(String, NodeName);
+/// Demote and ListCopies: the volume.
+pub struct Of(String);
+/// MoveCopy: the volume, from where, and to where.
+pub struct Move(String, NodeName, NodeName);
+
+impl TryFrom<rpc::PromoteRequest> for Promote {
+    type Error = ArgumentError;
+    fn try_from(request: rpc::PromoteRequest) -> Result<Self, ArgumentError> {
+        Ok(Self(present("volume_id", request.volume_id)?, NodeName(present("node", request.node)?)))
+    }
+}
+
+impl TryFrom<rpc::DemoteRequest> for Of {
+    type Error = ArgumentError;
+    fn try_from(request: rpc::DemoteRequest) -> Result<Self, ArgumentError> {
+        present("volume_id", request.volume_id).map(Self)
+    }
+}
+
+impl TryFrom<rpc::ListCopiesRequest> for Of {
+    type Error = ArgumentError;
+    fn try_from(request: rpc::ListCopiesRequest) -> Result<Self, ArgumentError> {
+        present("volume_id", request.volume_id).map(Self)
+    }
+}
+
+impl TryFrom<rpc::MoveCopyRequest> for Move {
+    type Error = ArgumentError;
+    fn try_from(request: rpc::MoveCopyRequest) -> Result<Self, ArgumentError> {
+        let (from, to) = (present("from_node", request.from_node)?, present("to_node", request.to_node)?);
+        Ok(Self(present("volume_id", request.volume_id)?, NodeName(from), NodeName(to)))
+    }
+}
+
+impl Controller {
+    /// A volume with several copies, by the text of its id.
+    async fn with_copies(&self, id: &str) -> Result<(Stored<Volume>, MirrorSpec), OperatorError> {
+        let missing = || OperatorError::NotFound(short(id));
+        let key: VolumeId = id.parse().map_err(|_| missing())?;
+        let stored = self.get::<Volume>(key).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
+        let mirror = stored.object.spec.mirror.clone().ok_or(OperatorError::Single(key))?;
+        Ok((stored, mirror))
+    }
+
+    fn operate(&self, id: &str) -> Result<Option<super::Operation>, Transient> {
+        id.parse().ok().map(|id| self.start(Subject::Volume(id))).transpose()
+    }
+
+    /// The node's copy is primary, afterwards.
+    pub async fn promote(&self, Promote(id, node): Promote) -> Result<(), OperatorError> {
+        let _volume = self.operate(&id)?;
+        let (stored, mirror) = self.with_copies(&id).await?;
+        let id = stored.object.id;
+        if let Some(used) = stored.object.spec.publications.keys().find(|used| **used != node) {
+            return Err(OperatorError::InUse { id, node: used.clone() });
+        }
+        let copy = copy_on(id, &mirror, &node)?;
+        if !self.committed(id).await?.is_some_and(|now| now.is_member(copy)) {
+            return Err(OperatorError::NotUpToDate { id, node });
+        }
+        self.wish_primary(stored, Some(copy)).await?;
+        self.until(id, "primary", &node, |now| now.primary == Some(copy)).await
+    }
+
+    /// No copy is primary, afterwards: the next one need not wait for it.
+    pub async fn demote(&self, Of(id): Of) -> Result<(), OperatorError> {
+        let _volume = self.operate(&id)?;
+        let (stored, mirror) = self.with_copies(&id).await?;
+        let id = stored.object.id;
+        if let Some(node) = stored.object.spec.publications.keys().next() {
+            return Err(OperatorError::InUse { id, node: node.clone() });
+        }
+        self.wish_primary(stored, None).await?;
+        let primary = self.committed(id).await?.and_then(|now| now.primary);
+        let node = primary.and_then(|copy| Some(mirror.copies.get(&copy)?.node.clone()));
+        let node = node.unwrap_or_else(|| NodeName("a node that has none any more".to_owned()));
+        self.until(id, "demoted", &node, |now| now.primary.is_none()).await
+    }
+
+    async fn wish_primary(&self, stored: Stored<Volume>, wish: Option<InstanceId>) -> Result<(), Transient> {
+        if stored.object.spec.mirror.as_ref().is_some_and(|mirror| mirror.primary == wish) {
+            return Ok(());
+        }
+        let write = |volume: &mut Volume| volume.spec.mirror.iter_mut().for_each(|mirror| mirror.primary = wish);
+        self.change(stored, write).await.map(drop)
+    }
+
+    async fn until(
+        &self,
+        id: VolumeId,
+        done: &'static str,
+        node: &NodeName,
+        is: impl Fn(&Configuration) -> bool,
+    ) -> Result<(), OperatorError> {
+        let deadline = Instant::now() + COPIES_LIMIT;
+        while !self.committed(id).await?.is_some_and(|now| is(&now)) {
+            if Instant::now() >= deadline {
+                return Err(Transient::Waiting { id, done, nodes: node.to_string() }.into());
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        Ok(())
+    }
+
+    /// The copy of one node shall be replaced by one on another, which is recorded and placed afterwards.
+    pub async fn move_copy(&self, Move(id, from, to): Move) -> Result<(), OperatorError> {
+        let _volume = self.operate(&id)?;
+        let (stored, mirror) = self.with_copies(&id).await?;
+        let id = stored.object.id;
+        let there = mirror.copies_on(&to).next().map(|(copy, _)| copy);
+        let old = match copy_on(id, &mirror, &from) {
+            // It was repeated.
+            Ok(old) if mirror.leaving.contains(&old) && there.is_some() => return Ok(()),
+            Err(_) if there.is_some() => return Ok(()),
+            old => old?,
+        };
+        if stored.object.spec.publications.contains_key(&from) {
+            return Err(OperatorError::InUse { id, node: from });
+        }
+        if !mirror.leaving.is_empty() || mirror.copies.len() >= MAX_COPIES {
+            let leaving = mirror.leaving.iter().filter_map(|copy| mirror.copies.get(copy));
+            let nodes = names(leaving.map(|copy| &copy.node));
+            return Err(Transient::Waiting { id, done: "replaced", nodes }.into());
+        }
+        if there.is_some() {
+            return Err(OperatorError::NoPlace(format!("node {to} has a copy of volume {id} already")));
+        }
+        let place = self.place_at(&stored.object, &to).await?;
+        let new = InstanceId::random();
+        self.change(stored, |volume| {
+            if let Some(mirror) = &mut volume.spec.mirror {
+                mirror.copies.insert(new, place.clone());
+                mirror.leaving.insert(old);
+            }
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// A place for one more copy of the volume on this node.
+    async fn place_at(&self, volume: &Volume, node: &NodeName) -> Result<CopySpec, OperatorError> {
+        let (found, pool) = (self.nodes.pools().await?, &volume.request.pool);
+        if let Some((_, error)) = found.silent.into_iter().find(|(silent, _)| silent == node) {
+            return Err(Transient::Replica(error).into());
+        }
+        let there = found.pools.iter().find(|known| known.node == *node && known.pool == *pool);
+        let Some(there) = there else {
+            return Err(OperatorError::NoPlace(format!("node {node} is not known or has no pool {pool}")));
+        };
+        let bytes = certain(volume.spec.size);
+        if there.largest < bytes {
+            let largest = there.largest;
+            return Err(OperatorError::NoPlace(format!(
+                "pool {pool} of node {node} takes {largest} bytes, not {bytes}"
+            )));
+        }
+        Ok(CopySpec { node: node.clone(), pool: pool.clone() })
+    }
+
+    /// The copies that are wanted, and how far they are.
+    pub async fn list_copies(&self, Of(id): Of) -> Result<Vec<rpc::Copy>, OperatorError> {
+        let (stored, mirror) = self.with_copies(&id).await?;
+        let now = self.committed(stored.object.id).await?;
+        let is_member = |copy: InstanceId| now.as_ref().is_some_and(|now| now.is_member(copy));
+        let primary = now.as_ref().and_then(|now| now.primary);
+        let all = mirror.copies.keys().all(|copy| is_member(*copy));
+        let targets = match primary.and_then(|copy| mirror.copies.get(&copy)) {
+            Some(place) if !all => self.sync_targets(stored.object.id, &place.node).await,
+            Some(_) | None => BTreeMap::new(),
+        };
+        let copy = |(copy, place): (&InstanceId, &CopySpec)| {
+            let (copied_bytes, left_bytes) = targets.get(&copy.to_string()).copied().unwrap_or_default();
+            rpc::Copy {
+                copy_id: copy.to_string(),
+                node: place.node.to_string(),
+                pool: place.pool.clone(),
+                member: is_member(*copy),
+                primary: primary == Some(*copy),
+                wished: mirror.primary == Some(*copy),
+                leaving: mirror.leaving.contains(copy),
+                copied_bytes,
+                left_bytes,
+            }
+        };
+        Ok(mirror.copies.iter().map(copy).collect())
+    }
+
+    /// What the primary knows of those that are brought up to date: bytes copied and left. A node that does not answer
+    /// says nothing.
+    async fn sync_targets(&self, id: VolumeId, node: &NodeName) -> BTreeMap<String, (u64, u64)> {
+        let Ok(Some(node)) = self.nodes.find(node).await else { return BTreeMap::new() };
+        let asked = node.control.client().get_volume(GetVolumeRequest { volume_id: id.to_string() }).await;
+        let copies = asked.ok().and_then(|answer| answer.into_inner().mirror).unwrap_or_default().copies;
+        let targets = copies.into_iter().filter(|copy| copy.state() == State::SyncTarget);
+        targets.map(|copy| (copy.copy_id, (copy.copied_bytes, copy.left_bytes))).collect()
+    }
+}
+
+fn copy_on(id: VolumeId, mirror: &MirrorSpec, node: &NodeName) -> Result<InstanceId, OperatorError> {
+    let found = mirror.copies_on(node).next().map(|(copy, _)| copy);
+    found.ok_or_else(|| {
+        let holders = names(mirror.copies.values().map(|copy| &copy.node));
+        OperatorError::NoCopy { id, node: node.clone(), holders }
+    })
+}
+
+/// Serves a [`Controller`].
+pub struct OperatorService(pub Arc<Controller>);
+
+#[tonic::async_trait]
+impl operator_server::Operator for OperatorService {
+    async fn list_copies(
+        &self,
+        r: Request<rpc::ListCopiesRequest>,
+    ) -> Result<Response<rpc::ListCopiesResponse>, Status> {
+        let controller = self.0.clone();
+        answer("ListCopies", r, |of: Of| async move {
+            let copies = controller.list_copies(of).await?;
+            Ok::<_, OperatorError>(rpc::ListCopiesResponse { copies })
+        })
+        .await
+    }
+
+    async fn promote(&self, r: Request<rpc::PromoteRequest>) -> Result<Response<rpc::PromoteResponse>, Status> {
+        let controller = self.0.clone();
+        answer("Promote", r, |wanted: Promote| async move {
+            controller.promote(wanted).await?;
+            Ok::<_, OperatorError>(rpc::PromoteResponse {})
+        })
+        .await
+    }
+
+    async fn demote(&self, r: Request<rpc::DemoteRequest>) -> Result<Response<rpc::DemoteResponse>, Status> {
+        let controller = self.0.clone();
+        answer("Demote", r, |wanted: Of| async move {
+            controller.demote(wanted).await?;
+            Ok::<_, OperatorError>(rpc::DemoteResponse {})
+        })
+        .await
+    }
+
+    async fn move_copy(&self, r: Request<rpc::MoveCopyRequest>) -> Result<Response<rpc::MoveCopyResponse>, Status> {
+        let controller = self.0.clone();
+        answer("MoveCopy", r, |wanted: Move| async move {
+            controller.move_copy(wanted).await?;
+            Ok::<_, OperatorError>(rpc::MoveCopyResponse {})
+        })
+        .await
+    }
+}
