@@ -15,7 +15,7 @@ use tonic::{Code, Status};
 /// How long anything may take on a machine that is busy with other tests. A copy that was slow is left alone for a minute.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 /// Bytes of the volume,
-const SIZE: i64 = 64 * MIB;
+pub const SIZE: i64 = 64 * MIB;
 /// and of the part of it that loads write to; the rest is for tests that know themselves what is there.
 pub const LOADED: i64 = 48 * MIB;
 
