@@ -264,7 +264,7 @@ impl Replica {
         let (operation, serial) = (self.operation(), self.serial());
         let entry = self.admission.at(position);
         entry.phase = Phase::Started(operation);
-        (entry.serial, entry.awaits) = (serial, Awaits::LOCAL);
+        (entry.serial, entry.awaits, entry.owed) = (serial, Awaits::LOCAL, 0);
         self.stage(Stage::Reading);
         outputs.push(Output::ReadRange { operation, range });
     }

@@ -22,12 +22,13 @@ use super::copying::Copying;
 use super::hot::{Hot, MAX_HOT_EXTENTS};
 use super::interface::{Input, Member, Memory, Output, Primary, Record, Role, Status, Wish};
 use super::message::{Frame, Incarnation, Message, SerialNumber};
+use super::patience::Rest;
 use super::primary::Peer;
 use super::secondary::{Apply, MARGIN};
 use super::term::{Adoption, Guard, Persisting};
 use super::{LEASE, Now, OperationId, Tag};
 use crate::volume::InstanceId;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What this copy's disk has done since the engine was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,6 +87,8 @@ pub struct Replica {
     /// Until when nobody else may be promoted by this copy's promise.
     pub(super) granted_until: Now,
     pub(super) silent: BTreeSet<InstanceId>,
+    /// At most one for each other copy.
+    pub(super) rests: BTreeMap<InstanceId, Rest>,
     /// Of a secondary or candidate: what it was told and the primary may ask again.
     pub(super) applies: Vec<Apply>,
     pub(super) floor: SerialNumber,
@@ -142,6 +145,7 @@ impl Replica {
             crowded: false,
             hot_limit: MAX_HOT_EXTENTS,
             silent: BTreeSet::new(),
+            rests: BTreeMap::new(),
             applies: Vec::new(),
             floor: SerialNumber::default(),
             settled: false,
@@ -182,6 +186,7 @@ impl Replica {
             }
             Input::Tick => {
                 (self.copying_waits, self.disk_rests) = (false, false);
+                self.judge_patience();
                 self.tick(outputs);
             }
         }

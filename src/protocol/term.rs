@@ -216,7 +216,9 @@ impl Replica {
         let known = self.peers.iter().find(|peer| peer.copy == copy);
         match known {
             // A member stays one, or a candidate was admitted: its session goes on under the next version.
-            Some(peer) if member => Peer { member, joined: false, sync: super::copying::Sync::Idle, ..peer.clone() },
+            Some(peer) if member => {
+                Peer { member, joined: false, owes: 0, sync: super::copying::Sync::Idle, ..peer.clone() }
+            }
             Some(_) | None => Peer::new(copy, member, member && self.silent.contains(&copy)),
         }
     }

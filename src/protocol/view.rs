@@ -2,7 +2,6 @@
 //!
 //! Invariants: reads only; nothing in here changes what a core does.
 
-use super::admission::{Awaits, Entry, Phase};
 use super::configuration::Stamp;
 use super::copying::Sync;
 use super::hot::Extent;
@@ -40,20 +39,6 @@ impl Replica {
             };
             (peer.copy, standing)
         })
-    }
-
-    /// The first operation that each copy has not answered although this one has executed it, of those that are waited for.
-    pub fn owed(&self) -> impl Iterator<Item = (InstanceId, SerialNumber)> + '_ {
-        let owes = |index: usize| {
-            let entries = self.admission.entries().iter();
-            let started = entries.filter(|entry| matches!(entry.phase, Phase::Started(_)));
-            let waits = move |entry: &&Entry| {
-                entry.awaits.contains(Awaits::peer(index)) && !entry.awaits.contains(Awaits::LOCAL)
-            };
-            started.filter(waits).map(|entry| entry.serial).min()
-        };
-        let peers = self.peers.iter().enumerate().filter(|(_, peer)| !peer.out);
-        peers.filter_map(move |(index, peer)| Some((peer.copy, owes(index)?)))
     }
 
     /// Extents where the copies may differ after a crash.

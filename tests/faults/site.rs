@@ -12,8 +12,8 @@ use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, BlockVolume, a
 use tandem::rpc::csi::*;
 use tonic::{Code, Status};
 
-/// How long anything may take on a machine that is busy with other tests.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long anything may take on a machine that is busy with other tests. A copy that was slow is left alone for a minute.
+pub const PATIENCE: Duration = Duration::from_secs(240);
 /// Bytes of the volume.
 pub const SIZE: i64 = 64 * MIB;
 

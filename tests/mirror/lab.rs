@@ -19,8 +19,8 @@ use tandem::tls::{Authority, Leaf, Role, Validity};
 use tandem::volume::{InstanceId, SnapshotId, VolumeId};
 
 pub const CHILD: &str = "TANDEM_TEST_MIRROR_CHILD";
-/// Longer than a silence, a lease and a resync on a busy machine take.
-const LONG: Duration = Duration::from_secs(60);
+/// Longer than a silence, a lease and a resync on a busy machine take, and than a copy is left alone that was slow there.
+const LONG: Duration = Duration::from_secs(180);
 
 /// Waits until the condition holds; what it found.
 pub async fn until<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {

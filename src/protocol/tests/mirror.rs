@@ -2,6 +2,8 @@
 
 #![allow(clippy::wildcard_enum_match_arm, reason = "a script names the outputs that it is about")]
 
+mod patience;
+
 use super::super::*;
 use crate::volume::{BlockRange, InstanceId};
 use std::collections::BTreeSet;
@@ -28,6 +30,7 @@ fn version(version: u64) -> Stamp {
 struct Script {
     replica: Replica,
     outputs: Vec<Output>,
+    now: Now,
 }
 
 impl Script {
@@ -40,7 +43,7 @@ impl Script {
         }
         let record = Record { configuration, intact: true };
         let member = Member { copy: copy(1), incarnation: FIRST, record, hot: hot.to_vec(), memory };
-        Self { replica: Replica::open(Now::default(), member), outputs: vec![] }
+        Self { replica: Replica::open(Now::default(), member), outputs: vec![], now: Now::default() }
     }
 
     /// The same, as primary of version 2.
@@ -67,7 +70,15 @@ impl Script {
 
     fn give(&mut self, input: Input) {
         self.outputs.clear();
-        self.replica.step(Now::default(), input, &mut self.outputs);
+        self.replica.step(self.now, input, &mut self.outputs);
+    }
+
+    /// So many heartbeats pass, in which the other copy grants the lease.
+    fn beat(&mut self, count: u32) {
+        for _ in 0..count {
+            self.now.0 += HEARTBEAT;
+            self.give(Input::Tick);
+        }
     }
 
     fn hear(&mut self, message: Message) {

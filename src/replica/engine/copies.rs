@@ -6,7 +6,6 @@
 //! * A device that a killed engine left gets its core before its requests are executed again.
 
 use super::commands::Reply;
-use super::laggards::{Laggards, PATIENCE};
 use super::mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
 use super::tree::TreeKey;
@@ -59,7 +58,8 @@ pub(super) struct Mirror {
     /// Seals that found the store busy, tried again with each heartbeat; at most one for each ticket of the primary.
     pub busy: Vec<(OperationId, Control)>,
     pub role: Role,
-    laggards: Laggards,
+    /// Copies that were slow, as far as it was said.
+    resting: BTreeSet<InstanceId>,
     /// Nothing is done any more; these are told when nothing runs.
     pub closing: Vec<Reply<Result<(), EngineError>>>,
 }
@@ -90,7 +90,7 @@ impl Mirror {
             left_bytes: 0,
             busy: Vec::new(),
             role,
-            laggards: Laggards::default(),
+            resting: BTreeSet::new(),
             closing: Vec::new(),
         }
     }
@@ -320,26 +320,25 @@ impl Engine {
             let Some(key) = self.mirrored.get(index).copied() else { break };
             let Some(mirror) = self.mirror_mut(key) else { continue };
             mirror.ask_again();
-            self.give_up_laggards(key);
-            let Some(mirror) = self.mirror_mut(key) else { continue };
             for (operation, control) in std::mem::take(&mut mirror.busy) {
                 self.seal_again(key, operation, control);
             }
             self.step(key, Input::Tick);
+            self.name_slow_copies(key);
         }
         self.pump();
     }
 
-    /// A copy that does not answer is as good as gone; it comes back with its next word, and then it is asked everything again.
-    fn give_up_laggards(&mut self, key: VolumeKey) {
-        let now = self.now;
+    /// Tells people which copies the core has given up.
+    fn name_slow_copies(&mut self, key: VolumeKey) {
         let Some(volume) = self.volume_mut(key) else { return };
         let Some(mirror) = volume.mirror.as_mut() else { return };
-        let (volume, gone) = (volume.id, mirror.laggards.look(now, volume.replica.owed()));
-        for copy in gone {
-            tracing::error!(%volume, %copy, "a copy has not executed what it was sent for {PATIENCE:?}: it goes");
-            self.step(key, Input::Silent(copy));
+        let resting: BTreeSet<_> = volume.replica.resting().collect();
+        for copy in resting.difference(&mirror.resting) {
+            let volume = volume.id;
+            tracing::error!(%volume, %copy, "a copy has not executed what it was sent for ten seconds: it goes, and is left alone for a while");
         }
+        mirror.resting = resting;
     }
 
     pub fn mirror_mut(&mut self, key: VolumeKey) -> Option<&mut Mirror> {

@@ -21,7 +21,6 @@ mod disk;
 mod files;
 mod handle;
 mod jobs;
-mod laggards;
 mod mirror;
 mod operations;
 mod outputs;
