@@ -1,6 +1,6 @@
 //! Snapshots of mirrored volumes, and volumes made from snapshots: what is read from them on each node.
 
-use crate::site::{SIZE, Site, Up, eventually, has, write};
+use crate::site::{SIZE, Site, Up, Wanted, eventually, has, write};
 use std::collections::{BTreeMap, BTreeSet};
 use tandem::catalog::Base;
 use tandem::replica::manager::{NewSnapshot, NewVolume, Source};
@@ -58,29 +58,8 @@ async fn a_snapshot_and_its_clones_are_the_same_on_both_nodes() {
     // What follows is in neither.
     write(&device, 32..96, 9).await;
 
-    // One that nobody adopts is no snapshot here, and can be deleted.
-    let dropped = wanted(volume.id);
-    second.manager.promise_snapshots(std::slice::from_ref(&dropped)).await.expect("there is space");
-    first.manager.ensure_snapshots(std::slice::from_ref(&dropped)).await.expect("sealed");
-    assert_eq!(second.snapshots().await, [snapshot.snapshot]);
-    for up in [&first, &second] {
-        up.manager.delete_snapshot(dropped.snapshot).await.expect("deleted");
-    }
-    let missing = second.manager.adopt_snapshots(std::slice::from_ref(&dropped)).await.expect_err("it is gone");
-    assert!(missing.to_string().contains("no snapshot"), "{missing}");
-
-    // A clone with two copies, read on each node; the primary copies nothing to the other one.
-    let base = Base { snapshot: snapshot.snapshot, clones: BTreeSet::from([one, two]) };
-    let clone = site.create_from(BTreeMap::from([("n1", one), ("n2", two)]), Some(base)).await;
-    let device = use_on(&site, &first, clone.id, one).await;
-    assert!(has(&device, 0..64, 7).await && has(&device, 64..96, 0).await);
-    first.until_up_to_date(clone.id, two).await;
-    assert_eq!(first.status(clone.id).await.expect("it serves").copied_bytes, 0);
-    write(&device, 0..8, 5).await;
-    first.manager.detach(clone.id).await.expect("detached");
-    let device = use_on(&site, &second, clone.id, two).await;
-    assert!(has(&device, 0..8, 5).await && has(&device, 8..64, 7).await && has(&device, 64..96, 0).await);
-    second.manager.detach(clone.id).await.expect("detached");
+    one_that_nobody_adopts_can_be_deleted(&first, &second, volume.id, snapshot.snapshot).await;
+    let clone = a_clone_is_the_same_on_both(&mut site, &first, &second, &volume.copies, snapshot.snapshot).await;
 
     // The other node's snapshot, after a start.
     second.kill().await;
@@ -109,6 +88,42 @@ async fn a_snapshot_and_its_clones_are_the_same_on_both_nodes() {
     }
     first.kill().await;
     second.kill().await;
+}
+
+/// One that nobody adopts is no snapshot on the other node, and can be deleted.
+async fn one_that_nobody_adopts_can_be_deleted(first: &Up, second: &Up, volume: VolumeId, known: SnapshotId) {
+    let dropped = wanted(volume);
+    second.manager.promise_snapshots(std::slice::from_ref(&dropped)).await.expect("there is space");
+    first.manager.ensure_snapshots(std::slice::from_ref(&dropped)).await.expect("sealed");
+    assert_eq!(second.snapshots().await, [known]);
+    for up in [first, second] {
+        up.manager.delete_snapshot(dropped.snapshot).await.expect("deleted");
+    }
+    let missing = second.manager.adopt_snapshots(std::slice::from_ref(&dropped)).await.expect_err("it is gone");
+    assert!(missing.to_string().contains("no snapshot"), "{missing}");
+}
+
+/// A clone with two copies, read on each node.
+async fn a_clone_is_the_same_on_both(
+    site: &mut Site,
+    first: &Up,
+    second: &Up,
+    copies: &BTreeMap<&'static str, InstanceId>,
+    snapshot: SnapshotId,
+) -> Wanted {
+    let (one, two) = (copies["n1"], copies["n2"]);
+    let base = Base { snapshot, clones: BTreeSet::from([one, two]) };
+    let clone = site.create_from(copies.clone(), Some(base)).await;
+    assert!(site.configuration(clone.id).await.is_member(two), "nothing has to be copied");
+    let device = use_on(site, first, clone.id, one).await;
+    assert!(has(&device, 0..64, 7).await && has(&device, 64..96, 0).await);
+    first.until_up_to_date(clone.id, two).await;
+    write(&device, 0..8, 5).await;
+    first.manager.detach(clone.id).await.expect("detached");
+    let device = use_on(site, second, clone.id, two).await;
+    assert!(has(&device, 0..8, 5).await && has(&device, 8..64, 7).await && has(&device, 64..96, 0).await);
+    second.manager.detach(clone.id).await.expect("detached");
+    clone
 }
 
 /// A volume with two copies from a snapshot that one node has: it can be used at once, and becomes whole.
