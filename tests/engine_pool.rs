@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tandem::replica::engine::{IoChoice, drain};
 use tandem::replica::io::{Choice, Event, Io, Operation, Sleep, Token};
-use tandem::replica::pool::Pool;
+use tandem::replica::pool::{Expected, Pool};
 
 /// Not a test of its own: the holder that the tests below start.
 #[test]
@@ -215,7 +215,7 @@ fn a_copy_on_btrfs_is_not_copied_on_write() {
     run("mkfs.btrfs", &["-q", &device.text()]);
     let at = place.path().join("pool");
     let mounted = Mounted::new(&device.path, "btrfs", &at);
-    let pool = Pool::open("default".parse().expect("a name"), &mounted.0, place.path(), false).expect("a pool");
+    let pool = Pool::open("default".parse().expect("a name"), &mounted.0, place.path(), Expected::Any).expect("a pool");
     let tree = mounted.0.join("tree");
     std::fs::create_dir(&tree).expect("a directory");
     pool.prepare(&tree).expect("an attribute");

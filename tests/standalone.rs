@@ -228,12 +228,18 @@ async fn a_pool_that_comes_back_brings_what_was_acknowledged_before_it_went() {
     open.write_all_at(chunk.bytes(), 5 * MIB as u64).expect("acknowledged");
     tandem.kill();
     std::fs::rename(&pool, &away).expect("the pool goes");
-    std::fs::write(&pool, "no directory").expect("and nothing is made in its place");
+    std::fs::create_dir(&pool).expect("and leaves its mount point");
     tandem.start_again().await;
+    let pools =
+        tandem.control().list_pools(tandem::rpc::control::ListPoolsRequest {}).await.expect("pools").into_inner();
+    let second = pools.pools.iter().find(|pool| pool.name == "second").expect("listed");
+    assert!(second.problem.contains("is empty now"), "{second:?}");
+    let refused = tandem.control().add_pool(add()).await.expect_err("it is another place");
+    assert!(refused.message().contains("--force"), "{refused}");
     let detach = tandem::rpc::control::DetachVolumeRequest { volume_id: volume.clone(), abandon: false };
     let refused = tandem.control().detach_volume(detach).await.expect_err("its device is there, and waits");
     assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
-    std::fs::remove_file(&pool).expect("removed");
+    std::fs::remove_dir(&pool).expect("nothing was made in it");
     std::fs::rename(&away, &pool).expect("the pool is back");
     tandem.control().add_pool(add()).await.expect("added again");
     assert_eq!(byte(&device, 5), 0x77);

@@ -31,7 +31,8 @@ pub struct AddArguments {
     name: String,
     /// Directory or disk.
     path: PathBuf,
-    /// Format a disk although it carries a filesystem or a partition table. WHAT IS ON IT IS LOST.
+    /// Format a disk although it carries a filesystem or a partition table: WHAT IS ON IT IS LOST. Also begins an empty pool
+    /// where one of this name was and is gone: bring its disk or mount back instead if there is any hope for what it held.
     #[arg(long, env = "TANDEM_FORCE")]
     force: bool,
     #[command(flatten)]

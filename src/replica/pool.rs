@@ -115,6 +115,30 @@ pub enum PoolError {
         /// The signature.
         found: String,
     },
+    /// There is none, and there was one.
+    #[error(
+        "pool {path} is not there: it was pool {id} and is empty now. Mount its filesystem or bring its disk back; if it is lost \
+         for good, `tandem pool add --force` begins an empty one"
+    )]
+    Gone {
+        /// Where it was.
+        path: PathBuf,
+        /// Its id.
+        id: PoolId,
+    },
+    /// Another one is there.
+    #[error(
+        "{path} has pool {found}, and not {id}, which was there before; name the right path, or `tandem pool add --force` to \
+         use this one instead"
+    )]
+    Another {
+        /// Where.
+        path: PathBuf,
+        /// The one that is there.
+        found: PoolId,
+        /// The one that was.
+        id: PoolId,
+    },
     /// mkfs or mount failed.
     #[error("disk {path}: {what}")]
     Disk {
@@ -123,6 +147,13 @@ pub enum PoolError {
         /// What failed and what to do.
         what: String,
     },
+}
+
+impl PoolError {
+    /// The pool that was there before is not.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone { .. } | Self::Another { .. })
+    }
 }
 
 /// Filesystems under a pool.
@@ -156,6 +187,17 @@ pub struct Space {
     pub total: u64,
 }
 
+/// What may be found where a pool is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// The pool that was there before. A place without it has lost its mount or its disk: nothing is made there.
+    Known(PoolId),
+    /// Any pool; an empty place, or a blank disk, becomes one.
+    Any,
+    /// The same, and what a disk carries otherwise is lost.
+    Force,
+}
+
 /// An open, locked pool.
 pub struct Pool {
     /// Its name on this node.
@@ -172,27 +214,38 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Opens the pool, making its directory and superblock if there are none. A block device is mounted below `mounts`, and
-    /// formatted first if it is blank (or `force`).
-    pub fn open(name: PoolName, source: &Path, mounts: &Path, force: bool) -> Result<Self, PoolError> {
+    /// Opens the pool; as far as `expected` allows it, its directory and superblock are made, and a disk is formatted. A
+    /// block device is mounted below `mounts`.
+    pub fn open(name: PoolName, source: &Path, mounts: &Path, expected: Expected) -> Result<Self, PoolError> {
         let at = |e| PoolError::Path { path: source.to_owned(), source: e };
         let path = match fs::metadata(source) {
-            Ok(meta) if disk::is_block_device(&meta) => disk::mount(source, &mounts.join(name.as_str()), force)?,
+            Ok(meta) if disk::is_block_device(&meta) => disk::mount(source, &mounts.join(name.as_str()), expected)?,
             Ok(_) => source.to_owned(),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !matches!(expected, Expected::Known(_)) => {
                 fs::create_dir_all(source).map_err(at)?;
                 source.to_owned()
             }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => source.to_owned(),
             Err(e) => return Err(at(e)),
         };
+        if let Expected::Known(id) = expected
+            && !path.join(SUPERBLOCK).exists()
+        {
+            return Err(PoolError::Gone { path: source.to_owned(), id });
+        }
         let filesystem = filesystem(&path)?;
         check_direct_io(&path)?;
-        let (lock, id) = superblock(&path)?;
+        let (lock, found) = superblock(&path)?;
+        if let Expected::Known(id) = expected
+            && id != found
+        {
+            return Err(PoolError::Another { path: source.to_owned(), found, id });
+        }
         for part in ["trees", "trash"] {
             fs::create_dir_all(path.join(part)).map_err(at)?;
         }
         sync_directory(&path).map_err(at)?;
-        Ok(Self { name, source: source.to_owned(), path, id, filesystem, _lock: lock })
+        Ok(Self { name, source: source.to_owned(), path, id: found, filesystem, _lock: lock })
     }
 
     /// The directory of a copy.
@@ -382,11 +435,30 @@ mod tests {
     #[test]
     fn a_pool_is_used_by_one_replica_at_a_time() {
         let dir = tempfile::Builder::new().prefix("tandem-pool").tempdir().expect("temporary directory");
-        let open = || Pool::open("default".parse().expect("name"), dir.path(), dir.path(), false);
+        let open = || Pool::open("default".parse().expect("name"), dir.path(), dir.path(), Expected::Any);
         let first = open().expect("first");
         assert!(matches!(open(), Err(PoolError::InUse(_))));
         let id = first.id;
         drop(first);
         assert_eq!(open().expect("again").id, id);
+    }
+
+    /// A mount point whose filesystem is not mounted looks like an empty pool.
+    #[test]
+    fn a_pool_that_is_known_is_never_made_anew() {
+        let dir = tempfile::Builder::new().prefix("tandem-pool").tempdir().expect("temporary directory");
+        let path = dir.path().join("pool");
+        let open = |expected| Pool::open("default".parse().expect("name"), &path, dir.path(), expected);
+        let id = open(Expected::Any).expect("made").id;
+        let known = Expected::Known(id);
+        assert_eq!(open(known).expect("there").id, id);
+        fs::rename(&path, dir.path().join("unmounted")).expect("moved away");
+        assert!(matches!(open(known), Err(PoolError::Gone { .. })));
+        assert!(!path.exists(), "and nothing was made");
+        fs::create_dir(&path).expect("a mount point");
+        assert!(matches!(open(known), Err(PoolError::Gone { .. })));
+        assert_eq!(fs::read_dir(&path).expect("readable").count(), 0, "and nothing was made");
+        let other = open(Expected::Force).expect("told to").id;
+        assert!(matches!(open(known), Err(PoolError::Another { found, .. }) if found == other));
     }
 }

@@ -31,8 +31,7 @@ impl Controller {
             return Err(DeleteVolumeError::InUse { id, by: format!("it is published to {}", nodes.join(", ")) });
         }
         if !stored.object.spec.deleted {
-            stored.object.spec.deleted = true;
-            stored = self.update(stored).await?;
+            stored = self.change(stored, |volume| volume.spec.deleted = true).await?;
         }
         if stored.object.spec.mirror.is_some() {
             self.erase_mirror(id).await?;

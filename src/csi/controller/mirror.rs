@@ -62,12 +62,11 @@ impl Controller {
         let deadline = Instant::now() + COPIES_LIMIT;
         loop {
             let missing_volume = || Transient::Conflict(format!("volume {id}"));
-            let mut now = self.get::<Volume>(id).await?.ok_or_else(missing_volume)?;
+            let now = self.get::<Volume>(id).await?.ok_or_else(missing_volume)?;
             let missing = without(&now.object, |copy| !now.object.status.copies.contains(copy));
             if missing.is_empty() {
-                now.object.status.phase = VolumePhase::Ready;
                 // Persist before the caller learns the id.
-                return Ok(self.update(now).await?.object);
+                return Ok(self.change(now, |volume| volume.status.phase = VolumePhase::Ready).await?.object);
             }
             if Instant::now() >= deadline {
                 return Err(Transient::Waiting { id, done: "made", nodes: names(&missing) }.into());

@@ -37,6 +37,10 @@ use crate::catalog::{Catalog, CreateError, NodeName, Object, Stored, UpdateError
 use crate::crash::crash_point;
 use std::collections::BTreeSet;
 
+/// How often a change of a volume is tried again because a node has confirmed something in the same moment: each node of a
+/// volume has one or two things to confirm at a time.
+const MAX_RACES: usize = 16;
+
 /// The domain behind the Controller, GroupController and SnapshotMetadata services.
 pub struct Controller {
     pub(super) catalog: Catalog,
@@ -104,6 +108,29 @@ impl Controller {
         let updated = self.catalog.update(stored).await.map_err(Transient::from);
         crash_point("csi.updated");
         updated
+    }
+
+    /// Changes the volume. Its nodes confirm in its status what they have done, at any moment: to lose against them is no
+    /// reason to ask the caller again. Needs the volume's operation, so that nobody else changes its spec.
+    pub(super) async fn change(
+        &self,
+        stored: Stored<Volume>,
+        change: impl Fn(&mut Volume),
+    ) -> Result<Stored<Volume>, Transient> {
+        let (id, spec) = (stored.object.id, stored.object.spec.clone());
+        let lost = || Transient::Conflict(format!("volume {id}"));
+        let mut now = stored;
+        for _ in 0..MAX_RACES {
+            change(&mut now.object);
+            match self.update(now).await {
+                Err(Transient::Conflict(_)) => {
+                    let read = self.get::<Volume>(id).await?;
+                    now = read.filter(|read| read.object.spec == spec).ok_or_else(lost)?;
+                }
+                done => return done,
+            }
+        }
+        Err(lost())
     }
 
     pub(super) async fn remove<T: Object>(&self, stored: &Stored<T>) -> Result<(), Transient> {

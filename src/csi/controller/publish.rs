@@ -49,7 +49,7 @@ impl Controller {
         let missing = || PublishError::VolumeNotFound(short(&wanted.volume));
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
         let _volume = self.start(Subject::Volume(id))?;
-        let mut stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
+        let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
         let node = NodeName(wanted.node.clone());
         let holders = self.holders(&stored.object);
         if !holders.contains(&node) {
@@ -67,9 +67,10 @@ impl Controller {
         }
         let ticket = self.publishing.enter(id);
         self.check_limit(&node, id, &ticket.earlier).await?;
-        self.wish_for(&mut stored.object, &node).await?;
-        stored.object.spec.publications.insert(node, publication);
-        self.update(stored).await?;
+        let mut published = stored.object.clone();
+        self.wish_for(&mut published, &node).await?;
+        published.spec.publications.insert(node, publication);
+        self.change(stored, |volume| volume.spec.clone_from(&published.spec)).await?;
         Ok(())
     }
 
@@ -104,16 +105,16 @@ impl Controller {
     pub async fn unpublish(&self, wanted: Unpublish) -> Result<(), UnpublishError> {
         let Ok(id) = wanted.volume.parse::<VolumeId>() else { return Ok(()) };
         let _volume = self.start(Subject::Volume(id))?;
-        let Some(mut stored): Option<Stored<Volume>> = self.get(id).await? else { return Ok(()) };
-        let publications = &mut stored.object.spec.publications;
-        let before = publications.len();
-        match &wanted.node {
-            Some(node) => drop(publications.remove(node)),
-            None => publications.clear(),
-        }
-        if publications.len() < before {
-            take_wish_back(&mut stored.object);
-            self.update(stored).await?;
+        let Some(stored): Option<Stored<Volume>> = self.get(id).await? else { return Ok(()) };
+        let publications = &stored.object.spec.publications;
+        let is_published =
+            wanted.node.as_ref().map_or(!publications.is_empty(), |node| publications.contains_key(node));
+        if is_published {
+            let take_back = |volume: &mut Volume| {
+                volume.spec.publications.retain(|node, _| wanted.node.as_ref().is_some_and(|gone| gone != node));
+                take_wish_back(volume);
+            };
+            self.change(stored, take_back).await?;
         }
         Ok(())
     }

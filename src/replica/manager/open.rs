@@ -93,32 +93,38 @@ impl Manager {
 
     async fn open_pools(&self, settings: OpenSettings) -> Result<Vec<Arc<PoolState>>, OpenFailure> {
         let mounts = settings.dir.join("pools");
-        let list = PoolList::read(&settings.dir).map_err(OpenFailure::List)?;
+        let mut list = PoolList::read(&settings.dir).map_err(OpenFailure::List)?;
         let mut states = Vec::new();
         let mut open = Vec::new();
         for (name, path) in settings.pools {
             open.push((name, path, true));
         }
-        for (name, path) in list.pools {
+        for (name, path) in &list.pools {
             let Ok(name) = name.parse::<PoolName>() else { continue };
             if !open.iter().any(|(known, _, _)| *known == name) {
-                open.push((name, path, false));
+                open.push((name, path.clone(), false));
             }
         }
+        let mut is_new = false;
         for (name, path, required) in open {
-            let (mounts, wanted, source) = (mounts.clone(), name.clone(), path.clone());
-            match tokio::task::spawn_blocking(move || Pool::open(wanted, &source, &mounts, false)).await? {
+            let (mounts, wanted, source, expected) = (mounts.clone(), name.clone(), path.clone(), list.expected(&name));
+            match tokio::task::spawn_blocking(move || Pool::open(wanted, &source, &mounts, expected)).await? {
                 Ok(pool) => {
+                    is_new |= list.note(&pool);
                     let overcommit = settings.overcommit;
                     states.push(Arc::new(PoolState { pool, promises: Promises::default(), overcommit }));
                 }
-                // A pool that the command line names must be there; an added one must not keep the others from working.
-                Err(error) if required => return Err(error.into()),
+                // A pool that the command line names must be there; an added one must not keep the others from working,
+                // nor one that is gone: only `tandem pool add --force` begins it anew.
+                Err(error) if required && !error.is_gone() => return Err(error.into()),
                 Err(error) => {
-                    tracing::error!(pool = %name, %error, "an added pool cannot be opened");
+                    tracing::error!(pool = %name, %error, "a pool cannot be opened");
                     self.index().broken_pools.insert(name, (path, error.to_string()));
                 }
             }
+        }
+        if is_new {
+            list.write(&settings.dir).map_err(OpenFailure::List)?;
         }
         Ok(states)
     }

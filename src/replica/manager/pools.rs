@@ -2,7 +2,8 @@
 
 use super::errors::PoolFailure as Failure;
 use super::{HIGH_WATER_SHARE, Manager, PoolState, largest_volume};
-use crate::replica::pool::{Pool, PoolName, Promises, sync_directory, trash};
+use crate::replica::pool::{Expected, Pool, PoolName, Promises, sync_directory, trash};
+use crate::volume::PoolId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -17,7 +18,7 @@ pub struct AddPool {
     pub name: PoolName,
     /// A directory or a disk.
     pub path: PathBuf,
-    /// Format a disk that carries a signature.
+    /// Format a disk that carries a signature, and begin anew where a pool of this name is gone.
     pub force: bool,
 }
 
@@ -38,10 +39,14 @@ pub struct PoolView {
     pub problem: String,
 }
 
-/// Pools added with `tandem pool add`: they are opened again at every start.
-#[derive(Debug, Default, Serialize, Deserialize)]
+/// What is known of the node's pools from one start to the next.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct PoolList {
+    /// Added with `tandem pool add`: they are opened again at every start.
     pub pools: BTreeMap<String, PathBuf>,
+    /// Which pool was open under a name, also of those that the command line names.
+    #[serde(default)]
+    ids: BTreeMap<String, PoolId>,
 }
 
 impl PoolList {
@@ -55,7 +60,16 @@ impl PoolList {
         }
     }
 
-    fn write(&self, dir: &Path) -> io::Result<()> {
+    pub fn expected(&self, name: &PoolName) -> Expected {
+        self.ids.get(name.as_str()).map_or(Expected::Any, |id| Expected::Known(*id))
+    }
+
+    /// The pool is open; whether that was new.
+    pub fn note(&mut self, pool: &Pool) -> bool {
+        self.ids.insert(pool.name.to_string(), pool.id) != Some(pool.id)
+    }
+
+    pub fn write(&self, dir: &Path) -> io::Result<()> {
         let fresh = dir.join("pools.json.new");
         let mut file = File::create(&fresh)?;
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
@@ -79,8 +93,10 @@ impl Manager {
         let (settings, wanted) = (self.inner.settings.clone(), add.clone());
         let opened = tokio::task::spawn_blocking(move || -> Result<Pool, Failure> {
             let mounts = settings.dir.join("pools");
-            let pool = Pool::open(wanted.name.clone(), &wanted.path, &mounts, wanted.force)?;
             let mut list = PoolList::read(&settings.dir).map_err(Failure::List)?;
+            let expected = if wanted.force { Expected::Force } else { list.expected(&wanted.name) };
+            let pool = Pool::open(wanted.name.clone(), &wanted.path, &mounts, expected)?;
+            list.note(&pool);
             list.pools.insert(wanted.name.to_string(), wanted.path);
             // The list before the answer: an added pool is there after a restart.
             list.write(&settings.dir).map_err(Failure::List)?;

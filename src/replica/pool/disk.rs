@@ -3,7 +3,7 @@
 //! # Invariants
 //! A disk that carries any signature is never formatted unless told `--force`; one that is in use never at all.
 
-use super::PoolError;
+use super::{Expected, PoolError};
 use crate::mount::{Content, Signature, probe};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -17,15 +17,15 @@ pub(super) fn is_block_device(meta: &Metadata) -> bool {
     meta.file_type().is_block_device()
 }
 
-/// Mounts the disk on `target`, formatting it first if it is blank (or `force`).
-pub(super) fn mount(device: &Path, target: &Path, force: bool) -> Result<PathBuf, PoolError> {
+/// Mounts the disk on `target`, formatting it first if that is allowed.
+pub(super) fn mount(device: &Path, target: &Path, expected: Expected) -> Result<PathBuf, PoolError> {
     let failed = |what: String| PoolError::Disk { path: device.to_owned(), what };
     let occupied = |found: String| PoolError::Occupied { path: device.to_owned(), found };
-    match probe(device).map_err(|e| failed(e.to_string()))? {
-        Content::Known(Signature::Xfs) if is_ours(device) => {}
-        Content::Blank => format(device)?,
-        _ if force => format(device)?,
-        found => return Err(occupied(found.to_string())),
+    match (probe(device).map_err(|e| failed(e.to_string()))?, expected) {
+        (Content::Known(Signature::Xfs), _) if is_ours(device) => {}
+        (Content::Blank, Expected::Known(id)) => return Err(PoolError::Gone { path: device.to_owned(), id }),
+        (Content::Blank, Expected::Any) | (_, Expected::Force) => format(device)?,
+        (found, Expected::Known(_) | Expected::Any) => return Err(occupied(found.to_string())),
     }
     fs::create_dir_all(target).map_err(|e| failed(format!("{}: {e}", target.display())))?;
     sys_mount::Mount::builder()
