@@ -2,12 +2,15 @@
 
 use crate::site::{PATIENCE, Site};
 use crate::small_pool::SmallPool;
+use std::process::Command;
 
 /// Of the pool of node 2: more than twice the volume.
 const POOL_MIB: usize = 512;
 /// What the full one has left before the copy is made: its logs, and less than the writers need.
 const LEFT_MIB: u64 = 24;
-/// What a replica says that finds nothing where its copy was.
+/// What a replica says that finds nothing where its pool was,
+const EMPTY: &str = "is empty now";
+/// and where its copy was, in a pool that somebody has begun anew.
 const GONE: &str = "this node's copy is gone with what it held";
 
 /// Case 11, no space.
@@ -50,9 +53,21 @@ async fn a_blank_disk_under_the_old_name_is_never_taken_for_a_member() {
     load.await_writes(200, PATIENCE);
     site.cluster.run(&["kill", "all", "2"]);
     println!("dead: dropped after {:?}", site.until_dropped(2).await);
-    std::fs::remove_dir_all(site.cluster.dir().join("node-2/pool")).expect("removed");
+    let node = site.cluster.dir().join("node-2");
+    std::fs::remove_dir_all(node.join("pool")).expect("removed");
     site.cluster.run(&["start", "all", "2"]);
-    site.until_said(2, GONE).await;
+    site.until_said(2, EMPTY, 0).await;
+    let force = Command::new(env!("CARGO_BIN_EXE_tandem"))
+        .args(["pool", "add", "default", "--force"])
+        .arg(node.join("pool"))
+        .arg("--dir")
+        .arg(&node)
+        .status();
+    assert!(force.expect("started").success());
+    site.cluster.run(&["kill", "all", "2"]);
+    let before = site.said(2, GONE);
+    site.cluster.run(&["start", "all", "2"]);
+    site.until_said(2, GONE, before).await;
     println!("200 writes more after {:?}", load.await_writes(200, PATIENCE));
     load.stop_well();
     let health = site.health().await.expect("it answers");

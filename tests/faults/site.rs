@@ -217,11 +217,16 @@ impl Site {
         Ok(answer.volume_health.unwrap_or_default().health_statuses.into_iter().map(|entry| entry.message).collect())
     }
 
-    /// Waits until the replica of the node has said this.
-    pub async fn until_said(&self, number: usize, text: &str) {
+    /// How often the replica of the node has said this.
+    pub fn said(&self, number: usize, text: &str) -> usize {
         let log = self.cluster.dir().join(format!("node-{number}/replica.log"));
+        std::fs::read_to_string(log).unwrap_or_default().matches(text).count()
+    }
+
+    /// Waits until it has said this more often than `before`.
+    pub async fn until_said(&self, number: usize, text: &str, before: usize) {
         let began = Instant::now();
-        while !std::fs::read_to_string(&log).is_ok_and(|log| log.contains(text)) {
+        while self.said(number, text) <= before {
             assert!(began.elapsed() < PATIENCE, "node-{number} does not say {text:?}");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
