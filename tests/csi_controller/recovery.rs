@@ -202,19 +202,20 @@ async fn an_old_catalogue_is_raised_to_what_the_copies_know() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_nobody_may_bring_back_is_told() {
     let (nodes, driver) = cluster(&[10, 10]).await;
-    let (going, made) = (VolumeId::random(), VolumeId::random());
+    let (going, made, broken) = (VolumeId::random(), VolumeId::random(), VolumeId::random());
     let both = version(5, &[1, 2], &[]);
     for number in [1, 2] {
         let mut leaving = on_disk(going, number, Some(&both), &[1, 2]);
         leaving.record.as_mut().expect("one of several").removing = number == 2;
         put(&nodes, number, leaving);
         put(&nodes, number, on_disk(made, number, None, &[1, 2]));
+        put(&nodes, number, control::Volume { size_bytes: 0, ..on_disk(broken, number, Some(&both), &[1, 2]) });
     }
     let report = recover(&driver).await;
     assert!(report.rows.iter().all(|row| row.state == State::Left), "{report:?}");
     let told =
         |id: VolumeId, what: &str| report.problems.iter().any(|t| t.contains(&id.to_string()) && t.contains(what));
-    assert!(told(going, "deleted") && told(made, "never been used"), "{report:?}");
+    assert!(told(going, "deleted") && told(made, "never been used") && told(broken, "can be used"), "{report:?}");
     assert!(driver.volumes().await.is_empty());
 }
 

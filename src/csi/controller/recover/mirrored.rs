@@ -16,7 +16,7 @@ use crate::catalog::{
 use crate::csi::errors::Transient;
 use crate::protocol::{Configuration, Stamp};
 use crate::rpc::control;
-use crate::volume::{InstanceId, VolumeId};
+use crate::volume::{InstanceId, VolumeId, VolumeSize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Everything about one volume.
@@ -45,22 +45,34 @@ pub(super) async fn put_back(
             Err(problem) => report.problems.push(problem),
         }
     }
-    let of = |node: &NodeName| copies.iter().find(|(at, _)| at == node).map(|(_, copy)| copy);
-    let newest = found.values().max_by_key(|copy| copy.configuration.as_ref().map(|known| known.stamp));
-    let Some(best) = newest.and_then(|copy| of(&copy.node)).filter(|_| !twice) else {
-        report.problems.push(format!("volume {id} is not put back: its copies cannot be told apart"));
+    if twice {
+        report.problems.push(format!("volume {id} is not put back: two nodes have the same copy of it"));
+        return Ok(Row::left(id));
+    }
+    // One without a size could not be opened.
+    let opened = copies.iter().filter(|(_, copy)| VolumeSize::try_from(copy.size_bytes).is_ok());
+    let known =
+        |node: &NodeName| found.values().filter(|copy| copy.node == *node).find_map(|c| c.configuration.as_ref());
+    let best = opened.clone().max_by_key(|(node, _)| known(node).map(|known| known.stamp));
+    let Some((_, best)) = best.filter(|_| !found.is_empty()) else {
+        report
+            .problems
+            .push(format!("volume {id} is not put back: no copy of it can be used; its nodes' logs say why"));
         return Ok(Row::left(id));
     };
-    let sizes = copies.iter().map(|(_, copy)| copy.size_bytes);
+    let sizes = opened.map(|(_, copy)| copy.size_bytes);
     let sizes = (sizes.clone().min().unwrap_or_default(), sizes.max().unwrap_or_default());
     let case = Case { id, found, best, sizes, inventory };
+    let mut changed = String::new();
     for _ in 0..ATTEMPTS {
         match case.attempt(raise, report).await {
-            Err(Transient::Conflict(_)) => {}
+            Err(error @ Transient::Conflict(_)) => changed = error.to_string(),
             done => return done,
         }
     }
-    Err(Transient::Conflict(format!("volume {id}")))
+    // Others are put back nevertheless.
+    report.problems.push(format!("volume {id} is left as it is: {changed}"));
+    Ok(Row::left(id))
 }
 
 impl Row {
