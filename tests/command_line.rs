@@ -52,7 +52,7 @@ fn what_loses_writes_is_not_done_by_the_way() {
         command.args(["promote", "data", "node-2", "--dir"]).arg(dir.path()).args(more);
         command
     };
-    refused(&mut promote(&[]), 1, &["csi.sock"]);
+    refused(&mut promote(&[]), 1, &["nobody answers"]);
     refused(&mut promote(&["--yes"]), 2, &["--force"]);
     refused(&mut promote(&["--force"]), 1, &["csi.sock"]);
     // The directory of a controller: a pool there means the command was meant for one machine.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::wildcard_enum_match_arm, reason = "a script names the outputs that it is about")]
 
+mod failures;
 mod patience;
 
 use super::super::*;
@@ -432,18 +433,6 @@ fn nothing_is_started_further_ahead_than_the_others_remember() {
     assert!(script.wants(|output| matches!(output, Output::Disk { tag: WRITER, .. })), "{:?}", script.outputs);
 }
 
-/// The store of a failed disk refuses at once; its core asked it again within the same turn, for ever.
-#[test]
-fn a_record_that_failed_is_tried_again_with_the_next_tick() {
-    let mut script = Script::new(true, &[], Memory::Kept);
-    let next = script.replica.record().configuration.with_primary(copy(2));
-    script.give(Input::Configuration(Box::new(next)));
-    script.fail();
-    assert!(!script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
-    script.give(Input::Tick);
-    assert!(script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
-}
-
 /// It left for a copy that it had dropped itself, so nobody was primary and nobody made that copy a member again. When it
 /// only stayed, and held the requests that came, the range that was to be copied waited behind them for ever.
 #[test]
@@ -488,25 +477,4 @@ fn a_primary_stays_and_serves_until_the_wished_copy_can_take_over() {
     script.finish();
     script.hear_prepared(script.replica.next_serial.0 - 1);
     assert_eq!(script.proposal().expect("it leaves").primary, None);
-}
-
-/// The store of a failed disk refuses at once; the flush before leaving was asked for again within the same turn, for ever.
-#[test]
-fn a_flush_of_its_own_that_failed_is_tried_again_with_the_next_tick() {
-    for secondary in [false, true] {
-        let mut script = if secondary { Script::serving() } else { Script::primary(false) };
-        let flushes = |output: &Output| matches!(output, Output::Disk { request: Request::Flush, .. });
-        script.wish(None);
-        for _ in 0..3 {
-            assert!(script.wants(flushes), "{:?}", script.outputs);
-            script.fail();
-            assert!(!script.wants(flushes), "{:?}", script.outputs);
-            script.give(Input::Tick);
-        }
-        script.finish();
-        if secondary {
-            script.hear_prepared(script.replica.next_serial.0 - 1);
-        }
-        assert_eq!(script.proposal().expect("it leaves").primary, None);
-    }
 }

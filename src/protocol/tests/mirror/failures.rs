@@ -1,0 +1,36 @@
+//! Disks that fail at once, by hand: what is tried again, and when.
+
+use super::*;
+
+/// The store of a failed disk refuses at once; its core asked it again within the same turn, for ever.
+#[test]
+fn a_record_that_failed_is_tried_again_with_the_next_tick() {
+    let mut script = Script::new(true, &[], Memory::Kept);
+    let next = script.replica.record().configuration.with_primary(copy(2));
+    script.give(Input::Configuration(Box::new(next)));
+    script.fail();
+    assert!(!script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
+    script.give(Input::Tick);
+    assert!(script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
+}
+
+/// The store of a failed disk refuses at once; the flush before leaving was asked for again within the same turn, for ever.
+#[test]
+fn a_flush_of_its_own_that_failed_is_tried_again_with_the_next_tick() {
+    for secondary in [false, true] {
+        let mut script = if secondary { Script::serving() } else { Script::primary(false) };
+        let flushes = |output: &Output| matches!(output, Output::Disk { request: Request::Flush, .. });
+        script.wish(None);
+        for _ in 0..3 {
+            assert!(script.wants(flushes), "{:?}", script.outputs);
+            script.fail();
+            assert!(!script.wants(flushes), "{:?}", script.outputs);
+            script.give(Input::Tick);
+        }
+        script.finish();
+        if secondary {
+            script.hear_prepared(script.replica.next_serial.0 - 1);
+        }
+        assert_eq!(script.proposal().expect("it leaves").primary, None);
+    }
+}
