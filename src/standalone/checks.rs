@@ -137,7 +137,12 @@ fn directory(dir: &Path) -> Result<PathBuf, CheckError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
     let dir = fs::canonicalize(dir).map_err(failed)?;
     let probe = dir.join("tandem.probe");
-    fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe)).map_err(failed)?;
+    fs::write(&probe, b"").map_err(failed)?;
+    // Another process that is started beside this one may have removed it just now.
+    match fs::remove_file(&probe) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        removed => removed.map_err(failed)?,
+    }
     // The longest socket in it is the one of the replica.
     checked_length(dir.join("replica.sock"))?;
     Ok(dir)
@@ -200,6 +205,17 @@ mod tests {
         let good = dir.path().join("sub/csi.sock");
         assert_eq!(at(&format!("unix://{}", good.display())).expect("good"), good);
         assert_eq!(socket(None, dir.path()).expect("default"), dir.path().join("csi.sock"));
+    }
+
+    /// `tandem replica` and `tandem node` are started side by side on one directory.
+    #[test]
+    fn a_directory_is_checked_by_several_processes_at_once() {
+        let dir = tempfile::Builder::new().prefix("tandem-").tempdir().expect("a directory");
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..500).for_each(|_| drop(directory(dir.path()).expect("it can be written"))));
+            }
+        });
     }
 
     #[test]
