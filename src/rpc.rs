@@ -11,6 +11,11 @@ pub mod control {
     tonic::include_proto!("tandem.control.v1");
 }
 
+/// After a disaster.
+pub mod recovery {
+    tonic::include_proto!("tandem.recovery.v1");
+}
+
 /// What a person wants of a volume's copies.
 pub mod operator {
     tonic::include_proto!("tandem.operator.v1");

@@ -181,7 +181,7 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
         if both.contains("node-1 UpToDate\t") && both.ends_with("\twell") {
             break;
         }
-        assert!(began.elapsed() < Duration::from_secs(60), "{both}");
+        assert!(began.elapsed() < Duration::from_secs(180), "{both}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     println!("{}", tandem(&cluster, "node-2", &["volume", "show", &id]));

@@ -45,6 +45,25 @@ fn entries(dir: &Path) -> Vec<String> {
 }
 
 #[test]
+fn what_loses_writes_is_not_done_by_the_way() {
+    let dir = directory();
+    let promote = |more: &[&str]| {
+        let mut command = tandem();
+        command.args(["promote", "data", "node-2", "--dir"]).arg(dir.path()).args(more);
+        command
+    };
+    refused(&mut promote(&[]), 1, &["csi.sock"]);
+    refused(&mut promote(&["--yes"]), 2, &["--force"]);
+    refused(&mut promote(&["--force"]), 1, &["csi.sock"]);
+    // The directory of a controller: a pool there means the command was meant for one machine.
+    std::fs::write(dir.path().join("controller.lock"), b"").expect("written");
+    let mut recover = tandem();
+    recover.args(["recover", "--dir"]).arg(dir.path());
+    refused(&mut recover, 1, &["csi.sock"]);
+    refused(recover.args(["--pool", "default=/nowhere"]), 1, &["--pool", "TANDEM_POOLS"]);
+}
+
+#[test]
 fn without_a_server_commands_say_where_they_looked() {
     let dir = directory();
     let commands: [&[&str]; 6] = [

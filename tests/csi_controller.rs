@@ -14,6 +14,8 @@ mod fake;
 mod groups;
 #[path = "csi_controller/metadata.rs"]
 mod metadata;
+#[path = "csi_controller/mirror_snapshots.rs"]
+mod mirror_snapshots;
 #[path = "csi_controller/mirrors.rs"]
 mod mirrors;
 #[path = "csi_controller/nodes.rs"]
@@ -22,6 +24,8 @@ mod nodes;
 mod publish;
 #[path = "csi_controller/recover.rs"]
 mod recover;
+#[path = "csi_controller/recovery.rs"]
+mod recovery;
 #[path = "csi_controller/secrets.rs"]
 mod secrets;
 #[path = "csi_controller/server.rs"]

@@ -1,13 +1,22 @@
 //! Mirrored volumes under load while processes and nodes die, sleep and lose each other: everything that was acknowledged is
 //! there afterwards, on whichever copy. The numbers are those of the failure cases in docs/protocol.md.
 
+#[path = "faults/discards.rs"]
+mod discards;
 #[path = "faults/load.rs"]
 mod load;
+#[path = "faults/pools.rs"]
+mod pools;
+#[path = "faults/recovery.rs"]
+mod recovery;
 #[allow(dead_code, reason = "tests/cluster.rs uses the rest")]
 #[path = "cluster/rig.rs"]
 mod rig;
 #[path = "faults/site.rs"]
 mod site;
+#[allow(dead_code, reason = "tests/full_pool.rs uses the rest")]
+#[path = "support/small_pool.rs"]
+mod small_pool;
 
 use load::Load;
 use nix::sys::signal::Signal;
@@ -19,15 +28,15 @@ use tonic::Code;
 
 /// A lease, its margin, and what a busy machine adds: after it nobody reads what nobody may write.
 const LEASE_IS_OVER: Duration = Duration::from_millis(3500);
+/// How often the volume is used at the other node; with what is taken back, it is published 20 times.
+const MOVES: usize = 8;
 /// Within which kubelet hears that a volume is unstaged, whatever became of it.
 const UNSTAGE_LIMIT: Duration = Duration::from_secs(15);
 
 /// Cases 1, 3, 19, 20.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_dies_under_load_loses_nothing_and_comes_back_by_what_differs() {
-    let site = Site::new(2, "2").await;
-    let device = site.attach(1).await;
-    let load = Load::start(&device, &site.oracle);
+    let (site, _, load) = Site::under_load(2).await;
     load.await_writes(500, PATIENCE);
     site.cluster.run(&["kill", "all", "1"]);
     let done = load.stop();
@@ -42,22 +51,15 @@ async fn a_node_that_dies_under_load_loses_nothing_and_comes_back_by_what_differ
     println!("a member again after {:?}", site.until_whole().await);
     load.await_writes(200, PATIENCE);
     load.stop_well();
-    site.check(&device).await;
     // Failback: what is on the copy that came back is the same.
     site.unstage(1).await;
-    site.detach(2).await;
-    let device = site.attach(1).await;
-    site.check(&device).await;
-    site.detach(1).await;
-    site.finish().await;
+    site.finish_at_each(&[2, 1]).await;
 }
 
 /// Case 22.
 #[tokio::test(flavor = "multi_thread")]
 async fn engines_that_are_killed_under_load_cost_no_error_and_no_write() {
-    let site = Site::new(2, "2").await;
-    let device = site.attach(1).await;
-    let load = Load::start(&device, &site.oracle);
+    let (site, _, load) = Site::under_load(2).await;
     for nodes in [&["1"][..], &["2"], &["1", "2"], &["2", "1"], &["1"], &["1", "2"]] {
         load.await_writes(200, PATIENCE);
         for node in nodes {
@@ -70,20 +72,13 @@ async fn engines_that_are_killed_under_load_cost_no_error_and_no_write() {
     }
     println!("{} writes", load.stop_well());
     println!("all members after {:?}", site.until_whole().await);
-    site.check(&device).await;
-    site.detach(1).await;
-    let device = site.attach(2).await;
-    site.check(&device).await;
-    site.detach(2).await;
-    site.finish().await;
+    site.finish_at_each(&[1, 2]).await;
 }
 
 /// Case 4, with the catalogue on both sides.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_primary_cut_off_from_the_other_copy_goes_on_without_it_by_a_committed_configuration() {
-    let site = Site::new(2, "2").await;
-    let device = site.attach(1).await;
-    let load = Load::start(&device, &site.oracle);
+    let (site, _, load) = Site::under_load(2).await;
     for cuts in [&[["1", "2"]][..], &[["2", "1"]], &[["1", "2"], ["2", "1"]]] {
         load.await_writes(200, PATIENCE);
         for [from, to] in cuts {
@@ -98,19 +93,13 @@ async fn a_primary_cut_off_from_the_other_copy_goes_on_without_it_by_a_committed
     }
     load.await_writes(200, PATIENCE);
     load.stop_well();
-    site.detach(1).await;
-    let device = site.attach(2).await;
-    site.check(&device).await;
-    site.detach(2).await;
-    site.finish().await;
+    site.finish_at_each(&[1, 2]).await;
 }
 
 /// Case 5.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_primary_that_slept_through_its_lease_answers_nothing_and_can_be_used_again() {
-    let site = Site::new(2, "2").await;
-    let device = site.attach(1).await;
-    let old = Load::start(&device, &site.oracle);
+    let (site, _, old) = Site::under_load(2).await;
     old.await_writes(300, PATIENCE);
     site.signal(1, Signal::SIGSTOP);
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -132,13 +121,8 @@ async fn a_primary_that_slept_through_its_lease_answers_nothing_and_can_be_used_
     unstage_in_time(&site, 1).await;
     new.await_writes(200, PATIENCE);
     new.stop_well();
-    site.check(&device).await;
     site.until_whole().await;
-    site.detach(2).await;
-    let device = site.attach(1).await;
-    site.check(&device).await;
-    site.detach(1).await;
-    site.finish().await;
+    site.finish_at_each(&[2, 1]).await;
 }
 
 /// A filesystem in use: files that are synced, and pages that nobody has synced.
@@ -209,9 +193,7 @@ async fn a_filesystem_that_is_suspended_is_unstaged_and_its_node_can_be_used_aga
 /// Case 4, with the catalogue on neither side.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_controller_a_volume_goes_on_and_without_the_other_copy_too_it_waits() {
-    let site = Site::new(2, "2").await;
-    let device = site.attach(1).await;
-    let load = Load::start(&device, &site.oracle);
+    let (site, device, load) = Site::under_load(2).await;
     site.cluster.run(&["kill", "controller", "controller"]);
     println!("without controller: 500 writes in {:?}", load.await_writes(500, PATIENCE));
     site.cluster.run(&["kill", "replica", "2"]);
@@ -230,20 +212,13 @@ async fn without_controller_a_volume_goes_on_and_without_the_other_copy_too_it_w
     reader.join().expect("no panic").expect("read in the end");
     site.until_whole().await;
     load.stop_well();
-    site.check(&device).await;
-    site.detach(1).await;
-    let device = site.attach(2).await;
-    site.check(&device).await;
-    site.detach(2).await;
-    site.finish().await;
+    site.finish_at_each(&[1, 2]).await;
 }
 
 /// Case 10.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_way_to_the_other_copy_makes_writes_slow_and_none_hangs() {
-    let site = Site::new(2, "2").await;
-    let device = site.attach(1).await;
-    let load = Load::start(&device, &site.oracle);
+    let (site, _, load) = Site::under_load(2).await;
     load.await_writes(100, PATIENCE);
     site.cluster.run(&["slow", "2", "link", "100K"]);
     println!("slow: 100 writes in {:?}; {:?}", load.await_writes(100, PATIENCE), site.health().await);
@@ -251,19 +226,13 @@ async fn a_slow_way_to_the_other_copy_makes_writes_slow_and_none_hangs() {
     site.until_whole().await;
     println!("fast again: 300 writes in {:?}", load.await_writes(300, PATIENCE));
     load.stop_well();
-    site.detach(1).await;
-    let device = site.attach(2).await;
-    site.check(&device).await;
-    site.detach(2).await;
-    site.finish().await;
+    site.finish_at_each(&[1, 2]).await;
 }
 
 /// Cases 1, 3 with three copies.
 #[tokio::test(flavor = "multi_thread")]
 async fn with_three_copies_each_of_the_others_has_what_a_dead_primary_acknowledged() {
-    let site = Site::new(3, "3").await;
-    let device = site.attach(1).await;
-    let load = Load::start(&device, &site.oracle);
+    let (site, _, load) = Site::under_load(3).await;
     load.await_writes(300, PATIENCE);
     site.cluster.run(&["kill", "all", "1"]);
     load.stop();
@@ -277,13 +246,34 @@ async fn with_three_copies_each_of_the_others_has_what_a_dead_primary_acknowledg
     load.await_writes(100, PATIENCE);
     load.stop_well();
     site.unstage(1).await;
-    for (from, to) in [(2, 3), (3, 1)] {
-        site.detach(from).await;
-        let device = site.attach(to).await;
-        site.check(&device).await;
-    }
+    site.finish_at_each(&[2, 3, 1]).await;
+}
+
+/// Case 15.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_moves_to_and_fro_loses_nothing_on_the_way() {
+    let (site, _, load) = Site::under_load(2).await;
+    load.await_writes(100, PATIENCE);
+    load.stop_well();
     site.detach(1).await;
-    site.finish().await;
+    let began = Instant::now();
+    for round in 0..MOVES {
+        let (here, there) = (1 + round % 2, 2 - round % 2);
+        // Wishes that are taken back before, while or after they come true.
+        for node in [&[][..], &[there], &[here, there], &[there, here, there]][round % 4] {
+            site.publish(*node).await.expect("published");
+            site.unpublish(*node).await;
+        }
+        let device = site.attach(here).await;
+        let load = Load::start(&device, &site.oracle);
+        load.await_writes(50, PATIENCE);
+        load.stop_well();
+        site.detach(here).await;
+    }
+    println!("{MOVES} moves in {:?}", began.elapsed());
+    site.attach(1).await;
+    site.until_whole().await;
+    site.finish_at_each(&[1, 2]).await;
 }
 
 /// One copy, two, one and two again, and twice the size: while it is written, and no request fails.

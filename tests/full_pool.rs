@@ -4,10 +4,11 @@ mod support;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use support::installation::Installation;
+use support::small_pool::SmallPool;
 use tandem::memory::Memory;
 use tandem::rpc::{control, csi};
 
@@ -20,40 +21,6 @@ const NEIGHBOUR_MIB: usize = 64;
 const IN_THE_WAY_MIB: usize = 128;
 /// How long the pool may take to fill or to be emptied.
 const PATIENCE: Duration = Duration::from_secs(300);
-
-/// A small ext4 out of a sparse file; goes on every path.
-struct SmallPool {
-    path: PathBuf,
-    device: String,
-    _directory: tempfile::TempDir,
-}
-
-impl SmallPool {
-    fn new(mib: usize) -> Self {
-        let directory = tempfile::Builder::new().prefix("tandem-full-").tempdir().expect("temporary directory");
-        let (image, path) = (directory.path().join("image"), directory.path().join("pool"));
-        File::create(&image).and_then(|file| file.set_len((mib * MIB) as u64)).expect("image");
-        std::fs::create_dir(&path).expect("directory");
-        let run = |command: &mut Command| assert!(command.status().expect("it is installed").success(), "{command:?}");
-        run(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&image));
-        // Not `mount -o loop`: that asks every loop device of the machine, also one whose engine is dead at the moment.
-        let found = Command::new("losetup").args(["--find", "--show"]).arg(&image).output().expect("losetup");
-        let device = String::from_utf8_lossy(&found.stdout).trim().to_owned();
-        assert!(found.status.success() && !device.is_empty(), "no loop device");
-        let pool = Self { path, device, _directory: directory };
-        run(Command::new("mount").arg(&pool.device).arg(&pool.path));
-        pool
-    }
-}
-
-impl Drop for SmallPool {
-    fn drop(&mut self) {
-        if !Command::new("umount").arg(&self.path).status().is_ok_and(|status| status.success()) {
-            let _ = Command::new("umount").arg("--lazy").arg(&self.path).status();
-        }
-        let _ = Command::new("losetup").args(["--detach", &self.device]).status();
-    }
-}
 
 fn open(device: &Path) -> File {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(device).expect("device")
@@ -129,9 +96,9 @@ async fn delete(tandem: &Installation, volume: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_to_a_full_pool_wait_say_so_and_go_on_when_something_is_deleted() {
-    let pool = SmallPool::new(POOL_MIB);
+    let pool = SmallPool::ext4(POOL_MIB);
     let port = free_port();
-    let (argument, address) = (format!("default={}", pool.path.display()), format!("127.0.0.1:{port}"));
+    let (argument, address) = (format!("default={}", pool.path().display()), format!("127.0.0.1:{port}"));
     let tandem = Installation::start(&["--pool", &argument, "--overcommit", "3", "--metrics", &address]).await;
     let mut volumes = Vec::new();
     for name in ["neighbour", "in-the-way", "filler"] {
@@ -139,7 +106,7 @@ async fn writes_to_a_full_pool_wait_say_so_and_go_on_when_something_is_deleted()
         volumes.push((tandem.attach(&id).await, id));
     }
     // Should the test fail, its devices are found by what is here.
-    std::os::unix::fs::symlink(&pool.path, tandem.dir().join("pool")).expect("a link");
+    std::os::unix::fs::symlink(pool.path(), tandem.dir().join("pool")).expect("a link");
     let [(neighbour_device, neighbour), (way_device, in_the_way), (filler_device, filler)] =
         volumes.try_into().expect("three");
     fill(&neighbour_device, 1, NEIGHBOUR_MIB).expect("it fits");
@@ -182,10 +149,10 @@ async fn writes_to_a_full_pool_wait_say_so_and_go_on_when_something_is_deleted()
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_promised_without_overcommit_can_be_written_to_the_last_block() {
     const EACH_MIB: usize = 96;
-    let pool = SmallPool::new(POOL_MIB);
-    let argument = format!("default={}", pool.path.display());
+    let pool = SmallPool::ext4(POOL_MIB);
+    let argument = format!("default={}", pool.path().display());
     let tandem = Installation::start(&["--pool", &argument]).await;
-    std::os::unix::fs::symlink(&pool.path, tandem.dir().join("pool")).expect("a link");
+    std::os::unix::fs::symlink(pool.path(), tandem.dir().join("pool")).expect("a link");
     let mut volumes = Vec::new();
     while let Ok(id) = tandem.create_from(&format!("full-{}", volumes.len()), (EACH_MIB * MIB) as i64, &[], None).await
     {

@@ -283,6 +283,34 @@ fn what_a_full_queue_refuses_is_said_again() {
     });
 }
 
+/// Its flush before leaving failed at once, and was repeated within the same turn of the engine, which answered nobody any more.
+#[test]
+fn a_copy_whose_log_has_failed_does_not_occupy_its_engine() {
+    let lab = Lab::new(64 * MIB).with_candidate();
+    runtime().block_on(async {
+        let one = lab.start(0).await;
+        until("the copy to serve", async || one.status().await.serves.then_some(())).await;
+        let device = one.handle.attach(one.tree, one.volume).await.expect("a device");
+        let _unwritable = lab.unwritable(0, ["log-a", "log-b"]);
+        let path = device.clone();
+        let flushed = tokio::task::spawn_blocking(move || {
+            let file = File::options().write(true).open(&path).expect("the device");
+            file.write_all_at(&content(0, 1), 0).and_then(|()| file.sync_all())
+        });
+        assert!(flushed.await.expect("answered").is_err(), "the log has failed");
+        lab.wish(None);
+        until("the copy to hear that it shall leave", async || {
+            let status = tokio::time::timeout(Duration::from_secs(60), one.status()).await;
+            let wish = status.expect("the engine answers").wish;
+            wish.is_some_and(|wish| wish.primary.is_none()).then_some(())
+        })
+        .await;
+        // Another turn of the engine.
+        let status = tokio::time::timeout(Duration::from_secs(60), one.status()).await.expect("the engine answers");
+        assert!(status.serves, "it cannot leave without a flush: {status:?}");
+    });
+}
+
 #[test]
 fn the_old_primary_is_fenced() {
     attached(Lab::new(64 * MIB), async |lab, one, two, device| {

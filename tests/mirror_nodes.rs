@@ -2,13 +2,15 @@
 
 #[path = "mirror_nodes/site.rs"]
 mod site;
+#[path = "mirror_nodes/snapshots.rs"]
+mod snapshots;
 
 use site::{SIZE, Site, at, eventually, has, size, write};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tandem::catalog::{Catalog, MirrorSpec, Remote, Volume, VolumeConfiguration, serve};
+use tandem::catalog::{Catalog, CopySpec, MirrorSpec, NodeName, Remote, Stored, Volume, VolumeConfiguration, serve};
 use tandem::protocol::{Configuration, Generation, Lacks};
 use tandem::replica::manager::AttachFailure;
 use tandem::tls::{Authority, Credentials, Leaf, Role, Validity};
@@ -81,6 +83,42 @@ async fn a_volume_moves_from_a_node_that_dies_and_back() {
         eventually("no tree", async || (up.trees(&pool) == 0).then_some(())).await;
         assert!(up.manager.copies().is_empty());
     }
+    first.kill().await;
+    second.kill().await;
+}
+
+/// Data is deleted because the catalogue says so; one that was restored from a backup says what was true once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_catalogue_takes_no_copy_away() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volume = site.create(&["n1", "n2"]).await;
+    let (one, two) = (volume.copies["n1"], volume.copies["n2"]);
+    site.wish(volume.id, Some(one)).await;
+    let device = first.attach(volume.id).await;
+    write(&device, 0..8, 7).await;
+    first.until_up_to_date(volume.id, two).await;
+    // As it was before there was a second copy.
+    let stored = site.file.get::<VolumeConfiguration>(&volume.id.to_string()).await.expect("reads").expect("is there");
+    let old = Configuration::first(Generation(0), one, BTreeSet::new());
+    let object = VolumeConfiguration::new(volume.id, &old);
+    site.file.update(Stored { object, ..stored }).await.expect("restored");
+    site.change(volume.id, |volume| drop(volume.spec.mirror.as_mut().expect("mirrored").copies.remove(&two))).await;
+    // What was said later was done since, so that was looked at; twice, because what is done together has no order.
+    for _ in 0..2 {
+        let later = site.create(&["n1", "n2"]).await;
+        eventually("a later volume", async || {
+            (site.volume(later.id).await.object.status.copies.len() == 2).then_some(())
+        })
+        .await;
+    }
+    assert!(second.manager.copy_here(volume.id).is_some(), "it is a member of what is newer");
+    write(&device, 8..16, 9).await;
+    let status = first.status(volume.id).await.expect("it serves");
+    assert!(status.serves && status.copies[&two].connected, "{status:?}");
+    first.manager.detach(volume.id).await.expect("detached");
     first.kill().await;
     second.kill().await;
 }

@@ -180,6 +180,11 @@ impl Embedded {
                 if !is_at::<T>(&table, &key, stored.version)? {
                     return Ok(Err(()));
                 }
+                if stored.object.name().is_none()
+                    && let Some(name) = name_at::<T>(&table, &key)?
+                {
+                    transaction.open_table(NAMES)?.remove(name.as_str())?;
+                }
                 let version = next_version(transaction)?;
                 table.insert(key.as_str(), encode(&key, version, &stored.object)?.as_slice())?;
                 Ok(Ok(version))
@@ -411,6 +416,16 @@ fn is_at<T: Object>(
         Some(value) => Ok(decode::<T>(key, value.value())?.version == version),
         None => Ok(false),
     }
+}
+
+/// What finds the object by its name, if it has one.
+fn name_at<T: Object>(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    key: &str,
+) -> Result<Option<String>, Trouble> {
+    let Some(value) = table.get(key)? else { return Ok(None) };
+    let stored = decode::<T>(key, value.value())?;
+    Ok(stored.object.name().map(|name| format!("{}/{name}", T::KIND)))
 }
 
 /// crc32c (little endian, over key and the rest), version, JSON.

@@ -26,7 +26,7 @@ mod watch;
 pub use configuration::ConfigurationError;
 pub use embedded::Embedded;
 pub use objects::{
-    Access, AccessMode, BadConfiguration, CopyReport, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot,
+    Access, AccessMode, BadConfiguration, Base, CopyReport, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot,
     GroupStatus, MirrorSpec, Node, NodeName, Publication, Replication, Snapshot, SnapshotStatus, Source, Volume,
     VolumeConfiguration, VolumePhase, VolumeRequest, VolumeSpec, VolumeStatus,
 };
@@ -116,6 +116,15 @@ impl Catalog {
         either!(self, catalog => catalog.delete(stored).await)
     }
 
+    /// Raises the generation above its own and above the highest that was found on the disks; returns the new one. Only where
+    /// the catalogue is.
+    pub async fn raise_generation(&self, found: Generation) -> Result<Generation, CatalogError> {
+        match self {
+            Self::Embedded(catalog) => catalog.raise_generation(found).await,
+            Self::Remote(catalog) => Err(catalog.not_here("its generation is raised by its controller only")),
+        }
+    }
+
     /// The catalogue's generation: 0 until it was rebuilt from the disks for the first time.
     pub async fn generation(&self) -> Result<Generation, CatalogError> {
         either!(self, catalog => catalog.generation().await)
@@ -128,7 +137,7 @@ pub trait Object: Serialize + DeserializeOwned + Clone + Send + Sync + 'static {
     const KIND: &'static str;
     /// The object's key, unique in its kind and never changed.
     fn key(&self) -> String;
-    /// The name that the outside world gave it, unique in its kind and never changed.
+    /// The name that the outside world gave it, unique in its kind. It may be given up, and is never another one.
     fn name(&self) -> Option<&str>;
 }
 

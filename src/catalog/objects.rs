@@ -143,6 +143,20 @@ pub struct VolumeSpec {
     /// Who holds the one copy of a volume without replication; `None`: the only node that there is.
     #[serde(default)]
     pub node: Option<NodeName>,
+    /// What its copies begin with, if that is not nothing; `None` also of a volume with one copy whose replica is told by
+    /// [`VolumeRequest::source`].
+    #[serde(default)]
+    pub base: Option<Base>,
+}
+
+/// The snapshot that copies of a volume are clones of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Base {
+    /// Which one.
+    pub snapshot: SnapshotId,
+    /// Copies that are clones, each in the tree whose id it has; the others begin empty, and the primary fills them.
+    pub clones: BTreeSet<InstanceId>,
 }
 
 /// How far a volume is.
@@ -191,8 +205,9 @@ impl Volume {
     /// A volume that is to be made.
     pub fn wanted(id: VolumeId, request: VolumeRequest) -> Self {
         let (size, verify_reads) = (request.size, request.verify_reads);
-        let spec =
-            VolumeSpec { size, verify_reads, publications: BTreeMap::new(), mirror: None, deleted: false, node: None };
+        let publications = BTreeMap::new();
+        let (mirror, node, base) = Default::default();
+        let spec = VolumeSpec { size, verify_reads, publications, mirror, deleted: false, node, base };
         let (copies, reports) = (BTreeSet::new(), BTreeMap::new());
         let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies, reports };
         Self { id, request, spec, status }
@@ -241,13 +256,61 @@ pub struct Snapshot {
     pub volume: VolumeId,
     /// The group that it was taken with.
     pub group: Option<GroupSnapshotId>,
-    /// Who holds it; `None`: the only node that there is.
+    /// Who takes it and holds it; `None`: the only node that there is.
     #[serde(default)]
     pub node: Option<NodeName>,
+    /// Of a mirrored volume, when it is ready: its copies that were members when it was taken, and their nodes. Each holds
+    /// it, `node` among them.
+    #[serde(default)]
+    pub copies: BTreeMap<InstanceId, NodeName>,
+    /// Of a mirrored volume: other nodes that may have something under this id. It is not the snapshot, and goes with it.
+    #[serde(default)]
+    pub strays: BTreeSet<NodeName>,
+    /// Taken for the clone with this id alone: nobody else knows it, and it goes when that is made.
+    #[serde(default)]
+    pub made_for: Option<VolumeId>,
     /// It shall not be.
     pub deleted: bool,
     /// What is.
     pub status: SnapshotStatus,
+}
+
+impl Snapshot {
+    /// One that is to be taken, of a volume with one copy.
+    pub fn wanted(id: SnapshotId, volume: VolumeId, node: Option<NodeName>) -> Self {
+        let (name, group, copies, strays, made_for) = Default::default();
+        Self {
+            id,
+            name,
+            volume,
+            group,
+            node,
+            copies,
+            strays,
+            made_for,
+            deleted: false,
+            status: SnapshotStatus::Creating,
+        }
+    }
+
+    /// Whether it is of a mirrored volume.
+    pub fn is_mirrored(&self) -> bool {
+        !(self.copies.is_empty() && self.strays.is_empty())
+    }
+
+    /// Whether a caller may know its id: it is there and shall stay.
+    pub fn is_visible(&self) -> bool {
+        matches!(self.status, SnapshotStatus::Ready { .. }) && !self.deleted && self.made_for.is_none()
+    }
+
+    /// Who holds it; empty: the only node that there is.
+    pub fn holders(&self) -> BTreeSet<NodeName> {
+        if self.copies.is_empty() {
+            self.node.iter().cloned().collect()
+        } else {
+            self.copies.values().cloned().collect()
+        }
+    }
 }
 
 impl Object for Snapshot {
@@ -294,9 +357,12 @@ pub struct GroupSnapshot {
     pub name: String,
     /// Ids are given out before the snapshots are taken, so that a repeated call means the same ones.
     pub members: Vec<GroupMember>,
-    /// Who holds them; `None`: the only node that there is.
+    /// Who takes them and holds them; `None`: the only node that there is.
     #[serde(default)]
     pub node: Option<NodeName>,
+    /// Other nodes that may have something under the ids of its members, because volumes are mirrored.
+    #[serde(default)]
+    pub strays: BTreeSet<NodeName>,
     /// It shall not be.
     pub deleted: bool,
     /// What is.

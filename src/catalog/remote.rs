@@ -164,6 +164,11 @@ impl Remote {
         Ok(())
     }
 
+    /// What another machine does not do for this one.
+    pub(super) fn not_here(&self, reason: &str) -> CatalogError {
+        CatalogError::Refused { server: self.server.to_string(), reason: reason.to_owned() }
+    }
+
     /// The catalogue's generation.
     pub async fn generation(&self) -> Result<Generation, CatalogError> {
         let mut client = self.client.clone();

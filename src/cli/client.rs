@@ -7,6 +7,7 @@ use crate::rpc::csi::controller_client::ControllerClient;
 use crate::rpc::csi::identity_client::IdentityClient;
 use crate::rpc::csi::node_client::NodeClient;
 use crate::rpc::operator::operator_client::OperatorClient;
+use crate::rpc::recovery::recovery_client::RecoveryClient;
 use crate::rpc::{control, csi};
 use crate::uds::connect;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,11 @@ impl Target {
     pub fn of(dir: &Path) -> Self {
         Self { dir: dir.into(), endpoint: None, controller_endpoint: None }
     }
+    /// The controller of a cluster: behind this socket, or with this directory. `None`: there is no cluster.
+    pub fn of_controller(dir: &Path, controller_endpoint: Option<String>) -> Option<Self> {
+        let target = Self { controller_endpoint, ..Self::of(dir) };
+        (target.controller_endpoint.is_some() || target.is_controller()).then_some(target)
+    }
     /// The path of a socket written as CSI writes it.
     pub fn socket_path(endpoint: &str) -> &Path {
         Path::new(endpoint.strip_prefix("unix://").or_else(|| endpoint.strip_prefix("unix:")).unwrap_or(endpoint))
@@ -43,17 +49,21 @@ impl Target {
     }
     /// The controller service: of the cluster's controller, or of the CSI socket.
     pub async fn controller(&self) -> Result<ControllerClient<Channel>, CliError> {
-        Ok(ControllerClient::new(match &self.controller_endpoint {
-            Some(endpoint) => open(Self::socket_path(endpoint)).await?,
-            None => self.csi().await?,
-        }))
+        Ok(ControllerClient::new(self.controller_channel().await?))
+    }
+    async fn controller_channel(&self) -> Result<Channel, CliError> {
+        match &self.controller_endpoint {
+            Some(endpoint) => open(Self::socket_path(endpoint)).await,
+            None => self.csi().await,
+        }
+    }
+    /// The cluster's controller, for what a person asks of it alone.
+    pub async fn recovery(&self) -> Result<RecoveryClient<Channel>, CliError> {
+        Ok(RecoveryClient::new(self.controller_channel().await?))
     }
     /// The operator service, beside the controller service.
     pub async fn operator(&self) -> Result<OperatorClient<Channel>, CliError> {
-        Ok(OperatorClient::new(match &self.controller_endpoint {
-            Some(endpoint) => open(Self::socket_path(endpoint)).await?,
-            None => self.csi().await?,
-        }))
+        Ok(OperatorClient::new(self.controller_channel().await?))
     }
     /// Whether it is the directory of `tandem controller`, which has no copies.
     fn is_controller(&self) -> bool {

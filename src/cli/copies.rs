@@ -46,13 +46,13 @@ pub struct CopiesArguments {
 #[derive(Debug, clap::Args)]
 pub struct PromoteArguments {
     /// Id or name.
-    volume: String,
+    pub volume: String,
     /// Name of the node.
-    node: String,
+    pub node: String,
     #[command(flatten)]
-    target: Target,
+    pub target: Target,
     #[command(flatten)]
-    output: Output,
+    pub output: Output,
 }
 
 /// Replace the copy on one node by one on another, while the volume is in use elsewhere.
@@ -152,7 +152,10 @@ async fn until_done<T>(doing: String, mut ask: impl AsyncFnMut() -> Result<T, St
     }
 }
 
-async fn promote(PromoteArguments { volume, node, target, output }: PromoteArguments) -> Result<(), CliError> {
+/// Until it is primary.
+pub(super) async fn promote(
+    PromoteArguments { volume, node, target, output }: PromoteArguments,
+) -> Result<(), CliError> {
     let id = find_volume(&target, &volume).await?.volume_id;
     let mut operator = target.operator().await?;
     let request = PromoteRequest { volume_id: id.clone(), node: node.clone() };

@@ -13,6 +13,7 @@ mod node;
 mod output;
 mod pool;
 mod process;
+mod promote;
 mod recover;
 mod role;
 mod snapshot;
@@ -70,6 +71,7 @@ enum Command {
     #[command(hide = true)]
     Holder(holder::Arguments),
     Recover(recover::Arguments),
+    Promote(promote::Arguments),
     Completions(completions::Arguments),
     #[command(flatten)]
     Process(process::Command),
@@ -191,6 +193,7 @@ fn run(log: &str, command: Command) -> Result<(), CliError> {
             crate::logging::start(log, "recover");
             block_on(recover::run(arguments, log))
         }
+        Command::Promote(arguments) => block_on(promote::run(arguments)),
         Command::Process(command) => process::run(command, log),
         Command::Certificates(command) => certificates::run(command),
         Command::Completions(arguments) => completions::run(arguments),

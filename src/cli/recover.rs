@@ -1,18 +1,30 @@
 //! `tandem recover`: says what was found on the disks and put back.
 
 use super::CliError;
+use super::client::{Target, refused};
 use super::output::Output;
+use crate::csi::controller::Report;
+use crate::rpc::recovery::{self as rpc, row::State};
 use crate::standalone::{self, StorageArguments};
 use serde::Serialize;
 
-/// Rebuild a lost or damaged catalogue from the disks. The server must not run.
+/// Rebuild a lost, damaged or old catalogue from the disks.
 ///
-/// Move a damaged DIR/catalog.redb away first. Every volume and snapshot in the pools comes back under its own id; what
-/// the catalogue still has is not changed. Name every pool that the server was started with.
+/// On one machine the server must not run, and a damaged DIR/catalog.redb is moved away first; name every pool that the
+/// server was started with. Every volume and snapshot in the pools comes back under its own id; what the catalogue still has
+/// is not changed.
+///
+/// In a cluster a controller runs, on an empty directory or on a restored one, and the nodes have announced themselves:
+/// with --controller-endpoint, or with its directory as --dir, it asks all of them. A mirrored volume can be used again when
+/// all copies were read that may have its last writes; those that were not are named. The lost controller must not run any
+/// more.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
     storage: StorageArguments,
+    /// CSI socket of the cluster's controller.
+    #[arg(long, env = "TANDEM_CONTROLLER_ENDPOINT", value_name = "unix://PATH")]
+    controller_endpoint: Option<String>,
     #[command(flatten)]
     output: Output,
 }
@@ -24,26 +36,90 @@ struct Recovered {
     groups: u64,
     kept: u64,
     problems: Vec<String>,
+    rows: Vec<Row>,
+}
+
+/// What became of one volume of a cluster.
+#[derive(Serialize)]
+struct Row {
+    id: String,
+    name: String,
+    state: &'static str,
+    generation: u64,
+    version: u64,
+    nodes: Vec<String>,
+    missing: Vec<String>,
+}
+
+impl From<Report> for Recovered {
+    fn from(report: Report) -> Self {
+        rpc::RecoverResponse::from(report).into()
+    }
+}
+
+impl From<rpc::RecoverResponse> for Recovered {
+    fn from(report: rpc::RecoverResponse) -> Self {
+        let rpc::RecoverResponse { volumes, snapshots, groups, kept, problems, rows } = report;
+        Self { volumes, snapshots, groups, kept, problems, rows: rows.into_iter().map(Row::from).collect() }
+    }
+}
+
+impl From<rpc::Row> for Row {
+    fn from(row: rpc::Row) -> Self {
+        let state = match row.state() {
+            State::Unknown => "unknown",
+            State::PutBack => "put back",
+            State::Kept => "kept",
+            State::Raised => "raised",
+            State::Waits => "WAITS",
+            State::Left => "NOT PUT BACK",
+        };
+        let rpc::Row { volume_id: id, name, generation, version, nodes, missing, .. } = row;
+        Self { id, name, state, generation, version, nodes, missing }
+    }
+}
+
+impl Row {
+    fn line(&self) -> String {
+        let name = if self.name.is_empty() { &self.id } else { &self.name };
+        let mut line = format!("{name}: {}, read on {}", self.state, self.nodes.join(", "));
+        if self.version > 0 {
+            line += &format!(", version {}.{}", self.generation, self.version);
+        }
+        if !self.missing.is_empty() {
+            line += &format!(", NOT READ on {}", self.missing.join(", "));
+        }
+        line
+    }
 }
 
 /// Recovers and reports.
-pub async fn run(Arguments { storage, output }: Arguments, log: &str) -> Result<(), CliError> {
-    let report = standalone::recover::run(storage, log).await?;
+pub async fn run(Arguments { storage, controller_endpoint, output }: Arguments, log: &str) -> Result<(), CliError> {
+    let recovered = match Target::of_controller(&storage.dir, controller_endpoint) {
+        Some(_) if !storage.pools.is_empty() || storage.node_id.is_some() => {
+            let text = "the nodes of a cluster know their pools: leave --pool and --node-id out (also TANDEM_POOLS and \
+                        TANDEM_NODE_ID), or --controller-endpoint (TANDEM_CONTROLLER_ENDPOINT) to recover one machine";
+            return Err(CliError::Together(text.into()));
+        }
+        Some(target) => {
+            let answer = target.recovery().await?.recover(rpc::RecoverRequest {}).await;
+            answer.map_err(refused("cannot recover the catalogue"))?.into_inner().into()
+        }
+        None => Recovered::from(standalone::recover::run(storage, log).await?),
+    };
+    print(&recovered, output)
+}
+
+fn print(recovered: &Recovered, output: Output) -> Result<(), CliError> {
     let lines: Vec<(&str, String)> = [
-        ("Volumes put back", report.volumes.to_string()),
-        ("Snapshots put back", report.snapshots.to_string()),
-        ("Groups put back", report.groups.to_string()),
-        ("Already there", report.kept.to_string()),
+        ("Volumes put back", recovered.volumes.to_string()),
+        ("Snapshots put back", recovered.snapshots.to_string()),
+        ("Groups put back", recovered.groups.to_string()),
+        ("Already there", recovered.kept.to_string()),
     ]
     .into_iter()
-    .chain(report.problems.iter().map(|problem| ("Look at", problem.clone())))
+    .chain(recovered.rows.iter().map(|row| ("Volume", row.line())))
+    .chain(recovered.problems.iter().map(|problem| ("Look at", problem.clone())))
     .collect();
-    let recovered = Recovered {
-        volumes: report.volumes,
-        snapshots: report.snapshots,
-        groups: report.groups,
-        kept: report.kept,
-        problems: report.problems.clone(),
-    };
-    output.one(&recovered, &lines)
+    output.one(recovered, &lines)
 }

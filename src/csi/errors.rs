@@ -42,14 +42,6 @@ pub enum ArgumentError {
     /// A parameter.
     #[error(transparent)]
     Parameter(#[from] ParameterError),
-    /// What cannot be done on all copies at once.
-    #[error("volume {id} has copies on several nodes, and such a volume cannot be {done} in this version")]
-    Mirrored {
-        /// The volume.
-        id: VolumeId,
-        /// What was asked for.
-        done: &'static str,
-    },
     /// A capability.
     #[error(transparent)]
     Capability(#[from] CapabilityError),
@@ -92,6 +84,9 @@ pub enum Transient {
         /// Comma separated.
         nodes: String,
     },
+    /// Nobody orders the writes of a mirrored volume.
+    #[error("no copy of volume {0} shall be its primary: publish it to a node once, then repeat the call")]
+    NoPrimary(VolumeId),
     /// No node has announced itself, or not the one that it is about.
     #[error("{0}; `tandem replica` announces its node when it reaches the controller: repeat the call")]
     NoNode(String),
@@ -224,6 +219,15 @@ rpc_errors! {
             id: VolumeId,
             /// As asked for.
             node: NodeName,
+        },
+        /// The catalogue was lost, and not every copy has been read since.
+        #[error(
+            "volume {id} cannot be used yet: the catalogue was rebuilt and not every copy of it was read; bring its nodes back \
+             and run `tandem recover` again, or give copies up with `tandem promote {id} NODE --force`"
+        )]
+        NoConfiguration {
+            /// The volume.
+            id: VolumeId,
         },
         /// The node has as many as it may.
         #[error("node {node} has its {limit} volumes already; unpublish one or raise --max-volumes-per-node")]
@@ -430,6 +434,14 @@ rpc_errors! {
         /// Nothing to compare.
         #[error("snapshots {base} and {target} are of different volumes")]
         OtherVolume {
+            /// The older one.
+            base: SnapshotId,
+            /// The newer one.
+            target: SnapshotId,
+        },
+        /// A copy that came later has the newer one, a copy that went has the older one.
+        #[error("no node holds both snapshots, {base} and {target}, so they cannot be compared")]
+        Apart {
             /// The older one.
             base: SnapshotId,
             /// The newer one.

@@ -1,18 +1,20 @@
 //! The GroupController service: snapshots of several volumes at one point in time.
 //!
 //! Invariants: the ids of the members are written down before they are taken, the replica takes all or none, and a group
-//! is ready when all its members are in the catalogue; a group is deleted as a whole.
+//! is ready when all its members are in the catalogue; a group is deleted as a whole. Primaries of mirrored members are
+//! all on one node: nobody else can stop the writes of all volumes at one moment.
 
-use super::controller::mirror::single;
 use super::controller::request::{name, present};
-use super::controller::snapshot::{ready, transient};
+use super::controller::seal::{SealError, Sealed, ready};
+use super::controller::snapshot::transient;
 use super::controller::{Controller, response};
 use super::errors::{ArgumentError, CreateGroupError, DeleteGroupError, DeleteSnapshotError, GetGroupError, Transient};
 use super::handler::answer;
 use super::operations::Subject;
-use super::{control::ControlError, parameters};
-use crate::catalog::{Descriptor, GroupMember, GroupSnapshot, GroupStatus, Snapshot, SnapshotStatus, Stored, Volume};
-use crate::rpc::control::ensure_snapshots_request::Item;
+use super::parameters;
+use crate::catalog::{
+    Descriptor, GroupMember, GroupSnapshot, GroupStatus, NodeName, Snapshot, SnapshotStatus, Stored, Volume,
+};
 use crate::rpc::csi;
 use crate::rpc::csi::group_controller_server::GroupController;
 use crate::rpc::csi::group_controller_service_capability::{Rpc, Type, rpc};
@@ -74,10 +76,18 @@ impl GroupReference {
     }
 }
 
+/// Snapshots that are to be taken.
+struct Plan {
+    members: Vec<GroupMember>,
+    node: Option<NodeName>,
+    strays: BTreeSet<NodeName>,
+}
+
 impl Controller {
     /// The group of that name: found, finished or taken.
     pub async fn create_group(&self, wanted: NewGroup) -> Result<csi::VolumeGroupSnapshot, CreateGroupError> {
         let _name = self.start(Subject::GroupName(wanted.name.clone()))?;
+        let mut is_found = false;
         let stored = match self.find::<GroupSnapshot>(&wanted.name).await? {
             Some(stored) if stored.object.deleted => {
                 let _group = self.start(Subject::Group(stored.object.id))?;
@@ -90,6 +100,7 @@ impl Controller {
                 if volumes != wanted.volumes {
                     return Err(CreateGroupError::Incompatible { name: wanted.name, id: stored.object.id });
                 }
+                is_found = true;
                 stored
             }
             None => self.record_group(&wanted).await?,
@@ -98,6 +109,10 @@ impl Controller {
         self.same(&stored).await?;
         let group = match stored.object.status {
             GroupStatus::Ready { .. } => stored.object,
+            GroupStatus::Creating if is_found && !stored.object.strays.is_empty() => {
+                let again = self.plan_again(stored).await?;
+                self.take_group(again).await?
+            }
             GroupStatus::Creating => self.take_group(stored).await?,
         };
         let members = self.members(&group).await?;
@@ -105,14 +120,22 @@ impl Controller {
     }
 
     async fn record_group(&self, wanted: &NewGroup) -> Result<Stored<GroupSnapshot>, CreateGroupError> {
-        let (mut members, mut homes) = (Vec::new(), BTreeSet::new());
-        for text in &wanted.volumes {
+        let (id, name) = (GroupSnapshotId::random(), wanted.name.clone());
+        let Plan { members, node, strays } = self.plan(&wanted.volumes).await?;
+        let status = GroupStatus::Creating;
+        Ok(self.create(GroupSnapshot { id, name, members, node, strays, deleted: false, status }).await?)
+    }
+
+    /// New ids for snapshots of these volumes, and where they are taken.
+    async fn plan(&self, volumes: &BTreeSet<String>) -> Result<Plan, CreateGroupError> {
+        let (mut members, mut homes, mut strays) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
+        for text in volumes {
             let missing = || CreateGroupError::SourceNotFound(text.chars().take(128).collect());
             let volume: VolumeId = text.parse().map_err(|_| missing())?;
             let source = self.get::<Volume>(volume).await?.filter(|stored| stored.object.is_visible());
-            let source = source.ok_or_else(missing)?.object;
-            single(&source, "snapshotted")?;
-            homes.insert(source.spec.node);
+            let sealing = self.sealing(&source.ok_or_else(missing)?.object)?;
+            homes.insert(sealing.node);
+            strays.extend(sealing.strays);
             members.push(GroupMember { snapshot: SnapshotId::random(), volume });
         }
         let node = homes.pop_first().flatten();
@@ -120,39 +143,59 @@ impl Controller {
             let names = [node, other].map(|name| name.map_or_else(String::new, |name| name.to_string()));
             return Err(CreateGroupError::Apart(names.join(", ")));
         }
-        let (id, name) = (GroupSnapshotId::random(), wanted.name.clone());
-        let status = GroupStatus::Creating;
-        Ok(self.create(GroupSnapshot { id, name, members, node, deleted: false, status }).await?)
+        Ok(Plan { members, node, strays })
+    }
+
+    /// Needs the group's operation. Some copies may have executed the seals of an earlier attempt, and others not: each of
+    /// those snapshots is given up, and there are others in their place.
+    async fn plan_again(&self, mut stored: Stored<GroupSnapshot>) -> Result<Stored<GroupSnapshot>, CreateGroupError> {
+        let group = &stored.object;
+        let volumes = group.members.iter().map(|member| member.volume.to_string()).collect();
+        let Plan { members, node, strays } = self.plan(&volumes).await?;
+        for GroupMember { snapshot, volume } in &group.members {
+            match self.get::<Snapshot>(*snapshot).await? {
+                Some(stored) => self.give_up(stored).await?,
+                None => {
+                    let given_up = Snapshot::wanted(*snapshot, *volume, group.node.clone());
+                    self.create(Snapshot { strays: group.strays.clone(), deleted: true, ..given_up }).await?;
+                }
+            }
+        }
+        (stored.object.members, stored.object.node, stored.object.strays) = (members, node, strays);
+        Ok(self.update(stored).await?)
     }
 
     async fn take_group(&self, mut stored: Stored<GroupSnapshot>) -> Result<GroupSnapshot, CreateGroupError> {
         let group = stored.object.clone();
         let descriptor = Descriptor::Snapshot { name: None, group: Some(Box::new(group.clone())) }.encode();
-        let items = group.members.iter().map(|member| Item {
-            snapshot_id: member.snapshot.to_string(),
-            volume_id: member.volume.to_string(),
-            descriptor: descriptor.clone(),
-        });
-        let node = self.nodes.holder(group.node.as_ref()).await?;
-        let refusal = match node.seal(items.collect()).await {
-            Ok(sealed) => {
+        let mut wanted = Vec::new();
+        let mut missing = None;
+        for member in &group.members {
+            match self.get::<Volume>(member.volume).await? {
+                Some(volume) => wanted.push((member.snapshot, volume.object)),
+                None => missing = Some(SealError::NotFound(member.volume.to_string())),
+            }
+        }
+        let taken = match missing {
+            Some(missing) => Err(missing),
+            None => self.seal(group.node.as_ref(), &wanted, &descriptor).await,
+        };
+        let refusal = match taken {
+            Ok(taken) => {
                 let mut moment = 0;
-                for member in &group.members {
-                    let status = ready(member.snapshot, &sealed)?;
-                    if let SnapshotStatus::Ready { created_ms, .. } = status {
+                for ((member, (_, volume)), sealed) in group.members.iter().zip(&wanted).zip(taken) {
+                    if let SnapshotStatus::Ready { created_ms, .. } = sealed.status {
                         moment = created_ms.max(moment);
                     }
-                    self.record_member(&group, *member, status).await?;
+                    self.record_member(&group, *member, volume, sealed).await?;
                 }
                 stored.object.status = GroupStatus::Ready { created_ms: moment };
                 // Persist before the caller learns the id.
                 return Ok(self.update(stored).await?.object);
             }
-            Err(ControlError::NoRoom(text)) => CreateGroupError::NoRoom(text),
-            Err(ControlError::NotFound(text)) => CreateGroupError::SourceNotFound(text),
-            Err(error @ (ControlError::Unknown(_) | ControlError::InUse(_) | ControlError::Refused(_))) => {
-                return Err(Transient::Replica(error).into());
-            }
+            Err(SealError::NoRoom(text)) => CreateGroupError::NoRoom(text),
+            Err(SealError::NotFound(text)) => CreateGroupError::SourceNotFound(text),
+            Err(SealError::Transient(error)) => return Err(error.into()),
         };
         self.erase_group(stored).await?;
         Err(refusal)
@@ -162,13 +205,15 @@ impl Controller {
         &self,
         group: &GroupSnapshot,
         member: GroupMember,
-        status: SnapshotStatus,
+        volume: &Volume,
+        sealed: Sealed,
     ) -> Result<(), Transient> {
         if self.get::<Snapshot>(member.snapshot).await?.is_some() {
             return Ok(());
         }
-        let (id, volume, node) = (member.snapshot, member.volume, group.node.clone());
-        self.create(Snapshot { id, name: None, volume, group: Some(group.id), node, deleted: false, status }).await?;
+        let strays = self.sealing(volume)?.strays;
+        let wanted = Snapshot::wanted(member.snapshot, member.volume, group.node.clone());
+        self.create(ready(Snapshot { group: Some(group.id), strays, ..wanted }, sealed)).await?;
         Ok(())
     }
 
@@ -219,7 +264,10 @@ impl Controller {
         for member in &stored.object.members {
             match self.get::<Snapshot>(member.snapshot).await? {
                 Some(snapshot) => self.erase_snapshot(snapshot).await?,
-                None => self.erase_sealed(member.snapshot, stored.object.node.as_ref()).await?,
+                None => {
+                    let GroupSnapshot { node, strays, .. } = &stored.object;
+                    self.erase_sealed(member.snapshot, node.as_ref(), strays).await?;
+                }
             }
         }
         Ok(self.remove(&stored).await?)

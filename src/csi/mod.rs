@@ -11,6 +11,7 @@ pub mod node;
 pub mod nodes;
 pub mod operations;
 pub mod parameters;
+pub mod recovery;
 pub mod server;
 pub mod snapshot_metadata;
 pub mod status;

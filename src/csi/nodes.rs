@@ -8,7 +8,7 @@ use super::errors::Transient;
 use crate::catalog::{self, Catalog, NodeName};
 use crate::placement;
 use crate::rpc::control::ensure_snapshots_request::Item;
-use crate::rpc::control::{self, EnsureSnapshotsRequest, ListPoolsRequest, ListVolumesRequest};
+use crate::rpc::control::{self, EnsureSnapshotsRequest, ListPoolsRequest, ListSnapshotsRequest, ListVolumesRequest};
 use crate::tls::Credentials;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -171,6 +171,24 @@ impl Node {
     /// Takes the snapshots at one point in time.
     pub async fn seal(&self, items: Vec<Item>) -> Result<Vec<control::Snapshot>, ControlError> {
         let answer = self.control.client().ensure_snapshots(EnsureSnapshotsRequest { items }).await;
+        Ok(answer.map_err(|status| self.control.refusal(status))?.into_inner().snapshots)
+    }
+
+    /// Its copies can follow when a primary elsewhere takes these snapshots.
+    pub async fn promise(&self, items: Vec<Item>) -> Result<(), ControlError> {
+        let answer = self.control.client().promise_snapshots(EnsureSnapshotsRequest { items }).await;
+        answer.map(drop).map_err(|status| self.control.refusal(status))
+    }
+
+    /// Its copies have followed: it knows these snapshots.
+    pub async fn adopt(&self, items: Vec<Item>) -> Result<(), ControlError> {
+        let answer = self.control.client().adopt_snapshots(EnsureSnapshotsRequest { items }).await;
+        answer.map(drop).map_err(|status| self.control.refusal(status))
+    }
+
+    /// Every snapshot that it knows.
+    pub async fn snapshots(&self) -> Result<Vec<control::Snapshot>, ControlError> {
+        let answer = self.control.client().list_snapshots(ListSnapshotsRequest {}).await;
         Ok(answer.map_err(|status| self.control.refusal(status))?.into_inner().snapshots)
     }
 

@@ -23,6 +23,8 @@ pub enum Subject {
     GroupName(String),
     /// A group of snapshots.
     Group(GroupSnapshotId),
+    /// The whole catalogue, rebuilt from the disks.
+    Recovery,
 }
 
 impl fmt::Display for Subject {
@@ -34,6 +36,7 @@ impl fmt::Display for Subject {
             Self::Snapshot(id) => write!(f, "snapshot {id}"),
             Self::GroupName(name) => write!(f, "the group snapshot named {name:?}"),
             Self::Group(id) => write!(f, "group snapshot {id}"),
+            Self::Recovery => f.write_str("the recovery of the catalogue"),
         }
     }
 }

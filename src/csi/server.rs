@@ -9,6 +9,7 @@ use super::group::GroupService;
 use super::identity::IdentityService;
 use super::node::{NodeConfig, NodeService, RecordError};
 use super::nodes::{Announced, Node, Nodes};
+use super::recovery::RecoveryService;
 use super::snapshot_metadata::SnapshotMetadataService;
 use crate::catalog::{self, Catalog, Embedded, NodeName, OpenError};
 use crate::rpc::csi::controller_server::ControllerServer;
@@ -17,6 +18,7 @@ use crate::rpc::csi::identity_server::IdentityServer;
 use crate::rpc::csi::node_server::NodeServer;
 use crate::rpc::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use crate::rpc::operator::operator_server::OperatorServer;
+use crate::rpc::recovery::recovery_server::RecoveryServer;
 use crate::tls::{Credentials, CredentialsError, Identity, Role};
 use crate::uds::{self, SocketError};
 use std::fs;
@@ -154,7 +156,8 @@ pub async fn serve_controller(config: ControllerConfig, stop: impl Future<Output
     let catalog = Catalog::Embedded(file.clone());
     let nodes = Nodes::Announced(Announced::new(catalog.clone(), Arc::clone(&credentials), config.encrypted));
     let controller = Arc::new(Controller::new(catalog, nodes, config.max_volumes_per_node).with_mirrors());
-    let router = with_controller(services(None), &controller);
+    let recovery = RecoveryServer::new(RecoveryService(controller.clone()));
+    let router = with_controller(services(None), &controller).add_service(recovery);
     let (stopping, stopped) = oneshot::channel::<()>();
     let serving = tokio::spawn(catalog::serve(file, listener, credentials, async { drop(stopped.await) }));
     let served = tokio::select! {
@@ -206,13 +209,19 @@ async fn listen(
     Ok(served?)
 }
 
-/// Finishes what an earlier process left, as soon as the replica answers.
+/// Finishes what an earlier process left, as soon as the replica answers; then what this one gives up, now and then.
 async fn sweep(controller: Arc<Controller>) {
     let mut pause = SWEEP_PAUSE;
     while let Err(error) = controller.sweep().await {
         tracing::info!(%error, seconds = pause.as_secs(), "what an earlier process left half done is tried again later");
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(SWEEP_PAUSE_LIMIT);
+    }
+    loop {
+        tokio::time::sleep(SWEEP_PAUSE_LIMIT).await;
+        if let Err(error) = controller.sweep_given_up().await {
+            tracing::info!(%error, "snapshots that were given up are taken away later");
+        }
     }
 }
 

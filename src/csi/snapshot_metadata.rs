@@ -83,10 +83,17 @@ impl SnapshotMetadataService {
 /// Checks what can be checked here and starts the replica's stream.
 async fn open(controller: &Controller, wanted: Wanted) -> Result<Streaming<GetExtentsResponse>, MetadataError> {
     let (target, size) = find(controller, &wanted.target).await?;
+    let mut holders = target.holders();
     if let Some(base) = &wanted.base {
         let (base, _) = find(controller, base).await?;
         if base.volume != target.volume {
             return Err(MetadataError::OtherVolume { base: base.id, target: target.id });
+        }
+        if !holders.is_empty() {
+            holders.retain(|node| base.holders().contains(node));
+            if holders.is_empty() {
+                return Err(MetadataError::Apart { base: base.id, target: target.id });
+            }
         }
     }
     let starting_offset = u64::try_from(wanted.offset).ok().filter(|offset| *offset <= size);
@@ -96,9 +103,23 @@ async fn open(controller: &Controller, wanted: Wanted) -> Result<Streaming<GetEx
         base_snapshot_id: wanted.base.unwrap_or_default(),
         starting_offset,
     };
-    let control = controller.nodes.holder(target.node.as_ref()).await?.control;
-    let answer = control.client().get_extents(request).await;
-    Ok(answer.map_err(|status| refused(control.refusal(status)))?.into_inner())
+    // Each holder has the same; the first one that answers will do.
+    let mut places: Vec<_> = holders.iter().map(Some).collect();
+    if places.is_empty() {
+        places.push(None);
+    }
+    let mut silent = None;
+    for place in places {
+        let control = controller.nodes.holder(place).await?.control;
+        match control.client().get_extents(request.clone()).await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => match control.refusal(status) {
+                error @ ControlError::Unknown(_) => silent = Some(error),
+                error => return Err(refused(error)),
+            },
+        }
+    }
+    Err(refused(silent.unwrap_or_else(|| ControlError::NotFound(format!("snapshot {} is nowhere", target.id)))))
 }
 
 async fn find(controller: &Controller, id: &str) -> Result<(Snapshot, u64), MetadataError> {

@@ -37,7 +37,8 @@ impl Coded for Transient {
     fn code(&self) -> Code {
         match self {
             Self::UnderWay(_) | Self::Conflict(_) | Self::Waiting { .. } => Code::Aborted,
-            Self::NoAnswer { .. } | Self::Catalog(_) | Self::Replica(_) | Self::NoNode(_) => Code::Unavailable,
+            Self::NoAnswer { .. } | Self::Catalog(_) | Self::Replica(_) => Code::Unavailable,
+            Self::NoPrimary(_) | Self::NoNode(_) => Code::Unavailable,
         }
     }
 }
@@ -76,6 +77,7 @@ codes! {
         NodeNotFound => NotFound,
         NoCopy => FailedPrecondition,
         NotUpToDate => FailedPrecondition,
+        NoConfiguration => FailedPrecondition,
         Incompatible => AlreadyExists,
         Elsewhere => FailedPrecondition,
         NodeFull => ResourceExhausted,
@@ -116,6 +118,7 @@ codes! {
         NotFound => NotFound,
         Offset => OutOfRange,
         OtherVolume => InvalidArgument,
+        Apart => InvalidArgument,
         Refused => InvalidArgument,
     }
 }

@@ -68,6 +68,8 @@ pub(super) struct Entry {
     /// Of a flush: everything below was completed on every copy before it started.
     pub covers: SerialNumber,
     pub awaits: Awaits,
+    /// Heartbeats for which other copies have owed it.
+    pub owed: u8,
     /// Another primary may have overtaken it: it is answered as such and never executed again.
     pub fenced: bool,
     /// What this copy's disk said.
@@ -131,6 +133,7 @@ impl Admission {
             serial: SerialNumber::default(),
             covers: SerialNumber::default(),
             awaits: Awaits::default(),
+            owed: 0,
             fenced: false,
             result: Ok(()),
         });

@@ -14,7 +14,7 @@
 //!   candidate equal, and only the committed configuration makes it a member.
 //! * One range of one volume at a time; a copy that fails ends the work, which begins again when it joins again.
 
-use super::admission::{Awaits, COPY, FLUSH, Phase};
+use super::admission::{Awaits, COPY, Entry, FLUSH, Phase};
 use super::configuration::Lacks;
 use super::hot::Extent;
 use super::interface::{Output, Primary, Record, Role};
@@ -111,7 +111,7 @@ impl Replica {
         let leaves = self.leaves() && self.is_quiet() && !self.flushed;
         let copied = self.copying.as_ref().is_some_and(|copying| copying.stage == Stage::Flushing(false));
         let serves = self.role == Role::Primary(Primary::Serving);
-        if serves && (room || leaves || copied) && self.admission.own(FLUSH).is_none() {
+        if serves && (room || leaves || copied) && !self.disk_rests && self.admission.own(FLUSH).is_none() {
             if let Some(copying) = self.copying.as_mut().filter(|_| copied) {
                 copying.stage = Stage::Flushing(true);
             }
@@ -121,15 +121,26 @@ impl Replica {
     }
 
     /// A flush of the core's own is done on every copy.
-    pub(super) fn own_flush_done(&mut self, result: Result<(), DiskError>) {
-        self.flushed = result.is_ok() && self.leaves() && self.is_quiet();
+    pub(super) fn own_flush_done(&mut self, flush: Entry) {
+        // Whatever ran when it began, or was started since, is not covered.
+        let covers_all = flush.covers == flush.serial && self.next_serial == flush.serial.next();
+        self.flushed = covers_all && self.leaves() && self.is_quiet();
         let Some(copying) = &self.copying else { return };
-        if copying.stage == Stage::Flushing(true) && result.is_ok() {
+        if copying.stage == Stage::Flushing(true) {
             let candidate = copying.candidate;
             self.copying = None;
             if let Some(peer) = self.peers.iter_mut().find(|peer| Some(peer.copy) == candidate) {
                 peer.sync = Sync::Equal;
             }
+        }
+    }
+
+    /// This copy's disk has failed it: what it was for asks for another one, but not at once.
+    pub(super) fn own_flush_failed(&mut self) {
+        self.admission.remove_own(FLUSH);
+        self.disk_rests = true;
+        if self.copying.as_ref().is_some_and(|copying| copying.stage == Stage::Flushing(true)) {
+            self.stage(Stage::Flushing(false));
         }
     }
 
@@ -253,7 +264,7 @@ impl Replica {
         let (operation, serial) = (self.operation(), self.serial());
         let entry = self.admission.at(position);
         entry.phase = Phase::Started(operation);
-        (entry.serial, entry.awaits) = (serial, Awaits::LOCAL);
+        (entry.serial, entry.awaits, entry.owed) = (serial, Awaits::LOCAL, 0);
         self.stage(Stage::Reading);
         outputs.push(Output::ReadRange { operation, range });
     }
@@ -274,13 +285,12 @@ impl Replica {
         let Phase::Started(operation) = self.admission.entries()[position].phase else { return };
         let entry = self.admission.at(position);
         entry.awaits = Awaits::default();
-        if result == Err(DiskError::NoSpace) {
-            // Tried again with the next tick: by then there may be some.
+        if let Err(error) = result {
+            // Tried again with the next tick: by then there may be space, and a disk that fails at once is not asked without end.
             self.copying_waits = true;
-            return self.abandon_copying();
-        }
-        if result.is_err() {
-            self.health = Health::Failed;
+            if error != DiskError::NoSpace {
+                self.health = Health::Failed;
+            }
             return self.abandon_copying();
         }
         match stage {

@@ -51,6 +51,7 @@ mod interface;
 mod message;
 #[cfg(test)]
 mod model;
+mod patience;
 mod primary;
 mod replica;
 mod requests;

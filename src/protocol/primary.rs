@@ -38,6 +38,8 @@ pub(super) struct Peer {
     pub settled: bool,
     pub hot: Box<[Extent]>,
     pub lease_until: Now,
+    /// Heartbeats for which a member has owed its word under this configuration.
+    pub owes: u8,
     /// To be dropped, or left alone until it joins anew.
     pub out: bool,
     pub sync: Sync,
@@ -54,6 +56,7 @@ impl Peer {
             settled: false,
             hot: Box::default(),
             lease_until: Now::default(),
+            owes: 0,
             out,
             sync: Sync::Idle,
         }
@@ -143,6 +146,10 @@ impl Replica {
             return;
         }
         let Some(position) = self.peers.iter().position(|peer| peer.copy == from) else { return };
+        self.forgive_if_restarted(from, frame.incarnation);
+        if self.is_left_alone(&self.peers[position]) {
+            return;
+        }
         let reconciling = self.role != Role::Primary(Primary::Serving);
         let peer = &mut self.peers[position];
         let known = peer.incarnation.replace(frame.incarnation);
@@ -216,7 +223,7 @@ impl Replica {
     }
 
     /// It is to be dropped, or left alone until it joins anew.
-    fn member_fails(&mut self, position: usize) {
+    pub(super) fn member_fails(&mut self, position: usize) {
         self.peers[position].out = true;
         if self.role == Role::Primary(Primary::Reconciling) && self.peers[position].member {
             // This copy may be one that drops nobody: then the other one is asked to join again.
@@ -310,6 +317,7 @@ impl Replica {
             let message = match self.link(peer) {
                 Some(frame) if peer.member => Message::Renew { frame, sent },
                 Some(_) => continue,
+                None if self.is_left_alone(peer) => continue,
                 // Not joined, or given up after an error: it is asked again, so that nothing waits for a new connection.
                 None => Message::Invite(Box::new(self.record.configuration.clone())),
             };

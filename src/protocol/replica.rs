@@ -22,12 +22,13 @@ use super::copying::Copying;
 use super::hot::{Hot, MAX_HOT_EXTENTS};
 use super::interface::{Input, Member, Memory, Output, Primary, Record, Role, Status, Wish};
 use super::message::{Frame, Incarnation, Message, SerialNumber};
+use super::patience::Rest;
 use super::primary::Peer;
 use super::secondary::{Apply, MARGIN};
 use super::term::{Adoption, Guard, Persisting};
 use super::{LEASE, Now, OperationId, Tag};
 use crate::volume::InstanceId;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What this copy's disk has done since the engine was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -64,16 +65,16 @@ pub struct Replica {
     /// Of a primary: every other copy, by the position that `Awaits` uses.
     pub(super) peers: Vec<Peer>,
     pub(super) copying: Option<Copying>,
-    /// There was no space for what was copied: nothing is copied before the next tick.
+    /// There was no space for what was copied, or the disk failed: nothing is copied before the next tick.
     pub(super) copying_waits: bool,
-    /// A record could not be made durable: that is not tried again before the next tick. A store that has failed answers at
-    /// once, and would be asked without end.
+    /// A record or a flush of the core's own failed: neither is tried again before the next tick. A store that has failed
+    /// answers at once, and would be asked without end.
     pub(super) disk_rests: bool,
     /// Something that others wait for was given up.
     pub(super) released: bool,
     /// Whether this copy may become the only one.
     pub(super) guard: Guard,
-    /// A flush before leaving is done.
+    /// A flush before leaving is done, and nothing was started since.
     pub(super) flushed: bool,
     /// Operations whose requester is gone.
     pub(super) orphans: Vec<OperationId>,
@@ -86,6 +87,8 @@ pub struct Replica {
     /// Until when nobody else may be promoted by this copy's promise.
     pub(super) granted_until: Now,
     pub(super) silent: BTreeSet<InstanceId>,
+    /// At most one for each other copy.
+    pub(super) rests: BTreeMap<InstanceId, Rest>,
     /// Of a secondary or candidate: what it was told and the primary may ask again.
     pub(super) applies: Vec<Apply>,
     pub(super) floor: SerialNumber,
@@ -142,6 +145,7 @@ impl Replica {
             crowded: false,
             hot_limit: MAX_HOT_EXTENTS,
             silent: BTreeSet::new(),
+            rests: BTreeMap::new(),
             applies: Vec::new(),
             floor: SerialNumber::default(),
             settled: false,
@@ -175,7 +179,6 @@ impl Replica {
             Input::Proposed { stamp, outcome } => self.proposed(stamp, outcome, outputs),
             Input::Configuration(configuration) => self.configuration_read(*configuration, outputs),
             Input::Wish(wish) => {
-                self.flushed &= self.wish.as_ref() == Some(&wish);
                 self.wish = Some(wish);
                 self.fence_what_waits(outputs);
                 // What waited while this copy was to leave.
@@ -183,6 +186,7 @@ impl Replica {
             }
             Input::Tick => {
                 (self.copying_waits, self.disk_rests) = (false, false);
+                self.judge_patience();
                 self.tick(outputs);
             }
         }

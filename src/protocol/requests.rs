@@ -51,6 +51,7 @@ impl Replica {
         if !matches!(entry.request, Request::Read(_)) {
             (entry.serial, entry.covers, entry.awaits) = (serial, covers, awaits.with(Awaits::LOCAL));
             self.next_serial = serial.next();
+            self.flushed = false;
         }
         let (tag, request) = (entry.tag, entry.request);
         outputs.push(Output::Disk { operation, tag, request });
@@ -139,13 +140,18 @@ impl Replica {
         if broken && !self.peers.is_empty() && entry.request.range().is_none_or(|_| entry.request.is_mutation()) {
             self.health = self.health.max(Health::Damaged);
         }
+        if fails {
+            self.health = Health::Failed;
+        }
+        if broken && entry.tag == FLUSH {
+            return self.own_flush_failed();
+        }
         let entry = self.admission.at(position);
         entry.result = result;
         entry.awaits = entry.awaits.without(Awaits::LOCAL);
         if fails {
             // Never guess: the request stays unanswered until another copy is primary.
             entry.phase = Phase::Queued;
-            self.health = Health::Failed;
         } else if superseded {
             entry.phase = Phase::Queued;
         } else {
@@ -205,7 +211,7 @@ impl Replica {
         }
         if entry.tag == FLUSH {
             self.admission.remove_own(FLUSH);
-            self.own_flush_done(entry.result);
+            self.own_flush_done(entry);
             return;
         }
         self.admission.at(position).phase = Phase::Completed;

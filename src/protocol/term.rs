@@ -193,7 +193,7 @@ impl Replica {
         let configuration = self.record.configuration.clone();
         if !self.is_primary() {
             self.role = Role::Primary(Primary::Reconciling);
-            self.next_serial = SerialNumber(1);
+            (self.next_serial, self.flushed) = (SerialNumber(1), false);
             self.peers.clear();
         }
         self.abandon_copying();
@@ -216,7 +216,9 @@ impl Replica {
         let known = self.peers.iter().find(|peer| peer.copy == copy);
         match known {
             // A member stays one, or a candidate was admitted: its session goes on under the next version.
-            Some(peer) if member => Peer { member, joined: false, sync: super::copying::Sync::Idle, ..peer.clone() },
+            Some(peer) if member => {
+                Peer { member, joined: false, owes: 0, sync: super::copying::Sync::Idle, ..peer.clone() }
+            }
             Some(_) | None => Peer::new(copy, member, member && self.silent.contains(&copy)),
         }
     }
@@ -325,8 +327,10 @@ impl Replica {
         matches!(self.role, Role::Primary(_))
     }
 
-    /// The spec wants no primary, or another one.
+    /// The spec wants no primary, or another member. A copy that is no member could not take over, and without a primary
+    /// nobody would make it one: until it is, this copy goes on, and what waits behind requests does not wait for ever.
     pub(super) fn leaves(&self) -> bool {
-        self.wish.as_ref().is_some_and(|wish| wish.primary != Some(self.me))
+        let takes_over = |copy| copy != self.me && self.record.configuration.is_member(copy);
+        self.wish.as_ref().is_some_and(|wish| wish.primary.is_none_or(takes_over))
     }
 }

@@ -2,8 +2,7 @@
 //!
 //! Invariants: reads only; nothing in here changes what a core does.
 
-use super::admission::{Awaits, Entry, Phase};
-use super::configuration::Stamp;
+use super::configuration::{Configuration, Stamp};
 use super::copying::Sync;
 use super::hot::Extent;
 use super::interface::{Primary, Role, Wish};
@@ -30,6 +29,11 @@ impl Replica {
         is_primary && self.applies.iter().any(|apply| apply.waiting() == Some(serial))
     }
 
+    /// The newest committed configuration that it knows: durable here, or on its way there.
+    pub fn newest(&self) -> &Configuration {
+        self.adoption.as_ref().map_or(&self.record.configuration, |adoption| adoption.configuration())
+    }
+
     /// The other copies, if this one is primary.
     pub fn standings(&self) -> impl Iterator<Item = (InstanceId, Standing)> + '_ {
         self.peers.iter().map(|peer| {
@@ -40,20 +44,6 @@ impl Replica {
             };
             (peer.copy, standing)
         })
-    }
-
-    /// The first operation that each copy has not answered although this one has executed it, of those that are waited for.
-    pub fn owed(&self) -> impl Iterator<Item = (InstanceId, SerialNumber)> + '_ {
-        let owes = |index: usize| {
-            let entries = self.admission.entries().iter();
-            let started = entries.filter(|entry| matches!(entry.phase, Phase::Started(_)));
-            let waits = move |entry: &&Entry| {
-                entry.awaits.contains(Awaits::peer(index)) && !entry.awaits.contains(Awaits::LOCAL)
-            };
-            started.filter(waits).map(|entry| entry.serial).min()
-        };
-        let peers = self.peers.iter().enumerate().filter(|(_, peer)| !peer.out);
-        peers.filter_map(move |(index, peer)| Some((peer.copy, owes(index)?)))
     }
 
     /// Extents where the copies may differ after a crash.

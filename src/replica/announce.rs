@@ -1,9 +1,9 @@
 //! A node says in the catalogue that it is there, and where.
 //!
 //! Invariants: until the controller is reached it is tried again, and nothing else waits for that; an object that is not as
-//! it should be, because the catalogue was lost or is an old one, is put right.
+//! it should be, because the catalogue was lost or is an old one, is put right as soon as the controller is there again.
 
-use crate::catalog::{Catalog, CreateError, Node, Stored, UpdateError};
+use crate::catalog::{Catalog, CreateError, Node, Seen, Stored, UpdateError, Watch};
 use std::time::Duration;
 
 /// Before the first attempts after a failure,
@@ -15,6 +15,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(30);
 
 /// Announces the node, says so once by `ready`, and keeps it announced. Never returns.
 pub async fn keep_announced(catalog: &Catalog, node: &Node, ready: impl FnOnce()) {
+    let mut watch = catalog.watch();
     let (mut ready, mut pause, mut failing) = (Some(ready), FIRST_PAUSE, false);
     loop {
         match announce(catalog, node).await {
@@ -26,7 +27,7 @@ pub async fn keep_announced(catalog: &Catalog, node: &Node, ready: impl FnOnce()
                     tracing::info!("the controller is reached again");
                 }
                 (pause, failing) = (FIRST_PAUSE, false);
-                tokio::time::sleep(LOOK_EVERY).await;
+                until_worth_a_look(&mut watch).await;
             }
             Err(error) => {
                 if !failing {
@@ -38,6 +39,21 @@ pub async fn keep_announced(catalog: &Catalog, node: &Node, ready: impl FnOnce()
             }
         }
     }
+}
+
+/// The catalogue may have been another one meanwhile, or it is time.
+async fn until_worth_a_look(watch: &mut Watch) {
+    let looked = async {
+        loop {
+            match watch.next().await {
+                Some(Seen::Changed(_)) => {}
+                Some(Seen::FellBehind) => return,
+                // The catalogue of a process that is ending.
+                None => std::future::pending().await,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LOOK_EVERY, looked).await;
 }
 
 /// Why it is not announced now: a sentence of the catalogue.

@@ -2,16 +2,16 @@
 
 use super::engine::CopyState;
 use super::manager::{
-    AddPool, CopyView, ExtentStream, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, Source,
-    VolumeFailure, VolumeView,
+    AddPool, CopyView, ExtentStream, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, RecordView,
+    SnapshotView, Source, VolumeFailure, VolumeView,
 };
 use super::pool::PoolName;
 use super::verify;
+use crate::catalog::{NodeName, VolumeConfiguration};
 use crate::protocol::{Primary, Role};
 use crate::rpc::control as rpc;
 use crate::rpc::control::replica_server::Replica;
-use crate::store::SnapshotInfo;
-use crate::volume::{BLOCK_SIZE, SnapshotId, VolumeId, VolumeSize};
+use crate::volume::{BLOCK_SIZE, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::path::PathBuf;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -124,8 +124,24 @@ impl From<VolumeView> for rpc::Volume {
             unchecked_bytes: v.unchecked,
             merging_layers: v.merging_layers,
             mirror: v.mirror.map(Into::into),
+            record: v.record.map(|record| record_message(v.volume, record)),
             tree_id: v.tree.to_string(),
         }
+    }
+}
+
+fn record_message(volume: VolumeId, record: RecordView) -> rpc::CopyRecord {
+    let RecordView { copy, removing, peers, record } = record;
+    let peer =
+        |(copy, node): (InstanceId, NodeName)| rpc::copy_record::Peer { copy_id: copy.to_string(), node: node.0 };
+    rpc::CopyRecord {
+        copy_id: copy.to_string(),
+        removing,
+        peers: peers.into_iter().map(peer).collect(),
+        intact: record.as_ref().is_some_and(|record| record.intact),
+        configuration: record
+            .map(|record| VolumeConfiguration::new(volume, &record.configuration).encode())
+            .unwrap_or_default(),
     }
 }
 
@@ -195,17 +211,30 @@ impl From<PoolView> for rpc::Pool {
     }
 }
 
-fn snapshot_message(info: SnapshotInfo, pool: String, descriptor: String) -> rpc::Snapshot {
-    rpc::Snapshot {
-        snapshot_id: info.snapshot.to_string(),
-        volume_id: info.volume.to_string(),
-        pool,
-        size_bytes: info.size.bytes(),
-        created_ms: info.created_ms,
-        allocated_bytes: info.allocated_blocks * BLOCK_SIZE,
-        checksummed: info.checksummed,
-        descriptor,
+impl From<SnapshotView> for rpc::Snapshot {
+    fn from(view: SnapshotView) -> Self {
+        let SnapshotView { info, pool, tree, descriptor } = view;
+        Self {
+            snapshot_id: info.snapshot.to_string(),
+            volume_id: info.volume.to_string(),
+            pool: pool.to_string(),
+            size_bytes: info.size.bytes(),
+            created_ms: info.created_ms,
+            allocated_bytes: info.allocated_blocks * BLOCK_SIZE,
+            checksummed: info.checksummed,
+            descriptor,
+            copy_id: tree.to_string(),
+            copies: Vec::new(),
+        }
     }
+}
+
+fn new_snapshots(request: rpc::EnsureSnapshotsRequest) -> Result<Vec<NewSnapshot>, Status> {
+    let new = |item: rpc::ensure_snapshots_request::Item| {
+        let (snapshot, volume) = (new_id(&item.snapshot_id)?, volume_id(&item.volume_id)?);
+        Ok(NewSnapshot { snapshot, volume, descriptor: item.descriptor })
+    };
+    request.items.into_iter().map(new).collect()
 }
 
 #[tonic::async_trait]
@@ -319,20 +348,34 @@ impl Replica for ReplicaService {
         &self,
         r: Request<rpc::EnsureSnapshotsRequest>,
     ) -> Result<Response<rpc::EnsureSnapshotsResponse>, Status> {
-        let mut items = Vec::new();
-        for item in r.into_inner().items {
-            items.push(NewSnapshot {
-                snapshot: new_id(&item.snapshot_id)?,
-                volume: volume_id(&item.volume_id)?,
-                descriptor: item.descriptor,
-            });
-        }
+        let items = new_snapshots(r.into_inner())?;
         let (manager, wanted) = (self.manager.clone(), items.clone());
-        to_the_end(async move { manager.ensure_snapshots(&wanted).await }).await?;
+        let copies = to_the_end(async move { manager.ensure_snapshots(&wanted).await }).await?;
         let mut listed = self.manager.list_snapshots().await;
-        listed.retain(|(info, _, _)| items.iter().any(|i| i.snapshot == info.snapshot));
-        let snapshots = listed.into_iter().map(|(info, pool, d)| snapshot_message(info, pool.to_string(), d)).collect();
-        Ok(Response::new(rpc::EnsureSnapshotsResponse { snapshots }))
+        listed.retain(|view| items.iter().any(|item| item.snapshot == view.info.snapshot));
+        let message = |view: SnapshotView| {
+            let copies = copies.get(&view.info.snapshot).into_iter().flatten().map(ToString::to_string).collect();
+            rpc::Snapshot { copies, ..view.into() }
+        };
+        Ok(Response::new(rpc::EnsureSnapshotsResponse { snapshots: listed.into_iter().map(message).collect() }))
+    }
+
+    async fn promise_snapshots(
+        &self,
+        r: Request<rpc::EnsureSnapshotsRequest>,
+    ) -> Result<Response<rpc::PromiseSnapshotsResponse>, Status> {
+        let (manager, items) = (self.manager.clone(), new_snapshots(r.into_inner())?);
+        to_the_end(async move { manager.promise_snapshots(&items).await }).await?;
+        Ok(Response::new(rpc::PromiseSnapshotsResponse {}))
+    }
+
+    async fn adopt_snapshots(
+        &self,
+        r: Request<rpc::EnsureSnapshotsRequest>,
+    ) -> Result<Response<rpc::AdoptSnapshotsResponse>, Status> {
+        let (manager, items) = (self.manager.clone(), new_snapshots(r.into_inner())?);
+        to_the_end(async move { manager.adopt_snapshots(&items).await }).await?;
+        Ok(Response::new(rpc::AdoptSnapshotsResponse {}))
     }
 
     async fn delete_snapshot(
@@ -351,7 +394,7 @@ impl Replica for ReplicaService {
         _: Request<rpc::ListSnapshotsRequest>,
     ) -> Result<Response<rpc::ListSnapshotsResponse>, Status> {
         let listed = self.manager.list_snapshots().await;
-        let snapshots = listed.into_iter().map(|(info, pool, d)| snapshot_message(info, pool.to_string(), d)).collect();
+        let snapshots = listed.into_iter().map(Into::into).collect();
         Ok(Response::new(rpc::ListSnapshotsResponse { snapshots }))
     }
 

@@ -137,15 +137,18 @@ fn directory(dir: &Path) -> Result<PathBuf, CheckError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
     let dir = fs::canonicalize(dir).map_err(failed)?;
     let probe = dir.join("tandem.probe");
-    fs::write(&probe, b"").map_err(failed)?;
-    // Another process that is started beside this one may have removed it just now.
-    match fs::remove_file(&probe) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        removed => removed.map_err(failed)?,
-    }
+    fs::write(&probe, b"").and_then(|()| remove_if_there(&probe)).map_err(failed)?;
     // The longest socket in it is the one of the replica.
     checked_length(dir.join("replica.sock"))?;
     Ok(dir)
+}
+
+/// A process of the same node that starts at the same moment may have removed it.
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }
 
 fn checked_length(path: PathBuf) -> Result<PathBuf, CheckError> {
@@ -216,6 +219,18 @@ mod tests {
                 scope.spawn(|| (0..500).for_each(|_| drop(directory(dir.path()).expect("it can be written"))));
             }
         });
+    }
+
+    #[test]
+    fn processes_that_start_together_do_not_take_their_directory_for_one_that_cannot_be_written() {
+        let dir = tempfile::Builder::new().prefix("tandem-").tempdir().expect("a directory");
+        let prepare = || (0..200).try_for_each(|_| directory(dir.path()).map(drop));
+        std::thread::scope(|scope| {
+            for thread in [0; 4].map(|_| scope.spawn(prepare)) {
+                thread.join().expect("no panic").expect("it can be written");
+            }
+        });
+        assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);
     }
 
     #[test]

@@ -4,9 +4,10 @@
 
 use super::child::Child;
 use super::{EngineArguments, Lock, StandaloneError, StorageArguments, checks, lock};
-use crate::catalog::{Catalog, Embedded};
+use crate::catalog::{Catalog, Embedded, NodeName};
 use crate::csi::control::Control;
 use crate::csi::controller::{Report, recover};
+use crate::csi::nodes::{Node, Nodes};
 use crate::protocol::Generation;
 use crate::rpc::control::GetStatusRequest;
 use std::path::Path;
@@ -31,17 +32,18 @@ pub async fn run(arguments: StorageArguments, log: &str) -> Result<Report, Stand
     let mut replica = Child::start("replica", storage.replica_arguments(&EngineArguments::default(), log))?;
     let socket = storage.dir.join("replica.sock");
     let report = tokio::select! {
-        report = rebuild(&catalog, &socket) => report,
+        report = rebuild(&catalog, &socket, &storage.node_id) => report,
         error = replica.died_early() => return Err(error.into()),
     };
     replica.stop(PATIENCE).await;
     report
 }
 
-async fn rebuild(catalog: &Catalog, socket: &Path) -> Result<Report, StandaloneError> {
+async fn rebuild(catalog: &Catalog, socket: &Path, node_id: &str) -> Result<Report, StandaloneError> {
     let control = Control::new(socket);
     while control.client().get_status(GetStatusRequest {}).await.is_err() {
         tokio::time::sleep(ASK_EVERY).await;
     }
-    recover(catalog, &control).await.map_err(|error| StandaloneError::Recover(error.to_string()))
+    let nodes = Nodes::Alone(Node { name: NodeName(node_id.to_owned()), control });
+    recover(catalog, &nodes).await.map_err(|error| StandaloneError::Recover(error.to_string()))
 }

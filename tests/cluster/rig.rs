@@ -15,16 +15,23 @@ pub const MIB: i64 = 1 << 20;
 
 pub struct Cluster {
     top: TempDir,
+    /// For every command: more flags of its processes.
+    environment: Vec<(&'static str, String)>,
     up: bool,
 }
 
 /// Runs `hack/cluster` with the binary of this build.
 pub fn hack_cluster(dir: &Path, arguments: &[&str]) -> Output {
+    hack_cluster_with(dir, arguments, &[])
+}
+
+fn hack_cluster_with(dir: &Path, arguments: &[&str], environment: &[(&'static str, String)]) -> Output {
     Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/hack/cluster"))
         .arg("--dir")
         .arg(dir)
         .args(arguments)
         .env("TANDEM", env!("CARGO_BIN_EXE_tandem"))
+        .envs(environment.iter().map(|(name, value)| (*name, value)))
         .output()
         .expect("started")
 }
@@ -39,8 +46,13 @@ fn succeeded(output: Output) -> String {
 impl Cluster {
     /// Nodes 1 to n.
     pub fn up(nodes: usize) -> Self {
+        Self::up_with(nodes, Vec::new())
+    }
+
+    /// The same with variables that `hack/cluster` knows.
+    pub fn up_with(nodes: usize, environment: Vec<(&'static str, String)>) -> Self {
         let top = tempfile::Builder::new().prefix("tandem-cluster-").tempdir().expect("a directory");
-        let cluster = Self { top, up: true };
+        let cluster = Self { top, environment, up: true };
         cluster.run(&["up", &nodes.to_string()]);
         cluster
     }
@@ -51,7 +63,7 @@ impl Cluster {
 
     /// A command of `hack/cluster` that must succeed.
     pub fn run(&self, arguments: &[&str]) -> String {
-        succeeded(hack_cluster(&self.dir(), arguments))
+        succeeded(hack_cluster_with(&self.dir(), arguments, &self.environment))
     }
 
     /// Takes it down and checks that nothing is left.

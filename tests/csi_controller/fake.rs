@@ -36,6 +36,10 @@ pub struct State {
     /// What the extent stream answers.
     pub extents: Vec<Result<GetExtentsResponse, Status>>,
     pub extents_asked: Option<GetExtentsRequest>,
+    /// Copies of a mirrored volume that follow a seal here, by volume.
+    pub members: BTreeMap<String, Vec<String>>,
+    /// The name of this node's only tree.
+    pub tree: String,
     clock: u64,
 }
 
@@ -101,6 +105,8 @@ impl State {
                 size_bytes: volume.size_bytes,
                 created_ms: 1_700_000_000_000 + self.clock,
                 descriptor: item.descriptor.clone(),
+                copy_id: self.tree.clone(),
+                copies: self.members.get(&item.volume_id).cloned().unwrap_or_default(),
                 ..Default::default()
             };
             self.snapshots.entry(item.snapshot_id.clone()).or_insert(snapshot);
@@ -252,6 +258,24 @@ impl Replica for Fake {
         self.call("EnsureSnapshots", |state| {
             let snapshots = state.ensure_snapshots(request.into_inner().items)?;
             Ok(EnsureSnapshotsResponse { snapshots })
+        })
+        .await
+    }
+
+    async fn promise_snapshots(&self, request: Request<EnsureSnapshotsRequest>) -> Answer<PromiseSnapshotsResponse> {
+        self.call("PromiseSnapshots", |state| {
+            for item in request.into_inner().items {
+                let (pool, size) = state.volume(&item.volume_id).map(|v| (v.pool.clone(), v.size_bytes))?;
+                state.reserve(&pool, size)?;
+            }
+            Ok(PromiseSnapshotsResponse {})
+        })
+        .await
+    }
+
+    async fn adopt_snapshots(&self, request: Request<EnsureSnapshotsRequest>) -> Answer<AdoptSnapshotsResponse> {
+        self.call("AdoptSnapshots", |state| {
+            state.ensure_snapshots(request.into_inner().items).map(|_| AdoptSnapshotsResponse {})
         })
         .await
     }

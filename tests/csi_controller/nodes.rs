@@ -5,7 +5,6 @@ use crate::site::*;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tandem::catalog::{Catalog, Node, NodeName};
-use tandem::csi::control::Control;
 use tandem::csi::controller::{Controller, ControllerService};
 use tandem::csi::nodes::{Announced, Nodes};
 use tandem::rpc::control::replica_server::ReplicaServer;
@@ -70,7 +69,7 @@ impl Cluster {
     }
 
     /// The node's machine is gone.
-    fn stop(&mut self, number: usize) {
+    pub fn stop(&mut self, number: usize) {
         if let Some(machine) = self.machines[number - 1].take() {
             machine.shutdown_background();
         }
@@ -94,8 +93,7 @@ pub async fn cluster(pools: &[u64]) -> (Cluster, Driver) {
     let credentials = nodes.credentials(Role::Controller, "controller");
     let announced = Nodes::Announced(Announced::new(catalog.clone(), credentials, true));
     let controller = Arc::new(Controller::new(catalog.clone(), announced, LIMIT).with_mirrors());
-    let control = Control::new(&nodes.directory.path().join("none.sock"));
-    let driver = Driver { service: Arc::new(ControllerService(controller.clone())), controller, catalog, control };
+    let driver = Driver { service: Arc::new(ControllerService(controller.clone())), controller, catalog };
     (nodes, driver)
 }
 

@@ -1,7 +1,6 @@
 //! The catalogue rebuilt from what the replica finds on the disks.
 
 use crate::site::*;
-use tandem::csi::controller::recover;
 use tandem::rpc::csi::controller_server::Controller as _;
 use tandem::rpc::csi::volume_capability::access_mode::Mode;
 use tandem::rpc::csi::*;
@@ -36,7 +35,7 @@ async fn a_lost_catalogue_comes_back_from_the_disks() {
 
     let driver = site.driver();
     assert!(driver.volumes().await.is_empty());
-    let report = recover(&driver.catalog, &driver.control).await.expect("recovered");
+    let report = driver.controller.recover().await.expect("recovered");
     assert_eq!((report.volumes, report.snapshots, report.groups, report.kept), (2, 3, 1, 0), "{report:?}");
     assert!(report.problems.is_empty(), "{report:?}");
     assert_eq!((driver.volumes().await, driver.snapshots().await), (volumes, snapshots));
@@ -45,7 +44,7 @@ async fn a_lost_catalogue_comes_back_from_the_disks() {
     assert_eq!(driver.create(from_snapshot("clone", &snapshot.snapshot_id)).await.expect("found"), clone);
     assert_eq!(driver.snapshot("snap", &volume.volume_id).await.expect("found"), snapshot);
     assert_eq!(accepted(groups(&driver).create_volume_group_snapshot(Request::new(group)).await), taken);
-    let report = recover(&driver.catalog, &driver.control).await.expect("again");
+    let report = driver.controller.recover().await.expect("again");
     assert_eq!((report.volumes, report.snapshots, report.groups, report.kept), (0, 0, 0, 6), "nothing is overwritten");
 }
 
@@ -59,7 +58,7 @@ async fn what_the_catalogue_has_is_never_overwritten() {
     let driver = site.driver();
     let new = driver.create(wanted("data", GIB)).await.expect("made anew, before anyone recovered");
     driver.publish(&new.volume_id, NODE, Mode::SingleNodeWriter, false).await.expect("published");
-    let report = recover(&driver.catalog, &driver.control).await.expect("recovered");
+    let report = driver.controller.recover().await.expect("recovered");
     assert_eq!((report.volumes, report.kept, report.problems.len()), (1, 1, 1), "{report:?}");
     assert_eq!(driver.volumes().await.len(), 2, "both can be reached by their ids");
     let request = ControllerGetVolumeRequest { volume_id: new.volume_id.clone() };
@@ -80,7 +79,7 @@ async fn without_descriptors_the_data_is_still_reachable() {
     site.fake.state().volumes.values_mut().for_each(|volume| volume.descriptor = "rubbish \0".into());
     site.fake.state().snapshots.values_mut().for_each(|snapshot| snapshot.descriptor.clear());
     let driver = site.driver();
-    let report = recover(&driver.catalog, &driver.control).await.expect("recovered");
+    let report = driver.controller.recover().await.expect("recovered");
     assert_eq!((report.volumes, report.snapshots, report.problems.len()), (1, 1, 2), "{report:?}");
     driver.publish(&volume, NODE, Mode::SingleNodeWriter, false).await.expect("usable");
     driver.create(from_snapshot("restored", &snapshot)).await.expect("restorable");

@@ -49,12 +49,8 @@ impl Site {
         };
         let control = Control::new(&self.socket);
         let node = NodeName(NODE.into());
-        let controller = Arc::new(Controller::new(
-            catalog.clone(),
-            Nodes::Alone(Node { name: node, control: control.clone() }),
-            LIMIT,
-        ));
-        Driver { service: Arc::new(ControllerService(controller.clone())), controller, catalog, control }
+        let controller = Arc::new(Controller::new(catalog.clone(), Nodes::Alone(Node { name: node, control }), LIMIT));
+        Driver { service: Arc::new(ControllerService(controller.clone())), controller, catalog }
     }
 }
 
@@ -63,7 +59,6 @@ pub struct Driver {
     pub controller: Arc<Controller>,
     pub service: Arc<ControllerService>,
     pub catalog: Catalog,
-    pub control: Control,
 }
 
 impl Driver {

@@ -247,6 +247,8 @@ not_asked! {
     expand_volume: ExpandVolumeRequest => Volume,
     modify_volume: ModifyVolumeRequest => Volume,
     ensure_snapshots: EnsureSnapshotsRequest => EnsureSnapshotsResponse,
+    promise_snapshots: EnsureSnapshotsRequest => PromiseSnapshotsResponse,
+    adopt_snapshots: EnsureSnapshotsRequest => AdoptSnapshotsResponse,
     delete_snapshot: DeleteSnapshotRequest => DeleteSnapshotResponse,
     list_snapshots: ListSnapshotsRequest => ListSnapshotsResponse,
     get_extents: GetExtentsRequest => Self::GetExtentsStream,

@@ -1,21 +1,23 @@
 //! A cluster with one mirrored block volume, as the attacher and kubelet use it, and what is wrong with it.
 
-use crate::load::Oracle;
+use crate::load::{Load, Oracle};
 use crate::rig::{Cluster, MIB, filesystem, place};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tandem::csi::control::{Client, Control};
-use tandem::rpc::control::{DetachVolumeRequest, GetVolumeRequest};
+use tandem::rpc::control::{DetachVolumeRequest, GetVolumeRequest, Mirror};
 use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, BlockVolume, access_mode::Mode};
 use tandem::rpc::csi::*;
 use tonic::{Code, Status};
 
-/// How long anything may take on a machine that is busy with other tests.
-pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Bytes of the volume.
+/// How long anything may take on a machine that is busy with other tests. A copy that was slow is left alone for a minute.
+pub const PATIENCE: Duration = Duration::from_secs(240);
+/// Bytes of the volume,
 pub const SIZE: i64 = 64 * MIB;
+/// and of the part of it that loads write to; the rest is for tests that know themselves what is there.
+pub const LOADED: i64 = 48 * MIB;
 
 /// One cluster at a time: two would take each other's time, and a lease is two seconds.
 static MACHINE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -29,37 +31,60 @@ pub struct Site {
 }
 
 impl Site {
-    /// The volume is a block device, and not published anywhere.
-    pub async fn new(nodes: usize, replicas: &str) -> Self {
-        let all: Vec<_> = (1..=nodes).collect();
-        Self::with(nodes, &all, &[("replication", "sync"), ("replicas", replicas)], block()).await
+    /// The volume is a block device with a copy on each node, and not published anywhere.
+    pub async fn new(nodes: usize) -> Self {
+        Self::with(nodes, nodes, block(), Vec::new()).await
     }
 
     /// With one copy, on the first node.
     pub async fn with_one_copy(nodes: usize) -> Self {
-        Self::with(nodes, &[1], &[], block()).await
+        Self::with(nodes, 1, block(), Vec::new()).await
     }
 
-    /// The same with a filesystem.
+    /// Two copies, and a filesystem.
     pub async fn with_filesystem() -> Self {
-        Self::with(2, &[1, 2], &[("replication", "sync")], filesystem()).await
+        Self::with(2, 2, filesystem(), Vec::new()).await
     }
 
-    async fn with(nodes: usize, places: &[usize], parameters: &[(&str, &str)], capability: VolumeCapability) -> Self {
+    /// A volume in use at node 1: its device, and writers on it.
+    pub async fn under_load(nodes: usize) -> (Self, PathBuf, Load) {
+        Self::new(nodes).await.loaded().await
+    }
+
+    /// The same, with the pool of node 2 in this directory.
+    pub async fn under_load_with_pool(pool: &Path) -> (Self, PathBuf, Load) {
+        let flags = format!("--pool default={} --overcommit 100", pool.display());
+        Self::with(2, 2, block(), vec![("TANDEM_CLUSTER_NODE_FLAGS_2", flags)]).await.loaded().await
+    }
+
+    async fn loaded(self) -> (Self, PathBuf, Load) {
+        let device = self.attach(1).await;
+        let load = Load::start(&device, &self.oracle);
+        (self, device, load)
+    }
+
+    async fn with(
+        nodes: usize,
+        copies: usize,
+        capability: VolumeCapability,
+        environment: Vec<(&'static str, String)>,
+    ) -> Self {
         let machine = MACHINE.lock().await;
-        let cluster = Cluster::up(nodes);
-        let requisite: Vec<_> = places.iter().copied().map(place).collect();
+        let cluster = Cluster::up_with(nodes, environment);
+        let requisite: Vec<_> = (1..=copies).map(place).collect();
+        let sync = [("replication", "sync".to_owned()), ("replicas", copies.to_string())];
+        let parameters = sync.into_iter().filter(|_| copies > 1);
         let request = CreateVolumeRequest {
             name: "faults".into(),
             capacity_range: Some(CapacityRange { required_bytes: SIZE, limit_bytes: 0 }),
             volume_capabilities: vec![capability.clone()],
-            parameters: parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+            parameters: parameters.map(|(key, value)| (key.into(), value)).collect(),
             accessibility_requirements: Some(TopologyRequirement { preferred: requisite.clone(), requisite }),
             ..Default::default()
         };
         let created = cluster.controller().create_volume(request).await.expect("created").into_inner();
         let id = created.volume.expect("a volume").volume_id;
-        Self { cluster, id, oracle: Oracle::new(SIZE), capability, _machine: machine }
+        Self { cluster, id, oracle: Oracle::new(LOADED), capability, _machine: machine }
     }
 
     pub async fn publish(&self, number: usize) -> Result<(), Status> {
@@ -119,6 +144,13 @@ impl Site {
     /// Publishes and stages; the device.
     pub async fn attach(&self, number: usize) -> PathBuf {
         self.publish(number).await.expect("published");
+        // Kubelet repeats it, too.
+        self.repeat("stage", async || self.stage(number).await).await;
+        self.device(number).await
+    }
+
+    /// One call.
+    pub async fn stage(&self, number: usize) -> Result<(), Status> {
         let staging = self.staging(number);
         std::fs::create_dir_all(&staging).expect("a directory");
         let request = NodeStageVolumeRequest {
@@ -127,9 +159,7 @@ impl Site {
             volume_capability: Some(self.capability.clone()),
             ..Default::default()
         };
-        // Kubelet repeats it, too.
-        self.repeat("stage", async || self.cluster.node(number).node_stage_volume(request.clone()).await).await;
-        self.device(number).await
+        self.cluster.node(number).node_stage_volume(request).await.map(drop)
     }
 
     fn control(&self, number: usize) -> Client {
@@ -140,6 +170,12 @@ impl Site {
     pub async fn device(&self, number: usize) -> PathBuf {
         let request = GetVolumeRequest { volume_id: self.id.clone() };
         self.control(number).get_volume(request).await.expect("it answers").into_inner().device.into()
+    }
+
+    /// What the copy at the node is and knows of the others; `None`: it is not open, or does not answer.
+    pub async fn mirror(&self, number: usize) -> Option<Mirror> {
+        let request = GetVolumeRequest { volume_id: self.id.clone() };
+        self.control(number).get_volume(request).await.ok()?.into_inner().mirror
     }
 
     /// Asks the node to give the device up.
@@ -179,6 +215,21 @@ impl Site {
         let request = ControllerGetVolumeHealthRequest { volume_id: self.id.clone(), ..Default::default() };
         let answer = self.cluster.controller().controller_get_volume_health(request).await?.into_inner();
         Ok(answer.volume_health.unwrap_or_default().health_statuses.into_iter().map(|entry| entry.message).collect())
+    }
+
+    /// How often the replica of the node has said this.
+    pub fn said(&self, number: usize, text: &str) -> usize {
+        let log = self.cluster.dir().join(format!("node-{number}/replica.log"));
+        std::fs::read_to_string(log).unwrap_or_default().matches(text).count()
+    }
+
+    /// Waits until it has said this more often than `before`.
+    pub async fn until_said(&self, number: usize, text: &str, before: usize) {
+        let began = Instant::now();
+        while self.said(number, text) <= before {
+            assert!(began.elapsed() < PATIENCE, "node-{number} does not say {text:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Waits until the committed configuration is like that; how long it took.
@@ -224,6 +275,20 @@ impl Site {
 
     pub fn signal(&self, number: usize, signal: Signal) {
         kill(self.replica(number), signal).expect("it runs");
+    }
+
+    /// The volume moves from the first of these nodes, where it is used, to each of the others, and every copy has all that
+    /// is acknowledged. Then it is deleted, and nothing is left.
+    pub async fn finish_at_each(self, nodes: &[usize]) {
+        let mut device = self.device(nodes[0]).await;
+        for (at, node) in nodes.iter().enumerate() {
+            self.check(&device).await;
+            self.detach(*node).await;
+            if let Some(next) = nodes.get(at + 1) {
+                device = self.attach(*next).await;
+            }
+        }
+        self.finish().await;
     }
 
     /// Deleted, and nothing is left.

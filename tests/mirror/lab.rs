@@ -6,7 +6,7 @@ use super::rig;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,8 +19,8 @@ use tandem::tls::{Authority, Leaf, Role, Validity};
 use tandem::volume::{InstanceId, SnapshotId, VolumeId};
 
 pub const CHILD: &str = "TANDEM_TEST_MIRROR_CHILD";
-/// Longer than a silence, a lease and a resync on a busy machine take.
-const LONG: Duration = Duration::from_secs(60);
+/// Longer than a silence, a lease and a resync on a busy machine take, and than a copy is left alone that was slow there.
+const LONG: Duration = Duration::from_secs(180);
 
 /// Waits until the condition holds; what it found.
 pub async fn until<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
@@ -132,6 +132,14 @@ impl Lab {
         let _ = loop_device::detach_all(self.volume);
     }
 
+    /// Writing to these files of a node's store fails from now on.
+    pub fn unwritable<const N: usize>(&self, number: usize, files: [&str; N]) -> Unwritable {
+        let tree = self.directory(number).join("tree");
+        let unwritable = Unwritable(files.iter().map(|file| tree.join(file)).collect());
+        assert!(unwritable.change("+i").success(), "{:?}", unwritable.0);
+        unwritable
+    }
+
     fn kill_holder(&self, number: usize) {
         if let Ok(status) = Holder::status(&self.directory(number).join("holder.sock")) {
             let pid = nix::unistd::Pid::from_raw(status.pid as i32);
@@ -148,6 +156,21 @@ impl Drop for Lab {
         }
         (0..2).for_each(|number| self.kill_holder(number));
         let _ = loop_device::detach_all(self.volume);
+    }
+}
+
+/// Files that are immutable; that ends with it.
+pub struct Unwritable(Vec<PathBuf>);
+
+impl Unwritable {
+    fn change(&self, how: &str) -> ExitStatus {
+        Command::new("chattr").arg(how).args(&self.0).status().expect("chattr of e2fsprogs")
+    }
+}
+
+impl Drop for Unwritable {
+    fn drop(&mut self) {
+        let _ = self.change("-i");
     }
 }
 

@@ -5,18 +5,18 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tandem::catalog::{
-    Catalog, CopySpec, Descriptor, Embedded, MirrorSpec, Node, NodeName, Object, Replication, Stored, UpdateError,
-    Volume, VolumeConfiguration, VolumePhase, VolumeRequest,
+    Base, Catalog, CopySpec, Descriptor, Embedded, MirrorSpec, Node, NodeName, Object, Replication, Stored,
+    UpdateError, Volume, VolumeConfiguration, VolumePhase, VolumeRequest,
 };
 use tandem::metrics;
-use tandem::protocol::{Configuration, Generation};
+use tandem::protocol::{Configuration, Generation, Lacks};
 use tandem::replica::device::loop_device;
 use tandem::replica::engine::{self, CopyState, EngineConfig, IoChoice, MirrorStatus};
 use tandem::replica::holder::Holder;
 use tandem::replica::manager::{Manager, NewVolume, OpenSettings, Source};
 use tandem::replica::mirror::{MirrorSettings, Mirrors, boot_id};
 use tandem::replica::peer::{Endpoint, Security};
-use tandem::volume::{ClusterId, InstanceId, VolumeId, VolumeSize};
+use tandem::volume::{ClusterId, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -82,13 +82,21 @@ impl Site {
 
     /// What the controller writes for a new volume, and nothing else.
     pub async fn create(&mut self, copies: &[&'static str]) -> Wanted {
-        let copies: BTreeMap<_, _> = copies.iter().map(|node| (*node, InstanceId::random())).collect();
+        self.create_from(copies.iter().map(|node| (*node, InstanceId::random())).collect(), None).await
+    }
+
+    /// The same for one whose copies may begin with a snapshot.
+    pub async fn create_from(&mut self, copies: BTreeMap<&'static str, InstanceId>, base: Option<Base>) -> Wanted {
         let replicas = u8::try_from(copies.len()).expect("few");
         let mut volume = Volume::wanted(VolumeId::random(), self.request(Replication::Sync { replicas }));
         let wanted = copies.iter().map(|(node, copy)| (*copy, at(node))).collect();
         volume.spec.mirror = Some(MirrorSpec::new(wanted));
-        let mut ids = copies.values().copied();
-        let first = Configuration::first(Generation(0), ids.next().expect("a copy"), ids.collect());
+        let is_whole = |copy: &InstanceId| base.as_ref().is_none_or(|base| base.clones.contains(copy));
+        let (whole, empty): (Vec<_>, Vec<_>) = copies.values().copied().partition(is_whole);
+        let mut whole = whole.into_iter();
+        let mut first = Configuration::first(Generation(0), whole.next().expect("a copy"), whole.collect());
+        first.candidates = empty.into_iter().map(|copy| (copy, Lacks::Everything)).collect();
+        volume.spec.base = base;
         self.file.create(VolumeConfiguration::new(volume.id, &first)).await.expect("created");
         self.volumes.push(volume.id);
         let id = self.file.create(volume).await.expect("created").object.id;
@@ -126,6 +134,11 @@ impl Site {
         self.file.create(volume).await.expect("created");
         let tree = up.manager.volume(id).await.expect("there").tree;
         Wanted { id, copies: BTreeMap::from([(node, tree)]) }
+    }
+
+    /// A device of a volume that the catalogue does not know is looked for at the end as well.
+    pub fn note(&mut self, volume: VolumeId) {
+        self.volumes.push(volume);
     }
 
     pub async fn volume(&self, id: VolumeId) -> Stored<Volume> {
@@ -266,6 +279,11 @@ impl Up {
             (status.serves && status.configuration.is_member(other) && there.state == CopyState::UpToDate).then_some(())
         })
         .await;
+    }
+
+    /// Snapshots that this node knows.
+    pub async fn snapshots(&self) -> Vec<SnapshotId> {
+        self.manager.list_snapshots().await.into_iter().map(|view| view.info.snapshot).collect()
     }
 
     pub fn trees(&self, pool: &Path) -> usize {

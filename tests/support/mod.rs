@@ -4,3 +4,4 @@
 pub mod diagnosis;
 pub mod installation;
 pub mod mounted;
+pub mod small_pool;

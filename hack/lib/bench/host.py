@@ -16,6 +16,9 @@ PATIENCE = 600
 # What the engine sets on its own loop devices: the baselines get the same.
 QUEUE = (("scheduler", "none"), ("wbt_lat_usec", "0"), ("nr_requests", "256"))
 
+MKFS = {"ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"),
+        "xfs": ("mkfs.xfs", "-q", "-f", "-K")}
+
 
 class Failed(Exception):
     """Something that the bench needs did not work; the text says what."""
@@ -135,6 +138,17 @@ def remove_tree(path):
 def rewrite(device):
     """Writes every block of a device over itself: what reads as zeros is written from then on."""
     run("dd", f"if={device}", f"of={device}", "bs=1M", "conv=notrunc,fsync", "iflag=direct", "oflag=direct")
+
+
+def make_filesystem(filesystem, device, mount, written, cleanup):
+    """Makes it and mounts it; the answer undoes the mount. `written`: no block of it is a hole below."""
+    os.makedirs(mount, exist_ok=True)
+    run(*MKFS[filesystem], device)
+    if written:
+        # mkfs asks for zeros in journal and inode tables, and gets holes: they are written once, too.
+        rewrite(device)
+    run("mount", "-t", filesystem, device, mount)
+    return cleanup.add(unmount, mount)
 
 
 def fill(path, size):

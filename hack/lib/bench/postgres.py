@@ -6,6 +6,7 @@ import re
 
 from bench import host
 from bench.host import Failed, run
+from bench.result import interleaved
 
 SCALE = 10
 
@@ -42,3 +43,17 @@ class Cluster:
     def tps(self, seconds):
         text = self.as_postgres("pgbench", "-h", self.sockets, "-c", 8, "-j", 2, "-T", seconds, "postgres")
         return float(re.search(r"tps = ([0-9.]+)", text).group(1))
+
+
+def compare(bench, mounts):
+    """The transactions per second of a PostgreSQL in each of these directories."""
+    clusters = {column: Cluster(os.path.join(path, "data"), bench) for column, path in mounts.items()}
+
+    def measure(column):
+        host.progress(f"pgbench {column} (halt poll {bench.halt})")
+        return clusters[column].tps(bench.pgbench_seconds)
+
+    values, rounds = interleaved(bench, measure, tuple(mounts))
+    for cluster in clusters.values():
+        cluster.stop()
+    return values, rounds

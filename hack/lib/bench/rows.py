@@ -1,47 +1,14 @@
 """The rows of the table: what is run, in which columns, and what Tandem has to reach."""
 
 import os
-import statistics
 import threading
 import time
 
 from bench import host, postgres
 from bench.columns import NAMES
+from bench.result import Row, interleaved, median, verdict
 
 GIB = 1 << 30
-
-
-def median(rounds):
-    return statistics.median(rounds) if rounds else None
-
-
-def verdict(value, limit, at_most, unit):
-    """`met`, or by how much it is missed."""
-    if value is None or limit is None:
-        return ""
-    if value <= limit if at_most else value >= limit:
-        return "met"
-    return f"missed by {abs(value - limit):.3g} {unit}".rstrip()
-
-
-class Row:
-    """One line of the result."""
-
-    def __init__(self, name, unit, values, goal="", reached="", verdict="", halt="", rounds=None):
-        self.name, self.unit, self.values, self.goal = name, unit, values, goal
-        self.reached, self.verdict, self.halt, self.rounds = reached, verdict, halt, rounds or {}
-
-    def json(self):
-        return dict(vars(self))
-
-
-def interleaved(bench, measure, columns=NAMES):
-    """The medians of short rounds, all columns in each round, so that a change of the machine's mood meets all."""
-    rounds = {name: [] for name in columns}
-    for _ in range(bench.rounds):
-        for name in columns:
-            rounds[name].append(measure(name))
-    return {name: median(values) for name, values in rounds.items()}, rounds
 
 
 def latency(bench, name, direction, allowance):
@@ -92,10 +59,6 @@ def throughput(bench, name, share, twice_nbd=False, figure="iops", **job):
                   verdict(switches, 0.6, True, ""), bench.halt, {"tandem": spent["switches"]})
 
 
-MKFS = {"ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"),
-        "xfs": ("mkfs.xfs", "-q", "-f", "-K")}
-
-
 def pair(bench, filesystem, written):
     """The same filesystem on a loop device and on a volume, both in the same state of allocation: two mount points."""
     mounts, undo = {}, []
@@ -108,13 +71,7 @@ def pair(bench, filesystem, written):
         host.fill(devices["tandem"], bench.mounted_size)
     for column, device in devices.items():
         mounts[column] = os.path.join(bench.directory, f"mnt-{tag}-{column}")
-        os.makedirs(mounts[column], exist_ok=True)
-        host.run(*MKFS[filesystem], device)
-        if written:
-            # mkfs asks for zeros in journal and inode tables, and gets holes: they are written once, too.
-            host.rewrite(device)
-        host.run("mount", "-t", filesystem, device, mounts[column])
-        undo.append(bench.cleanup.add(host.unmount, mounts[column]))
+        undo.append(host.make_filesystem(filesystem, device, mounts[column], written, bench.cleanup))
 
     def away():
         for action in undo:
@@ -146,15 +103,7 @@ def appends(bench, filesystem, written):
 
 def pgbench(bench):
     mounts, away = pair(bench, "ext4", True)
-    clusters = {column: postgres.Cluster(os.path.join(path, "data"), bench) for column, path in mounts.items()}
-
-    def measure(column):
-        host.progress(f"pgbench {column} (halt poll {bench.halt})")
-        return clusters[column].tps(bench.pgbench_seconds)
-
-    values, rounds = interleaved(bench, measure, ("loop", "tandem"))
-    for cluster in clusters.values():
-        cluster.stop()
+    values, rounds = postgres.compare(bench, mounts)
     away()
     share = 100 * values["tandem"] / values["loop"]
     yield Row("pgbench", "TPS", values, ">= 85 % of loop", f"{share:.0f} % of loop", verdict(share, 85, False, "%"),

@@ -159,6 +159,16 @@ impl VolumeConfiguration {
     pub fn stamp(&self) -> Stamp {
         self.stamp.into()
     }
+
+    /// As text, where it travels outside the catalogue.
+    pub fn encode(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// `None`: no text of ours.
+    pub fn decode(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok()
+    }
 }
 
 impl TryFrom<&VolumeConfiguration> for Configuration {

@@ -1,8 +1,7 @@
 //! What the tests are made of: objects, a cluster's certificates, a served catalogue.
 
 use crate::catalog::{
-    Catalog, CopySpec, Embedded, MirrorSpec, NodeName, Remote, Replication, Snapshot, SnapshotStatus, Volume,
-    VolumeRequest, serve,
+    Catalog, CopySpec, Embedded, MirrorSpec, NodeName, Remote, Replication, Snapshot, Volume, VolumeRequest, serve,
 };
 use crate::tls::{Authority, Credentials, Leaf, Name, Role, Validity};
 use crate::volume::{InstanceId, SnapshotId, VolumeId, VolumeSize};
@@ -38,8 +37,7 @@ pub fn mirrored(name: &str, copies: &[(InstanceId, &str)]) -> Volume {
 }
 
 pub fn snapshot(volume: VolumeId) -> Snapshot {
-    let status = SnapshotStatus::Creating;
-    Snapshot { id: SnapshotId::random(), name: None, volume, group: None, node: None, deleted: false, status }
+    Snapshot::wanted(SnapshotId::random(), volume, None)
 }
 
 pub fn embedded() -> (tempfile::TempDir, Embedded) {

@@ -110,6 +110,22 @@ async fn objects_without_a_name_need_none() {
 }
 
 #[tokio::test]
+async fn a_name_that_is_given_up_is_free() {
+    both(async |catalog, _| {
+        let named = || Snapshot { name: Some("monday".into()), ..snapshot(VolumeId::random()) };
+        let mut first = catalog.create(named()).await.expect("created");
+        assert!(matches!(catalog.create(named()).await, Err(CreateError::Exists { .. })));
+        first.object.name = None;
+        let first = catalog.update(first).await.expect("given up");
+        assert!(catalog.find::<Snapshot>("monday").await.expect("reads").is_none());
+        let second = catalog.create(named()).await.expect("free");
+        catalog.delete(&first).await.expect("deleted");
+        assert_eq!(catalog.find::<Snapshot>("monday").await.expect("reads"), Some(second));
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn watchers_hear_of_changes_and_learn_that_they_lag() {
     both(async |catalog, file| {
         let mut watch = catalog.watch();

@@ -4,11 +4,11 @@
 //! replica and then in the catalogue, before the caller hears of the failure.
 
 use super::Controller;
-use super::mirror::{placed, single};
+use super::mirror::placed;
 use super::request::{DEFAULT_VOLUME_BYTES, NewVolume, WantedSource};
+use super::source::{Found, Placed};
 use crate::catalog::{
-    Access, Descriptor, FsType, NodeName, Replication, Snapshot, SnapshotStatus, Source, Stored, Volume, VolumePhase,
-    VolumeRequest,
+    Access, Base, Descriptor, FsType, Replication, Source, Stored, Volume, VolumePhase, VolumeRequest,
 };
 use crate::csi::control::ControlError;
 use crate::csi::errors::{CreateVolumeError, DeleteVolumeError, Transient};
@@ -73,22 +73,43 @@ impl Controller {
 
     /// Writes down what is wanted, before anything is done for it.
     async fn record_volume(&self, wanted: &NewVolume) -> Result<Stored<Volume>, CreateVolumeError> {
-        let replication = wanted.parameters.replication;
-        self.can_replicate(replication)?;
+        self.can_replicate(wanted.parameters.replication)?;
+        let id = VolumeId::random();
         let found = match &wanted.source {
             None => None,
-            Some(_) if replication != Replication::None => {
-                let text = "one with copies on several nodes cannot have a source in this version".to_owned();
-                return Err(CreateVolumeError::Refused(text));
-            }
-            Some(source) => Some(self.look_up_source(source).await?),
+            Some(source) => Some(self.look_up_source(id, wanted, source).await?),
         };
-        let source_size = found.as_ref().map(|found| found.size.bytes());
+        let recorded = self.record_found(id, wanted, found.as_ref()).await;
+        if recorded.is_err() {
+            self.drop_made_for(id, found.and_then(Found::give_up)).await;
+        }
+        let stored = recorded?;
+        if self.base_is_there(&stored.object).await? {
+            return Ok(stored);
+        }
+        self.finish_deletion(stored).await?;
+        Err(CreateVolumeError::SourceNotFound(format!("of volume {id}, which was deleted meanwhile,")))
+    }
+
+    async fn record_found(
+        &self,
+        id: VolumeId,
+        wanted: &NewVolume,
+        found: Option<&Found>,
+    ) -> Result<Stored<Volume>, CreateVolumeError> {
+        let replication = wanted.parameters.replication;
+        let source_size = found.map(|found| found.size.bytes());
         let floor = smallest(wanted.parameters.fs_type, &wanted.access).max(source_size.unwrap_or(0));
         let size = wanted.size.choose(floor, source_size.unwrap_or(DEFAULT_VOLUME_BYTES))?;
-        let (node, mirror) = match &found {
-            None => placed(replication, self.place(wanted, size).await?),
-            Some(found) => (Some(self.place_beside(wanted, found.node.as_ref())?), None),
+        let Placed { node, mirror, base } = match found {
+            None => placed(replication, self.place(wanted, size, &wanted.places.preferred).await?),
+            Some(found) => match (replication, found.snapshot) {
+                (Replication::Sync { .. }, Some(snapshot)) => self.place_clones(wanted, size, found, snapshot).await?,
+                (Replication::Sync { .. } | Replication::None, snapshot) => {
+                    let base = snapshot.map(|snapshot| Base { snapshot, clones: BTreeSet::new() });
+                    Placed { node: Some(self.place_beside(wanted, &found.holders)?), base, mirror: None }
+                }
+            },
         };
         let request = VolumeRequest {
             name: wanted.name.clone(),
@@ -100,40 +121,22 @@ impl Controller {
             source: found.map(|found| found.source),
             replication,
         };
-        let mut volume = Volume::wanted(VolumeId::random(), request);
-        (volume.spec.node, volume.spec.mirror) = (node, mirror);
+        let mut volume = Volume::wanted(id, request);
+        (volume.spec.node, volume.spec.mirror, volume.spec.base) = (node, mirror, base);
         Ok(self.create(volume).await?)
     }
 
-    async fn look_up_source(&self, source: &WantedSource) -> Result<Found, CreateVolumeError> {
-        match source {
-            WantedSource::Snapshot(text) => {
-                let missing = || CreateVolumeError::SourceNotFound(format!("snapshot {}", short(text)));
-                let id = text.parse().map_err(|_| missing())?;
-                let snapshot = self.get::<Snapshot>(id).await?.ok_or_else(missing)?.object;
-                match snapshot.status {
-                    SnapshotStatus::Ready { size, .. } if !snapshot.deleted => {
-                        Ok(Found { source: Source::Snapshot(id), size, node: snapshot.node })
-                    }
-                    SnapshotStatus::Ready { .. } | SnapshotStatus::Creating => Err(missing()),
-                }
-            }
-            WantedSource::Volume(text) => {
-                let missing = || CreateVolumeError::SourceNotFound(format!("volume {}", short(text)));
-                let id = text.parse().map_err(|_| missing())?;
-                let volume = self.get::<Volume>(id).await?.map(|stored| stored.object);
-                let volume = volume.filter(Volume::is_visible).ok_or_else(missing)?;
-                single(&volume, "cloned")?;
-                Ok(Found { source: Source::Volume(id), size: volume.status.size, node: volume.spec.node })
-            }
-        }
+    /// Has the replicas make what is written down, and writes down that it is so.
+    async fn make_volume(&self, stored: Stored<Volume>) -> Result<Volume, CreateVolumeError> {
+        let made = match &stored.object.spec.mirror {
+            Some(_) => self.make_mirror(stored).await?,
+            None => self.make_single(stored).await?,
+        };
+        self.drop_made_for(made.id, made.spec.base.as_ref().map(|base| base.snapshot)).await;
+        Ok(made)
     }
 
-    /// Has the replica make what is written down, and writes down that it is so.
-    async fn make_volume(&self, mut stored: Stored<Volume>) -> Result<Volume, CreateVolumeError> {
-        if stored.object.spec.mirror.is_some() {
-            return self.make_mirror(stored).await;
-        }
+    async fn make_single(&self, mut stored: Stored<Volume>) -> Result<Volume, CreateVolumeError> {
         let id = stored.object.id;
         let node = self.home(&stored.object).await?;
         let answer = node.control.client().ensure_volume(ensure_request(&stored.object)).await;
@@ -194,14 +197,6 @@ impl Controller {
     }
 }
 
-/// A source that exists.
-struct Found {
-    source: Source,
-    size: VolumeSize,
-    /// Who holds it.
-    node: Option<NodeName>,
-}
-
 /// The names of the node's pools, unless `pool` is one of them.
 async fn unknown_pool(node: &Node, pool: &str) -> Result<Option<String>, Transient> {
     let pools = node.pools().await?;
@@ -213,7 +208,8 @@ async fn unknown_pool(node: &Node, pool: &str) -> Result<Option<String>, Transie
 
 /// What the replica is asked for, the same every time.
 fn ensure_request(volume: &Volume) -> control::EnsureVolumeRequest {
-    let source = volume.request.source.map(|source| match source {
+    let base = volume.spec.base.as_ref().map(|base| Source::Snapshot(base.snapshot));
+    let source = base.or(volume.request.source).map(|source| match source {
         Source::Snapshot(id) => ensure_volume_request::Source::SourceSnapshotId(id.to_string()),
         Source::Volume(id) => ensure_volume_request::Source::SourceVolumeId(id.to_string()),
     });

@@ -4,11 +4,12 @@
 //! crash in between is finished by the next call or the sweep; what is in use stays as it was.
 
 use super::Controller;
-use crate::catalog::{NodeName, Snapshot, Stored, Volume};
+use super::seal::forget;
+use crate::catalog::{Snapshot, Stored, Volume};
 use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::{DeleteSnapshotError, DeleteVolumeError, Transient};
 use crate::csi::operations::Subject;
-use crate::rpc::control::{DeleteSnapshotRequest, DeleteVolumeRequest};
+use crate::rpc::control::DeleteVolumeRequest;
 use crate::volume::{SnapshotId, VolumeId};
 
 impl Controller {
@@ -33,15 +34,22 @@ impl Controller {
         if !stored.object.spec.deleted {
             stored = self.change(stored, |volume| volume.spec.deleted = true).await?;
         }
+        let base = stored.object.spec.base.as_ref().map(|base| base.snapshot);
         if stored.object.spec.mirror.is_some() {
             self.erase_mirror(id).await?;
             // The nodes have changed its status since.
             let Some(stored) = self.get::<Volume>(id).await? else { return Ok(()) };
-            return Ok(self.remove(&stored).await?);
+            self.remove(&stored).await?;
+            self.drop_made_for(id, base).await;
+            return Ok(());
         }
         let control = self.home(&stored.object).await?.control;
         match erase_copy(&control, id).await {
-            Ok(()) => Ok(self.remove(&stored).await?),
+            Ok(()) => {
+                self.remove(&stored).await?;
+                self.drop_made_for(id, base).await;
+                Ok(())
+            }
             Err(error @ DeleteVolumeError::InUse { .. }) => {
                 stored.object.spec.deleted = false;
                 self.update(stored).await?;
@@ -85,7 +93,16 @@ impl Controller {
             stored.object.deleted = true;
             stored = self.update(stored).await?;
         }
-        match self.erase_sealed(id, stored.object.node.as_ref()).await {
+        let mut others = stored.object.holders();
+        others.extend(stored.object.strays.iter().cloned());
+        // A volume that is written down after this finds it deleted.
+        let erased = match self.being_made_from(id).await? {
+            Some(volume) => {
+                Err(DeleteSnapshotError::InUse { id, by: format!("volume {volume} is being made from it") })
+            }
+            None => self.erase_sealed(id, stored.object.node.as_ref(), &others).await,
+        };
+        match erased {
             Ok(()) => Ok(self.remove(&stored).await?),
             Err(error @ DeleteSnapshotError::InUse { .. }) => {
                 stored.object.deleted = false;
@@ -108,15 +125,6 @@ impl Controller {
         }
         Ok(())
     }
-
-    /// The replica of that node forgets the snapshot.
-    pub(in crate::csi) async fn erase_sealed(
-        &self,
-        id: SnapshotId,
-        node: Option<&NodeName>,
-    ) -> Result<(), DeleteSnapshotError> {
-        forget(&self.nodes.holder(node).await?.control, id).await
-    }
 }
 
 async fn erase_copy(control: &Control, id: VolumeId) -> Result<(), DeleteVolumeError> {
@@ -124,17 +132,6 @@ async fn erase_copy(control: &Control, id: VolumeId) -> Result<(), DeleteVolumeE
     match control.client().delete_volume(request).await.map_err(|status| control.refusal(status)) {
         Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
         Err(ControlError::InUse(by)) => Err(DeleteVolumeError::InUse { id, by }),
-        Err(error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::Refused(_))) => {
-            Err(Transient::Replica(error).into())
-        }
-    }
-}
-
-async fn forget(control: &Control, id: SnapshotId) -> Result<(), DeleteSnapshotError> {
-    let request = DeleteSnapshotRequest { snapshot_id: id.to_string() };
-    match control.client().delete_snapshot(request).await.map_err(|status| control.refusal(status)) {
-        Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
-        Err(ControlError::InUse(by)) => Err(DeleteSnapshotError::InUse { id, by }),
         Err(error @ (ControlError::Unknown(_) | ControlError::NoRoom(_) | ControlError::Refused(_))) => {
             Err(Transient::Replica(error).into())
         }

@@ -2,16 +2,18 @@
 //!
 //! Invariants: ids of copies are given out before any of them is made; the first configuration is written before a node
 //! may act on it, and no other one here; a volume is ready when every copy is durably on its node, and forgotten when none is.
+//! The wish is there from the beginning and stays where it was last, so that a volume that nobody uses has a primary.
 
+use super::source::Placed;
 use super::{Controller, names};
 use crate::catalog::{CopySpec, MirrorSpec, NodeName, Replication, Stored, Volume, VolumeConfiguration, VolumePhase};
 use crate::csi::errors::{ArgumentError, CreateVolumeError, PublishError, Transient};
 use crate::csi::parameters::ParameterError;
 use crate::placement::Choice;
-use crate::protocol::Configuration;
+use crate::protocol::{Configuration, Lacks};
 use crate::rpc::csi::{self, VolumeHealthErrorType, volume_health::VolumeHealthEntry};
 use crate::volume::{InstanceId, VolumeId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// How long a call waits for the nodes; external-provisioner gives up after 15 s and repeats it.
@@ -28,20 +30,18 @@ pub(super) fn copies(replication: Replication) -> usize {
 }
 
 /// What the volume shall be where it is placed.
-pub(super) fn placed(replication: Replication, choices: Vec<Choice>) -> (Option<NodeName>, Option<MirrorSpec>) {
+pub(super) fn placed(replication: Replication, choices: Vec<Choice>) -> Placed {
     if replication == Replication::None {
-        return (choices.into_iter().next().map(|choice| choice.node), None);
+        return Placed { node: choices.into_iter().next().map(|choice| choice.node), ..Placed::default() };
     }
-    // The first choice gets the smallest id: that is how `first_configuration` finds it, also after a crash.
-    let ids: BTreeSet<_> = choices.iter().map(|_| InstanceId::random()).collect();
-    let copy = |Choice { node, pool }| CopySpec { node, pool };
-    let copies: BTreeMap<_, _> = ids.into_iter().zip(choices.into_iter().map(copy)).collect();
-    (None, Some(MirrorSpec::new(copies)))
-}
-
-/// Refuses what can be done with a single copy only.
-pub(in crate::csi) fn single(volume: &Volume, done: &'static str) -> Result<(), ArgumentError> {
-    if volume.spec.mirror.is_some() { Err(ArgumentError::Mirrored { id: volume.id, done }) } else { Ok(()) }
+    let copy = |Choice { node, pool }| (InstanceId::random(), CopySpec { node, pool });
+    let copies: Vec<_> = choices.into_iter().map(copy).collect();
+    // The best place is the first primary's.
+    let primary = copies.first().map(|(copy, _)| *copy);
+    Placed {
+        mirror: Some(MirrorSpec { primary, ..MirrorSpec::new(copies.into_iter().collect()) }),
+        ..Placed::default()
+    }
 }
 
 impl Controller {
@@ -77,12 +77,17 @@ impl Controller {
 
     async fn first_configuration(&self, volume: &Volume) -> Result<(), Transient> {
         let Some(mirror) = &volume.spec.mirror else { return Ok(()) };
-        let mut copies: BTreeSet<_> = mirror.copies.keys().copied().collect();
-        let Some(primary) = copies.pop_first() else { return Ok(()) };
+        let Some(primary) = mirror.primary else { return Ok(()) };
+        let base = volume.spec.base.as_ref();
+        let is_whole = |copy: &InstanceId| base.is_none_or(|base| base.clones.contains(copy));
+        let others = mirror.copies.keys().copied().filter(|copy| *copy != primary);
+        let (members, empty): (BTreeSet<_>, BTreeSet<_>) = others.partition(is_whole);
         if self.get::<VolumeConfiguration>(volume.id).await?.is_some() {
             return Ok(());
         }
-        let first = Configuration::first(self.catalog.generation().await?, primary, copies);
+        let mut first = Configuration::first(self.catalog.generation().await?, primary, members);
+        // The primary fills them; meanwhile the volume can be used.
+        first.candidates = empty.into_iter().map(|copy| (copy, Lacks::Everything)).collect();
         self.create(VolumeConfiguration::new(volume.id, &first)).await?;
         Ok(())
     }
@@ -111,14 +116,15 @@ impl Controller {
         let id = volume.id;
         let Some(mirror) = &mut volume.spec.mirror else { return Ok(()) };
         let Some(copy) = mirror.copies_on(node).map(|(copy, _)| copy).next() else { return Ok(()) };
-        if !self.configuration(id).await?.is_some_and(|configuration| configuration.is_member(copy)) {
+        let configuration = self.configuration(id).await?.ok_or(PublishError::NoConfiguration { id })?;
+        if !configuration.is_member(copy) {
             return Err(PublishError::NotUpToDate { id, node: node.clone() });
         }
         mirror.primary = Some(copy);
         Ok(())
     }
 
-    async fn configuration(&self, id: VolumeId) -> Result<Option<Configuration>, Transient> {
+    pub(super) async fn configuration(&self, id: VolumeId) -> Result<Option<Configuration>, Transient> {
         let stored = self.get::<VolumeConfiguration>(id).await?;
         let read = stored.map(|stored| Configuration::try_from(&stored.object)).transpose();
         read.map_err(|error| Transient::Conflict(error.to_string()))
@@ -139,19 +145,16 @@ impl Controller {
                  as soon as their nodes are reached",
                 names(&behind)
             );
-            let reason = "CopyOutdated".to_owned();
+            let (reason, message) = match configuration {
+                Some(_) => ("CopyOutdated".to_owned(), message),
+                None => {
+                    let message = PublishError::NoConfiguration { id: volume.id }.to_string();
+                    ("NoConfiguration".to_owned(), format!("{message}; copies are on {}", names(&behind)))
+                }
+            };
             health_statuses.push(VolumeHealthEntry { status: status.into(), reason, message });
         }
         Ok(csi::VolumeHealth { volume_id: volume.id.to_string(), health_statuses })
-    }
-}
-
-/// A wish for a node that the volume is no longer published to is taken back.
-pub(super) fn take_wish_back(volume: &mut Volume) {
-    let published: BTreeSet<_> = volume.spec.publications.keys().cloned().collect();
-    if let Some(mirror) = &mut volume.spec.mirror {
-        let kept = |copy: &InstanceId| mirror.copies.get(copy).is_some_and(|spec| published.contains(&spec.node));
-        mirror.primary = mirror.primary.filter(kept);
     }
 }
 

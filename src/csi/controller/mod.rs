@@ -24,13 +24,15 @@ mod recover;
 mod replicas;
 pub mod request;
 pub(crate) mod response;
+pub(in crate::csi) mod seal;
 mod service;
 mod settle;
 pub(crate) mod snapshot;
+mod source;
 mod sweep;
 
 pub use operator::OperatorService;
-pub use recover::{Report, recover};
+pub use recover::{ForceError, Promotion, Report, Row, State, recover};
 pub use request::SizeRange;
 pub use service::ControllerService;
 

@@ -13,10 +13,16 @@ use crate::csi::nodes::Pools;
 use crate::placement::{self, Choice, Place, Refusal, Wanted};
 use crate::rpc::csi;
 use crate::volume::VolumeSize;
+use std::collections::BTreeSet;
 
 impl Controller {
     /// The places for the copies of a volume of this size, the best first.
-    pub(super) async fn place(&self, wanted: &NewVolume, size: VolumeSize) -> Result<Vec<Choice>, CreateVolumeError> {
+    pub(super) async fn place(
+        &self,
+        wanted: &NewVolume,
+        size: VolumeSize,
+        preferred: &[Place],
+    ) -> Result<Vec<Choice>, CreateVolumeError> {
         let Pools { pools, silent } = self.nodes.pools().await?;
         if pools.is_empty() && silent.is_empty() {
             return Err(Transient::NoNode("there is no node with a pool".to_owned()).into());
@@ -26,7 +32,7 @@ impl Controller {
             bytes: certain(size),
             copies: copies(wanted.parameters.replication),
             requisite: &wanted.places.requisite,
-            preferred: &wanted.places.preferred,
+            preferred,
         };
         let refusal = match placement::choose(&pools, &asked) {
             Ok(choices) => return Ok(choices),
@@ -39,18 +45,25 @@ impl Controller {
         }
     }
 
-    /// A volume with a source goes where the source is.
+    /// A volume with one copy and a source goes where the source is.
     pub(super) fn place_beside(
         &self,
         wanted: &NewVolume,
-        source: Option<&NodeName>,
+        source: &BTreeSet<NodeName>,
     ) -> Result<NodeName, CreateVolumeError> {
-        let holder = self.nodes.name_of(source);
-        if let Some(holder) = holder.as_ref().filter(|holder| wanted.places.include(holder)) {
+        let mut holders: Vec<_> = source.iter().filter_map(|holder| self.nodes.name_of(Some(holder))).collect();
+        if holders.is_empty() {
+            holders.extend(self.nodes.name_of(None));
+        }
+        // The caller's order, then any.
+        let preferred =
+            wanted.places.preferred.iter().flat_map(|place| holders.iter().filter(|node| place.includes(node)));
+        let mut preferred = preferred.chain(&holders).filter(|holder| wanted.places.include(holder));
+        if let Some(holder) = preferred.next() {
             return Ok(holder.clone());
         }
-        let holder = names(&holder);
-        let text = format!("the source is on {holder}, and the volume must be reachable from other nodes only");
+        let holders = names(&holders);
+        let text = format!("the source is on {holders}, and the volume must be reachable from other nodes only");
         Err(CreateVolumeError::NotHere(text))
     }
 

@@ -5,7 +5,6 @@
 
 use super::Controller;
 use super::create::short;
-use super::mirror::take_wish_back;
 use super::names;
 use super::request::{Publish, Unpublish, Validate};
 use crate::catalog::{Access, AccessMode, NodeName, Publication, Stored, Volume};
@@ -110,11 +109,8 @@ impl Controller {
         let is_published =
             wanted.node.as_ref().map_or(!publications.is_empty(), |node| publications.contains_key(node));
         if is_published {
-            let take_back = |volume: &mut Volume| {
-                volume.spec.publications.retain(|node, _| wanted.node.as_ref().is_some_and(|gone| gone != node));
-                take_wish_back(volume);
-            };
-            self.change(stored, take_back).await?;
+            let gone = |node: &NodeName| wanted.node.as_ref().is_none_or(|gone| gone == node);
+            self.change(stored, |volume| volume.spec.publications.retain(|node, _| !gone(node))).await?;
         }
         Ok(())
     }

@@ -1,18 +1,34 @@
-//! Rebuilds the catalogue from what the replica finds on the disks.
+//! Rebuilds the catalogue from what the replicas find on the disks: of one machine, or of every node of a cluster.
 //!
-//! Invariants: what the catalogue has is never changed; every volume and snapshot on the disks is in the catalogue
+//! Invariants: what the catalogue has is never changed, but a configuration that is older than what the copies know
+//! ([`mirrored`]); every volume and snapshot on the disks is in the catalogue
 //! afterwards, under its own id, so that whoever knows the id (a PersistentVolume does) can use it; where a name is lost
-//! or taken, it gets one that says so. Which nodes a volume is published to is not on the disks: the callers publish again.
+//! or taken, it gets one that says so; a node that does not answer is named. Which nodes a volume is published to is not on
+//! the disks: the callers publish again.
 
+mod choice;
+mod forced;
+mod inventory;
+mod mirrored;
+
+pub use forced::{ForceError, Promotion};
+
+use super::Controller;
 use crate::catalog::{
-    Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, Object, Replication, Snapshot,
+    Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, NodeName, Object, Replication, Snapshot,
     SnapshotStatus, Volume, VolumePhase, VolumeRequest,
 };
-use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::Transient;
-use crate::rpc::control::{self, ListSnapshotsRequest, ListVolumesRequest};
+use crate::csi::nodes::Nodes;
+use crate::csi::operations::Subject;
+use crate::protocol::{Generation, Stamp};
+use crate::rpc::control;
 use crate::volume::{SnapshotId, VolumeId, VolumeSize};
+use inventory::Inventory;
 use std::collections::{BTreeMap, BTreeSet};
+
+/// How often what somebody else has changed meanwhile is looked at again.
+const ATTEMPTS: usize = 4;
 
 /// What was done, for people.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,21 +43,96 @@ pub struct Report {
     pub kept: u64,
     /// One sentence each: what could not be brought back as it was.
     pub problems: Vec<String>,
+    /// One for each volume of a cluster.
+    pub rows: Vec<Row>,
+}
+
+/// What became of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Which.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// In a word or two.
+    pub state: State,
+    /// Its configuration in the catalogue now, if it has copies on several nodes.
+    pub configuration: Option<Stamp>,
+    /// Where its copies are that were read.
+    pub nodes: Vec<NodeName>,
+    /// Where copies are that were not: they may have newer writes.
+    pub missing: Vec<String>,
+}
+
+/// See [`Row::state`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It was not in the catalogue, and is.
+    PutBack,
+    /// It was there, and nothing was changed.
+    Kept,
+    /// It was there with an older configuration than its copies have.
+    Raised,
+    /// Nobody may be primary before other copies are read, or one is forced.
+    Waits,
+    /// It is not in the catalogue.
+    Left,
+}
+
+/// Raises the generation once, when the first configuration needs it.
+struct Raise<'a> {
+    catalog: &'a Catalog,
+    /// The highest that any copy knows.
+    found: Generation,
+    raised: Option<Generation>,
+}
+
+impl Raise<'_> {
+    async fn generation(&mut self) -> Result<Generation, Transient> {
+        if self.raised.is_none() {
+            self.raised = Some(self.catalog.raise_generation(self.found).await?);
+        }
+        Ok(self.raised.unwrap_or_default())
+    }
+}
+
+impl Controller {
+    /// Puts back what the catalogue has lost.
+    pub async fn recover(&self) -> Result<Report, Transient> {
+        let _recovery = self.start(Subject::Recovery)?;
+        recover(&self.catalog, &self.nodes).await
+    }
 }
 
 /// Puts back what the catalogue has lost.
-pub async fn recover(catalog: &Catalog, control: &Control) -> Result<Report, Transient> {
-    let volumes = control.client().list_volumes(ListVolumesRequest {}).await.map_err(ControlError::from)?;
-    let snapshots = control.client().list_snapshots(ListSnapshotsRequest {}).await.map_err(ControlError::from)?;
+pub async fn recover(catalog: &Catalog, nodes: &Nodes) -> Result<Report, Transient> {
+    let found = Inventory::ask(nodes).await?;
     let mut report = Report::default();
-    for copy in volumes.into_inner().volumes {
-        recover_volume(catalog, &copy, &mut report).await?;
+    for (node, error) in &found.silent {
+        let done = "what only that node has is not put back; bring it back and repeat this";
+        report.problems.push(format!("node {node} was not read, and {done}: {error}"));
     }
-    let snapshots = snapshots.into_inner().snapshots;
-    let found: BTreeSet<_> = snapshots.iter().map(|snapshot| snapshot.snapshot_id.clone()).collect();
+    let mut raise = Raise { catalog, found: found.generation(), raised: None };
+    for (text, copies) in &found.volumes {
+        let Ok(id) = text.parse::<VolumeId>() else {
+            report.problems.push(format!("volume {text:?} is none of ours"));
+            continue;
+        };
+        if copies.iter().any(|(_, copy)| copy.record.is_some()) {
+            if nodes.is_alone() {
+                let advice = "recover the cluster that it belongs to, at its controller";
+                report.problems.push(format!("volume {id} is one copy of several: {advice}"));
+                continue;
+            }
+            let row = mirrored::put_back(&found, id, copies, &mut raise, &mut report).await?;
+            report.rows.push(row);
+        } else {
+            recover_volume(catalog, id, copies, nodes.is_alone(), &mut report).await?;
+        }
+    }
     let mut groups = BTreeMap::new();
-    for sealed in &snapshots {
-        if let Some(group) = recover_snapshot(catalog, sealed, &found, &mut report).await? {
+    for sealed in found.snapshots.values() {
+        if let Some(group) = recover_snapshot(catalog, sealed, &found, nodes.is_alone(), &mut report).await? {
             groups.insert(group.id, group);
         }
     }
@@ -54,10 +145,40 @@ pub async fn recover(catalog: &Catalog, control: &Control) -> Result<Report, Tra
     Ok(report)
 }
 
-async fn recover_volume(catalog: &Catalog, copy: &control::Volume, report: &mut Report) -> Result<(), Transient> {
-    let (Ok(id), Ok(size)) = (copy.volume_id.parse::<VolumeId>(), VolumeSize::try_from(copy.size_bytes)) else {
-        report.problems.push(format!("volume {:?} of {} bytes is none of ours", copy.volume_id, copy.size_bytes));
-        return Ok(());
+/// A volume with one copy.
+async fn recover_volume(
+    catalog: &Catalog,
+    id: VolumeId,
+    copies: &[(NodeName, control::Volume)],
+    alone: bool,
+    report: &mut Report,
+) -> Result<(), Transient> {
+    let Some((node, copy)) = copies.first() else { return Ok(()) };
+    for (other, _) in &copies[1..] {
+        report.problems.push(format!("volume {id} is on {node} and on {other}: the one on {node} is used"));
+    }
+    let Some(mut volume) = wanted(id, copy, Replication::None, report) else { return Ok(()) };
+    volume.spec.node = (!alone).then(|| node.clone());
+    volume.status.phase = if copy.ready { VolumePhase::Ready } else { VolumePhase::Creating };
+    let name = volume.request.name.clone();
+    let state = if put(catalog, volume, |volume, name| volume.request.name = name, report).await? {
+        report.volumes += 1;
+        State::PutBack
+    } else {
+        State::Kept
+    };
+    if !alone {
+        let (nodes, missing) = (vec![node.clone()], Vec::new());
+        report.rows.push(Row { volume: id, name, state, configuration: None, nodes, missing });
+    }
+    Ok(())
+}
+
+/// The object of a volume, by one copy and what lies beside it.
+fn wanted(id: VolumeId, copy: &control::Volume, replication: Replication, report: &mut Report) -> Option<Volume> {
+    let Ok(size) = VolumeSize::try_from(copy.size_bytes) else {
+        report.problems.push(format!("volume {id} of {} bytes is none of ours", copy.size_bytes));
+        return None;
     };
     let request = match Descriptor::decode(&copy.descriptor) {
         Some(Descriptor::Volume { request }) => request,
@@ -71,7 +192,7 @@ async fn recover_volume(catalog: &Catalog, copy: &control::Volume, report: &mut 
                 verify_reads: copy.verify_reads,
                 access: BTreeSet::from([Access::Block, Access::Mount(None)]),
                 source: None,
-                replication: Replication::None,
+                replication,
             }
         }
     };
@@ -80,20 +201,20 @@ async fn recover_volume(catalog: &Catalog, copy: &control::Volume, report: &mut 
     volume.spec.verify_reads = copy.verify_reads;
     volume.status.size = size;
     volume.status.verify_reads = copy.verify_reads;
-    volume.status.phase = if copy.ready { VolumePhase::Ready } else { VolumePhase::Creating };
-    if put(catalog, volume, |volume, name| volume.request.name = name, report).await? {
-        report.volumes += 1;
-    }
-    Ok(())
+    Some(volume)
 }
 
-/// Returns the group that the snapshot is a member of, if all of its members were found.
+/// Returns the group that the snapshot is a member of, if all of its members were found. Of a mirrored volume, a node that has
+/// something under the id and was never told that it is the snapshot has no descriptor of it, and is no holder.
 async fn recover_snapshot(
     catalog: &Catalog,
-    sealed: &control::Snapshot,
-    found: &BTreeSet<String>,
+    answers: &[(NodeName, control::Snapshot)],
+    found: &Inventory,
+    alone: bool,
     report: &mut Report,
 ) -> Result<Option<GroupSnapshot>, Transient> {
+    let described = answers.iter().find(|(_, sealed)| is_described(sealed));
+    let Some((holder, sealed)) = described.or(answers.first()) else { return Ok(None) };
     let (Ok(id), Ok(volume)) = (sealed.snapshot_id.parse::<SnapshotId>(), sealed.volume_id.parse::<VolumeId>()) else {
         report.problems.push(format!("snapshot {:?} is none of ours", sealed.snapshot_id));
         return Ok(None);
@@ -104,12 +225,17 @@ async fn recover_snapshot(
     };
     let (name, group) = match Descriptor::decode(&sealed.descriptor) {
         Some(Descriptor::Snapshot { name, group }) => (name, group),
+        Some(Descriptor::Volume { .. }) | None if found.is_mirrored(volume) => {
+            report.problems.push(format!("snapshot {id} was not taken to the end: it is not put back"));
+            return Ok(None);
+        }
         Some(Descriptor::Volume { .. }) | None => {
             report.problems.push(format!("snapshot {id} has lost its name; it can be used"));
             (Some(lost_name(&id.to_string())), None)
         }
     };
-    let is_whole = |group: &GroupSnapshot| group.members.iter().all(|m| found.contains(&m.snapshot.to_string()));
+    let is_whole =
+        |group: &GroupSnapshot| group.members.iter().all(|m| found.snapshots.contains_key(&m.snapshot.to_string()));
     let group = match group {
         Some(group) if is_whole(&group) => {
             Some(GroupSnapshot { status: GroupStatus::Ready { created_ms: sealed.created_ms }, ..*group })
@@ -122,11 +248,24 @@ async fn recover_snapshot(
     };
     let status = SnapshotStatus::Ready { size, created_ms: sealed.created_ms };
     let member_of = group.as_ref().map(|group| group.id);
-    let snapshot = Snapshot { id, name, volume, group: member_of, node: None, deleted: false, status };
+    let node = Some(holder.clone()).filter(|_| !alone);
+    let mut snapshot = Snapshot { name, group: member_of, status, ..Snapshot::wanted(id, volume, node) };
+    if found.is_mirrored(volume) {
+        for (node, sealed) in answers {
+            match sealed.copy_id.parse() {
+                Ok(copy) if is_described(sealed) => drop(snapshot.copies.insert(copy, node.clone())),
+                Ok(_) | Err(_) => drop(snapshot.strays.insert(node.clone())),
+            }
+        }
+    }
     if put(catalog, snapshot, |snapshot, name| snapshot.name = Some(name), report).await? {
         report.snapshots += 1;
     }
     Ok(group)
+}
+
+fn is_described(sealed: &control::Snapshot) -> bool {
+    matches!(Descriptor::decode(&sealed.descriptor), Some(Descriptor::Snapshot { .. }))
 }
 
 fn lost_name(key: &str) -> String {

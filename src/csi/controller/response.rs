@@ -40,7 +40,7 @@ pub fn published(volume: &Volume) -> Vec<String> {
 /// A snapshot; `None` while nobody may know of it.
 pub fn snapshot(snapshot: &Snapshot) -> Option<csi::Snapshot> {
     let SnapshotStatus::Ready { size, created_ms } = snapshot.status else { return None };
-    if snapshot.deleted {
+    if !snapshot.is_visible() {
         return None;
     }
     Some(csi::Snapshot {

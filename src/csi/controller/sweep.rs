@@ -30,6 +30,19 @@ impl Controller {
         result
     }
 
+    /// Takes away snapshots that nobody can name and nobody needs: attempts that were given up, and what clones left. What
+    /// cannot be done now, because its node is down, is the error.
+    pub async fn sweep_given_up(&self) -> Result<(), Transient> {
+        let mut result = Ok(());
+        for stored in self.all::<Snapshot>().await? {
+            let given_up = stored.object.deleted && stored.object.name.is_none();
+            if given_up || self.is_left_over(&stored.object).await? {
+                result = result.and(self.sweep_snapshot(stored).await);
+            }
+        }
+        result
+    }
+
     async fn sweep_group(&self, stored: Stored<GroupSnapshot>) -> Result<(), Transient> {
         if !stored.object.deleted && stored.object.status != GroupStatus::Creating {
             return Ok(());
@@ -43,11 +56,14 @@ impl Controller {
 
     async fn sweep_snapshot(&self, stored: Stored<Snapshot>) -> Result<(), Transient> {
         let half = stored.object.deleted || stored.object.status == SnapshotStatus::Creating;
+        let half = half || self.is_left_over(&stored.object).await?;
         if !half || stored.object.group.is_some() {
             return Ok(());
         }
-        let name = stored.object.name.clone().unwrap_or_default();
-        let Ok(_name) = self.start(Subject::SnapshotName(name)) else { return Ok(()) };
+        let _name = match stored.object.name.clone().map(|name| self.start(Subject::SnapshotName(name))) {
+            Some(Err(_)) => return Ok(()),
+            name => name,
+        };
         let Ok(_snapshot) = self.start(Subject::Snapshot(stored.object.id)) else { return Ok(()) };
         self.same(&stored).await?;
         self.erase_snapshot(stored).await.map_err(transient)
@@ -83,7 +99,7 @@ impl Controller {
 
     /// Whether the volume has a source and the replica works on it.
     async fn is_copying(&self, volume: &Volume) -> Result<bool, Transient> {
-        if volume.request.source.is_none() {
+        if volume.request.source.is_none() || volume.spec.mirror.is_some() {
             return Ok(false);
         }
         let request = GetVolumeRequest { volume_id: volume.id.to_string() };

@@ -82,7 +82,7 @@ fn rename(node: &mut Node, now: Now) {
     *slots = std::mem::take(slots).into_iter().map(|(tag, slot)| (tags[&tag], slot)).collect();
     node.next_tag = tags.len() as u32;
     for entry in replica.admission.iter_mut() {
-        entry.arrived = Now::default();
+        (entry.arrived, entry.owed) = (Now::default(), 0);
         if !OWN.contains(&entry.tag) {
             entry.tag = Tag(tags[&entry.tag.0]);
         }
@@ -92,5 +92,8 @@ fn rename(node: &mut Node, now: Now) {
     replica.now = Now::default();
     let passed = |time: &mut Now| *time = if *time <= now { Now::default() } else { *time };
     passed(&mut replica.granted_until);
-    replica.peers.iter_mut().for_each(|peer| passed(&mut peer.lease_until));
+    replica.peers.iter_mut().for_each(|peer| {
+        peer.owes = 0;
+        passed(&mut peer.lease_until);
+    });
 }

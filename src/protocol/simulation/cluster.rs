@@ -250,13 +250,14 @@ impl Cluster {
         let local = self.nodes[node].now(now);
         let Some(process) = &mut self.nodes[node].process else { return Ok(()) };
         let life = process.life;
-        let before = process.replica.role();
+        let (before, resting) = (process.replica.role(), process.replica.resting().count());
         let mut outputs = vec![];
         if let Some(trace) = &mut self.trace {
             trace.push(format!("{:>12.6} node {node} <- {input:?}", now.as_secs_f64()));
         }
         process.replica.step(local, input, &mut outputs);
         let after = process.replica.role();
+        self.tally.slow_copies += (process.replica.resting().count() as u64).saturating_sub(resting as u64);
         if before != after {
             self.note(|| format!("node {node}: {before:?} -> {after:?}"));
             self.tally.role(after);
@@ -352,7 +353,10 @@ impl Cluster {
     /// Begins a disk operation.
     fn begin(&mut self, node: usize, life: u64, id: OperationId, operation: Operation) -> Checked {
         let slow = self.nodes[node].slow;
-        let delay = if slow { self.random.millis(50, 2500) } else { self.random.micros(50, 3000) };
+        let delay = match slow {
+            Some(most) => self.random.millis(50, most.as_millis() as u64),
+            None => self.random.micros(50, 3000),
+        };
         let Some(process) = self.nodes[node].life(life) else { return Ok(()) };
         let orphans = &process.replica.orphans;
         let conflict = |(id, other): &(&OperationId, &Operation)| match (other.range(), operation.range()) {

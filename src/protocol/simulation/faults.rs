@@ -8,6 +8,10 @@ use crate::volume::InstanceId;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+/// How long an operation takes at most on a slow disk, and on one that crawls.
+const SLOW: Duration = Duration::from_millis(2500);
+pub const CRAWLING: Duration = Duration::from_secs(30);
+
 /// What ends some time.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
@@ -17,6 +21,8 @@ pub enum Fault {
     Cut(usize, usize, bool),
     Isolated(usize),
     Slow(usize),
+    /// Its disk lets more than the patience pass.
+    Crawling(usize),
     Broken(usize),
     Full(usize),
     Unpublished,
@@ -39,7 +45,8 @@ impl Cluster {
             30..40 => (Fault::Paused(node), 50, 8000),
             40..55 => (Fault::Cut(node, other, self.random.percent(50)), 100, 9000),
             55..62 => (Fault::Isolated(node), 100, 6000),
-            62..67 => (Fault::Slow(node), 100, 6000),
+            62..66 => (Fault::Slow(node), 100, 6000),
+            66..67 => (Fault::Crawling(node), 100, 20_000),
             67..71 => (Fault::Broken(node), 100, 3000),
             71..75 => (Fault::Full(node), 100, 5000),
             75..79 => (Fault::Unpublished, 100, 3000),
@@ -71,7 +78,8 @@ impl Cluster {
                 }
             }
             Fault::Isolated(node) => self.nodes[node].isolated = true,
-            Fault::Slow(node) => self.nodes[node].slow = true,
+            Fault::Slow(node) => self.nodes[node].slow = Some(SLOW),
+            Fault::Crawling(node) => self.nodes[node].slow = Some(CRAWLING),
             Fault::Broken(node) => self.nodes[node].broken = true,
             Fault::Full(node) => self.nodes[node].full = true,
             Fault::Unpublished => {
@@ -98,7 +106,7 @@ impl Cluster {
                 self.network.set_cut(b, a, false);
             }
             Fault::Isolated(node) => self.nodes[node].isolated = false,
-            Fault::Slow(node) => self.nodes[node].slow = false,
+            Fault::Slow(node) | Fault::Crawling(node) => self.nodes[node].slow = None,
             Fault::Broken(node) => {
                 self.nodes[node].broken = false;
                 self.replace_failed(node);
@@ -279,6 +287,11 @@ impl Cluster {
     pub fn needs_a_person(&self) -> bool {
         let gone = self.catalogue.members().any(|copy| self.node_of(copy).is_none());
         gone && !self.members().into_iter().any(|member| self.nodes[member].is_kept())
+    }
+
+    /// A primary waits with a copy that was slow.
+    pub fn leaves_a_copy_alone(&self) -> bool {
+        self.nodes.iter().filter_map(|n| n.process.as_ref()).any(|process| process.replica.resting().count() > 0)
     }
 
     /// What must be so some time after everything was mended.

@@ -82,7 +82,8 @@ pub struct Node {
     pub paused: bool,
     pub broken: bool,
     pub full: bool,
-    pub slow: bool,
+    /// How long its disk takes at most, while it is slow.
+    pub slow: Option<Duration>,
     /// It cannot reach the catalogue.
     pub isolated: bool,
     pub slots: BTreeMap<u32, Slot>,
@@ -108,7 +109,7 @@ impl Node {
             paused: false,
             broken: false,
             full: false,
-            slow: false,
+            slow: None,
             isolated: false,
             slots: BTreeMap::new(),
             next_tag: 0,

@@ -2,6 +2,8 @@
 
 #![allow(clippy::wildcard_enum_match_arm, reason = "a script names the outputs that it is about")]
 
+mod patience;
+
 use super::super::*;
 use crate::volume::{BlockRange, InstanceId};
 use std::collections::BTreeSet;
@@ -28,6 +30,7 @@ fn version(version: u64) -> Stamp {
 struct Script {
     replica: Replica,
     outputs: Vec<Output>,
+    now: Now,
 }
 
 impl Script {
@@ -40,7 +43,7 @@ impl Script {
         }
         let record = Record { configuration, intact: true };
         let member = Member { copy: copy(1), incarnation: FIRST, record, hot: hot.to_vec(), memory };
-        Self { replica: Replica::open(Now::default(), member), outputs: vec![] }
+        Self { replica: Replica::open(Now::default(), member), outputs: vec![], now: Now::default() }
     }
 
     /// The same, as primary of version 2.
@@ -67,7 +70,15 @@ impl Script {
 
     fn give(&mut self, input: Input) {
         self.outputs.clear();
-        self.replica.step(Now::default(), input, &mut self.outputs);
+        self.replica.step(self.now, input, &mut self.outputs);
+    }
+
+    /// So many heartbeats pass, in which the other copy grants the lease.
+    fn beat(&mut self, count: u32) {
+        for _ in 0..count {
+            self.now.0 += HEARTBEAT;
+            self.give(Input::Tick);
+        }
     }
 
     fn hear(&mut self, message: Message) {
@@ -173,6 +184,34 @@ fn a_copy_that_lost_its_caches_records_that_before_anything_else() {
         let [Output::Persist { record, .. }] = &script.outputs[..] else { panic!("{:?}", script.outputs) };
         assert_eq!(record.intact, intact, "a node without marks has lost nothing");
     }
+}
+
+/// The catalogue was lost and rebuilt from the disks while the volume was in use.
+#[test]
+fn a_raised_generation_that_names_the_running_primary_costs_a_term_and_no_request() {
+    let mut script = Script::serving();
+    script.wish(Some(copy(1)));
+    script.write(WRITER, 0);
+    let mut raised = script.replica.record().configuration.clone();
+    raised.stamp = Stamp { generation: Generation(2), version: ConfigurationVersion(3) };
+    raised.term = raised.stamp;
+    script.give(Input::Configuration(Box::new(raised)));
+    assert!(!script.wants(|output| matches!(output, Output::Complete { .. })), "neither answered nor failed");
+    script.finish();
+    let next = script.proposal().expect("a term of its own");
+    assert_eq!((next.primary, next.stamp), (Some(copy(1)), Stamp { version: ConfigurationVersion(4), ..next.term }));
+    script.commit();
+    let frame = Frame { stamp: next.stamp, incarnation: FIRST };
+    script.hear(Message::Joined { frame, intact: true, hot: Box::default() });
+    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    script.give(Input::Planned { operation, range: Ok(None) });
+    script.hear(Message::Settled(frame));
+    assert_eq!(script.replica.role(), Role::Primary(Primary::Serving));
+    assert!(script.wants(|output| matches!(output, Output::Disk { tag: WRITER, .. })), "it is executed again");
+    // What the lost catalogue may have committed is older, whatever its version.
+    let stale = Configuration { stamp: version(99), term: version(99), primary: Some(copy(2)), ..next };
+    script.give(Input::Configuration(Box::new(stale)));
+    assert_eq!((script.replica.role(), &script.outputs[..]), (Role::Primary(Primary::Serving), &[][..]));
 }
 
 /// It was begun anew and not awaited meanwhile, and its admission was committed.
@@ -403,4 +442,71 @@ fn a_record_that_failed_is_tried_again_with_the_next_tick() {
     assert!(!script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
     script.give(Input::Tick);
     assert!(script.wants(|output| matches!(output, Output::Persist { .. })), "{:?}", script.outputs);
+}
+
+/// It left for a copy that it had dropped itself, so nobody was primary and nobody made that copy a member again. When it
+/// only stayed, and held the requests that came, the range that was to be copied waited behind them for ever.
+#[test]
+fn a_primary_stays_and_serves_until_the_wished_copy_can_take_over() {
+    let mut script = Script::serving();
+    script.wish(Some(copy(2)));
+    let flush = script.outputs.clone();
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    assert_eq!(script.outputs, [], "it is to leave");
+    script.give(Input::Silent(copy(2)));
+    script.finish();
+    let dropped = script.outputs.clone();
+    script.outputs = flush;
+    script.finish();
+    script.outputs = dropped;
+    script.commit();
+    // The write begins with its mark.
+    script.finish();
+    script.finish();
+    assert!(script.completes(WRITER) && script.proposal().is_none(), "{:?}", script.outputs);
+    script.give(Input::Replied { tag: WRITER });
+    script.give(Input::Request { tag: OTHER, request: Request::Read(extent(0)) });
+    let read = script.outputs.clone();
+    let stamp = script.replica.record().configuration.stamp;
+    script.hear(Message::Joined { frame: Frame { stamp, incarnation: FIRST }, intact: true, hot: Box::default() });
+    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    script.outputs = read;
+    script.finish();
+    assert!(script.completes(OTHER));
+    script.give(Input::Planned { operation, range: Ok(None) });
+    script.finish();
+    script.hear_prepared(script.replica.next_serial.0 - 1);
+    assert!(script.proposal().is_some_and(|next| next.is_member(copy(2)) && next.primary == Some(copy(1))));
+    script.commit();
+    assert!(script.wants(|output| matches!(output, Output::Disk { request: Request::Flush, .. })), "now it leaves");
+    let flush = script.outputs.clone();
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    assert_eq!(script.outputs, []);
+    let stamp = script.replica.record().configuration.stamp;
+    script.hear(Message::Joined { frame: Frame { stamp, incarnation: FIRST }, intact: true, hot: Box::default() });
+    script.outputs = flush;
+    script.finish();
+    script.hear_prepared(script.replica.next_serial.0 - 1);
+    assert_eq!(script.proposal().expect("it leaves").primary, None);
+}
+
+/// The store of a failed disk refuses at once; the flush before leaving was asked for again within the same turn, for ever.
+#[test]
+fn a_flush_of_its_own_that_failed_is_tried_again_with_the_next_tick() {
+    for secondary in [false, true] {
+        let mut script = if secondary { Script::serving() } else { Script::primary(false) };
+        let flushes = |output: &Output| matches!(output, Output::Disk { request: Request::Flush, .. });
+        script.wish(None);
+        for _ in 0..3 {
+            assert!(script.wants(flushes), "{:?}", script.outputs);
+            script.fail();
+            assert!(!script.wants(flushes), "{:?}", script.outputs);
+            script.give(Input::Tick);
+        }
+        script.finish();
+        if secondary {
+            script.hear_prepared(script.replica.next_serial.0 - 1);
+        }
+        assert_eq!(script.proposal().expect("it leaves").primary, None);
+    }
 }

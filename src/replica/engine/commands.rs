@@ -16,6 +16,7 @@ use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::device::slots::RESERVED_SLOTS;
 use crate::store::{Control, ControlError as Refusal, MAX_SNAPSHOTS, Store};
 use crate::volume::{InstanceId, VolumeId, VolumeSize};
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -30,8 +31,11 @@ pub(super) struct Found {
     pub broken: bool,
 }
 
+/// The copies that have done it: of a mirrored volume's seal all members; none are named where there is but one copy.
+pub(super) type Copies = BTreeSet<InstanceId>;
+
 /// A request of an operator, and who waits for the answer.
-pub(super) type ControlItem = (InstanceId, Control, Reply<Result<(), ControlError>>);
+pub(super) type ControlItem = (InstanceId, Control, Reply<Result<Copies, ControlError>>);
 
 pub(super) enum Command {
     OpenTree {
@@ -45,7 +49,8 @@ pub(super) enum Command {
         tree: InstanceId,
         reply: Reply<Result<(), EngineError>>,
     },
-    /// All of them before anything else happens: several seals are one point in time.
+    /// All of them before anything else happens: several seals are one point in time. A write that was read before is in
+    /// all of them; no other one is, also where a seal waits in the core of a mirrored volume.
     Control(Vec<ControlItem>),
     Inspect {
         tree: InstanceId,
@@ -100,15 +105,7 @@ impl Engine {
             }
             Command::CloseTree { tree, reply } => self.close_tree(tree, reply),
             Command::Control(items) => {
-                let group = items.len() > 1;
-                for (tree, control, reply) in items {
-                    match control {
-                        Control::Seal { volume, .. } if group && self.is_mirrored(volume) => {
-                            drop(reply.send(Err(EngineError::MirroredGroup(volume).into())));
-                        }
-                        _ => self.control(tree, control, reply),
-                    }
-                }
+                items.into_iter().for_each(|(tree, control, reply)| self.control(tree, control, reply))
             }
             Command::Inspect { tree, look } => {
                 if let Some(key) = self.tree_of(tree) {
@@ -224,17 +221,19 @@ impl Engine {
         }
     }
 
-    fn control(&mut self, id: InstanceId, control: Control, reply: Reply<Result<(), ControlError>>) {
+    fn control(&mut self, id: InstanceId, control: Control, reply: Reply<Result<Copies, ControlError>>) {
         let Some(key) = self.tree_of(id) else {
             drop(reply.send(Err(EngineError::UnknownTree(id).into())));
             return;
         };
         if let Control::Seal { volume, snapshot, .. } = control {
-            let settled = self.tree_mut(key).is_some_and(|tree| tree.store.has_snapshot(snapshot));
+            let is_there = self.tree_mut(key).is_some_and(|tree| tree.store.has_snapshot(snapshot));
             match self.volume_of(volume) {
-                // One that is there already is only waited for: a second time would be at another point.
-                Some(served) if !(settled && self.is_mirrored(volume)) => return self.seal(served, control, reply),
-                Some(_) => {}
+                // Which copies have it is not known any more, and a second time would be at another point.
+                Some(_) if is_there && self.is_mirrored(volume) => {
+                    return drop(reply.send(Err(Refusal::Exists.into())));
+                }
+                Some(served) => return self.seal(served, control, reply),
                 None if self.waits_for_core(key, volume) => {
                     return drop(reply.send(Err(EngineError::MirrorNotOpen(volume).into())));
                 }
@@ -264,7 +263,7 @@ impl Engine {
     }
 
     /// A seal of an attached volume takes its place among the device's requests.
-    fn seal(&mut self, key: VolumeKey, control: Control, reply: Reply<Result<(), ControlError>>) {
+    fn seal(&mut self, key: VolumeKey, control: Control, reply: Reply<Result<Copies, ControlError>>) {
         let first = self.arena.slots.count() + RESERVED_SLOTS;
         if self.mirror_mut(key).is_some()
             && let Err(error) = self.may_seal(key, control)
@@ -283,7 +282,7 @@ impl Engine {
         self.pump();
     }
 
-    pub fn is_mirrored(&mut self, id: VolumeId) -> bool {
+    fn is_mirrored(&mut self, id: VolumeId) -> bool {
         self.volume_of(id).is_some_and(|key| self.mirror_mut(key).is_some())
     }
 
@@ -323,7 +322,11 @@ impl Engine {
         let Some(volume) = self.volume_mut(key) else { return };
         if let Some(ticket) = volume.tickets.get_mut((tag.0 - first) as usize).and_then(Option::take) {
             let refused = |error| ticket.refusal.unwrap_or(Refusal::Disk(error));
-            drop(ticket.reply.send(result.map_err(|error| refused(error).into())));
+            // Whoever is a member now has answered; whoever came after the seal is none before this.
+            let members = volume.mirror.as_ref().map(|_| volume.replica.record().configuration.members().collect());
+            drop(
+                ticket.reply.send(result.map(|()| members.unwrap_or_default()).map_err(|error| refused(error).into())),
+            );
         }
     }
 }

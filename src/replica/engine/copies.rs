@@ -6,7 +6,6 @@
 //! * A device that a killed engine left gets its core before its requests are executed again.
 
 use super::commands::Reply;
-use super::laggards::{Laggards, PATIENCE};
 use super::mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
 use super::tree::TreeKey;
@@ -59,9 +58,10 @@ pub(super) struct Mirror {
     /// Seals that found the store busy, tried again with each heartbeat; at most one for each ticket of the primary.
     pub busy: Vec<(OperationId, Control)>,
     pub role: Role,
+    /// Copies that were slow, as far as it was said.
+    resting: BTreeSet<InstanceId>,
     /// What every copy can hold, as it was told; never less than before.
     told_size: Option<VolumeSize>,
-    laggards: Laggards,
     /// Nothing is done any more; these are told when nothing runs.
     pub closing: Vec<Reply<Result<(), EngineError>>>,
 }
@@ -92,8 +92,8 @@ impl Mirror {
             left_bytes: 0,
             busy: Vec::new(),
             role,
+            resting: BTreeSet::new(),
             told_size: None,
-            laggards: Laggards::default(),
             closing: Vec::new(),
         }
     }
@@ -336,26 +336,25 @@ impl Engine {
             let Some(key) = self.mirrored.get(index).copied() else { break };
             let Some(mirror) = self.mirror_mut(key) else { continue };
             mirror.ask_again();
-            self.give_up_laggards(key);
-            let Some(mirror) = self.mirror_mut(key) else { continue };
             for (operation, control) in std::mem::take(&mut mirror.busy) {
                 self.seal_again(key, operation, control);
             }
             self.step(key, Input::Tick);
+            self.name_slow_copies(key);
         }
         self.pump();
     }
 
-    /// A copy that does not answer is as good as gone; it comes back with its next word, and then it is asked everything again.
-    fn give_up_laggards(&mut self, key: VolumeKey) {
-        let now = self.now;
+    /// Tells people which copies the core has given up.
+    fn name_slow_copies(&mut self, key: VolumeKey) {
         let Some(volume) = self.volume_mut(key) else { return };
         let Some(mirror) = volume.mirror.as_mut() else { return };
-        let (volume, gone) = (volume.id, mirror.laggards.look(now, volume.replica.owed()));
-        for copy in gone {
-            tracing::error!(%volume, %copy, "a copy has not executed what it was sent for {PATIENCE:?}: it goes");
-            self.step(key, Input::Silent(copy));
+        let resting: BTreeSet<_> = volume.replica.resting().collect();
+        for copy in resting.difference(&mirror.resting) {
+            let volume = volume.id;
+            tracing::error!(%volume, %copy, "a copy has not executed what it was sent for ten seconds: it goes, and is left alone for a while");
         }
+        mirror.resting = resting;
     }
 
     pub fn mirror_mut(&mut self, key: VolumeKey) -> Option<&mut Mirror> {
@@ -389,6 +388,7 @@ impl Engine {
             serves: replica.serves(),
             answers: replica.answers(),
             configuration: record.configuration.clone(),
+            newest: replica.newest().clone(),
             wish: replica.wish().cloned(),
             intact: record.intact,
             disk_failed: replica.has_failed(),

@@ -4,6 +4,7 @@
 //! appends is executed in its order.
 #![allow(unsafe_code, reason = "operations point into the slots of their requests")]
 
+use super::commands::Copies;
 use super::operations::{Kept, Purpose};
 use super::requests::slot_of;
 use super::tree::TreeKey;
@@ -176,7 +177,9 @@ impl Engine {
                     tracing::error!(%error, "the last flush of a tree failed; what was not flushed waits in memory");
                 }
             }
-            Purpose::Control { reply, .. } => drop(reply.send(result.map_err(|e| Refusal::Disk(e).into()))),
+            Purpose::Control { reply, .. } => {
+                drop(reply.send(result.map(|()| Copies::new()).map_err(|e| Refusal::Disk(e).into())));
+            }
         }
     }
 
@@ -241,7 +244,7 @@ impl Engine {
                 {
                     volume.size = volume.size.max(size);
                 }
-                drop(reply.send(result.map_err(Into::into)));
+                drop(reply.send(result.map(|()| Copies::new()).map_err(Into::into)));
             }
             Purpose::LastFlushOfDevice(_) | Purpose::LastFlushOfTree | Purpose::FirstRecord(_) => {}
         }

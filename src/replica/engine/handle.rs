@@ -18,6 +18,7 @@ use crate::replica::device::{Control as DeviceControl, FuseLoop};
 use crate::replica::holder::{Holder, HolderError};
 use crate::store::{Control, Store};
 use crate::volume::{InstanceId, SnapshotId, VolumeId};
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -102,18 +103,19 @@ impl EngineHandle {
     /// # Errors
     /// The store refuses, the disk fails, or the tree is not open.
     pub async fn control(&self, tree: InstanceId, control: Control) -> Result<(), ControlError> {
-        self.ask(|reply| Command::Control(vec![(tree, control, reply)])).await?
+        self.ask(|reply| Command::Control(vec![(tree, control, reply)])).await?.map(drop)
     }
 
-    /// Seals several volumes at one point in time: no request is executed between the first and the last seal.
+    /// Seals several volumes at one point in time: no request is executed between the first and the last seal. For each
+    /// the copies that have it, if it is mirrored.
     ///
     /// # Errors
-    /// The first refusal; the other seals may have happened.
+    /// The first refusal; the other seals may have happened, and this one on some copies of a mirrored volume.
     pub async fn seal_group(
         &self,
         items: Vec<(InstanceId, VolumeId, SnapshotId)>,
         created_ms: u64,
-    ) -> Result<(), ControlError> {
+    ) -> Result<Vec<BTreeSet<InstanceId>>, ControlError> {
         let mut answers = Vec::with_capacity(items.len());
         let mut controls = Vec::with_capacity(items.len());
         for (tree, volume, snapshot) in items {
@@ -122,12 +124,11 @@ impl EngineHandle {
             answers.push(answer);
         }
         self.send(Command::Control(controls)).await?;
-        let mut first = Ok(());
+        let mut results = Vec::with_capacity(answers.len());
         for answer in answers {
-            let result = answer.await.unwrap_or(Err(EngineError::Stopped.into()));
-            first = first.and(result);
+            results.push(answer.await.unwrap_or(Err(EngineError::Stopped.into())));
         }
-        first
+        results.into_iter().collect()
     }
 
     /// Makes the block device of a volume, or finds the one that is there.

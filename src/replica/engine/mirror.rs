@@ -12,7 +12,7 @@ use crate::protocol::{Configuration, Memory, Outcome, Record, Role, Stamp, Wish}
 use crate::replica::peer;
 use crate::replica::pool::{Promise, Promises};
 use crate::store::Reserve;
-use crate::volume::{BootId, InstanceId, VolumeId, VolumeSize};
+use crate::volume::{BootId, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
@@ -74,6 +74,9 @@ pub enum MirrorInput {
 /// Where the space for a seal comes from: when a copy leaves, what is written from then on is kept apart, and may grow to a
 /// full overwrite. It is asked of the pool's promises at that moment, by the engine's thread, which waits for nobody: so how
 /// much may be promised was looked up before. Without an offer, or without space, the copy that left lacks everything.
+///
+/// For a snapshot that the primary of another node is about to take, the space was set aside here before, under its id. If
+/// that was forgotten because the engine was started again, it is asked for as above; without space it is refused.
 #[derive(Clone, Debug, Default)]
 pub struct SealReserve(Arc<Mutex<Reserved>>);
 
@@ -81,6 +84,8 @@ pub struct SealReserve(Arc<Mutex<Reserved>>);
 struct Reserved {
     offer: Option<(Promises, u64, u64)>,
     taken: Option<Promise>,
+    /// Until they are adopted or deleted: the controller has an object for each.
+    snapshots: BTreeMap<SnapshotId, Promise>,
 }
 
 impl SealReserve {
@@ -99,6 +104,22 @@ impl SealReserve {
         if let Some(promise) = self.lock().taken.take() {
             promise.settle(tree, bytes);
         }
+    }
+
+    /// Sets space aside for a snapshot, until [`Self::release`].
+    pub fn set_aside(&self, snapshot: SnapshotId, promise: Promise) {
+        self.lock().snapshots.insert(snapshot, promise);
+    }
+
+    /// What was set aside for a snapshot is in the figure of its tree now, or not needed any more.
+    pub fn release(&self, snapshot: SnapshotId) -> Option<Promise> {
+        self.lock().snapshots.remove(&snapshot)
+    }
+
+    /// Whether there is space for a snapshot that the primary takes.
+    pub(super) fn has_space_for(&self, snapshot: SnapshotId) -> bool {
+        let set_aside = self.lock().snapshots.contains_key(&snapshot);
+        set_aside || self.take() == Reserve::Promised
     }
 
     /// For one seal, if nothing that was taken waits to be settled.
@@ -126,6 +147,8 @@ pub struct MirrorStatus {
     pub answers: bool,
     /// The last configuration that it acts under.
     pub configuration: Configuration,
+    /// The newest committed one that it knows: on its way to stable media, if it is not that one.
+    pub newest: Configuration,
     /// What the spec wants, as it was told last.
     pub wish: Option<Wish>,
     /// It has every acknowledged write, as far as it knows.
@@ -183,5 +206,16 @@ mod tests {
         assert_eq!((promises.total(), engine.take()), (60, Reserve::Refused));
         promises.settle(tree, 50);
         assert_eq!(engine.take(), Reserve::Promised);
+    }
+
+    #[test]
+    fn space_that_was_set_aside_is_one_snapshots_own() {
+        let (reserve, promises) = (SealReserve::default(), Promises::default());
+        let [one, other] = [SnapshotId::random(), SnapshotId::random()];
+        reserve.set_aside(one, promises.promise(100, 150).expect("fits"));
+        reserve.offer(promises.clone(), 100, 150);
+        assert!(reserve.has_space_for(one) && !reserve.has_space_for(other), "it is refused, not taken from another");
+        drop(reserve.release(one));
+        assert!(promises.total() == 0 && reserve.has_space_for(other));
     }
 }

@@ -21,7 +21,6 @@ mod disk;
 mod files;
 mod handle;
 mod jobs;
-mod laggards;
 mod mirror;
 mod operations;
 mod outputs;
@@ -143,11 +142,6 @@ pub enum EngineError {
     /// The volume is mirrored and nothing runs its copy.
     #[error("the copy of volume {0} on this node is not open yet; repeat the call")]
     MirrorNotOpen(VolumeId),
-    /// Their seals are ordered in the stream of writes of each.
-    #[error(
-        "volume {0} is mirrored: snapshots of a group with it are not taken at one point in time; take them singly"
-    )]
-    MirroredGroup(VolumeId),
     /// Snapshots are taken at the primary.
     #[error("the copy of volume {0} on this node is not its primary")]
     NotPrimary(VolumeId),

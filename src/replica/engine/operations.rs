@@ -3,6 +3,7 @@
 //! Invariants: an id is never used twice; a slot of the slab is used again, so that nothing is allocated per operation.
 
 use super::ControlError;
+use super::commands::Copies;
 use super::tree::TreeKey;
 use super::volume::VolumeKey;
 use crate::protocol::OperationId;
@@ -22,7 +23,7 @@ pub(super) enum Purpose {
     /// A copy of a mirrored volume may begin.
     FirstRecord(VolumeKey),
     /// An operator gets an answer; a resize becomes visible before.
-    Control { reply: oneshot::Sender<Result<(), ControlError>>, resized: Option<(VolumeId, VolumeSize)> },
+    Control { reply: oneshot::Sender<Result<Copies, ControlError>>, resized: Option<(VolumeId, VolumeSize)> },
     /// A device that is removed has its last flush.
     LastFlushOfDevice(VolumeKey),
     /// A tree that is closed has its last flush.

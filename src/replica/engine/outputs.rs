@@ -148,9 +148,12 @@ impl Engine {
             }
             Request::Seal(_) if payload.sealed().is_some() => {
                 let volume = volume.id;
-                if let Some(Sealed { snapshot, created_ms }) = payload.sealed() {
-                    self.seal_again(key, operation, Control::Seal { volume, snapshot, created_ms });
+                let Some(Sealed { snapshot, created_ms }) = payload.sealed() else { return };
+                if !mirror.reserve.has_space_for(snapshot) {
+                    tracing::warn!(%volume, %snapshot, "the pool has no space for a full overwrite after this snapshot");
+                    return self.refuse(key, operation, DiskError::NoSpace);
                 }
+                self.seal_again(key, operation, Control::Seal { volume, snapshot, created_ms });
             }
             Request::Write(_) | Request::Seal(_) => {
                 tracing::error!(volume = %volume.id, %from, ?request, "what shall be executed came without its data");
@@ -202,6 +205,9 @@ impl Engine {
         let Self { volumes, trees, actions, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let (Some(mirror), Some(found)) = (volume.mirror.as_ref(), trees[tree.0 as usize].as_mut()) else { return };
+        // It is committed: peers that know only an older catalogue are refused from now on, also where this copy learned it
+        // from its primary.
+        mirror.session.set_generation(record.configuration.stamp.generation);
         let before = found.store.mirrored(volume.id).map(|known| known.record.configuration.stamp);
         let reserve = mirror.reserve_for(&record.configuration, before, found.id);
         let life = found.life(mirror.boot);

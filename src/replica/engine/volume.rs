@@ -4,6 +4,7 @@
 //! requests are answered, the core when nothing of it is under way.
 
 use super::ControlError;
+use super::commands::Copies;
 use super::copies::{Mirror, Opening};
 use super::statistics::{Direction, VolumeStatistics};
 use super::tree::TreeKey;
@@ -36,7 +37,7 @@ pub(super) struct Pending {
 /// An operator's request that is not answered.
 pub(super) struct Ticket {
     pub control: Control,
-    pub reply: oneshot::Sender<Result<(), ControlError>>,
+    pub reply: oneshot::Sender<Result<Copies, ControlError>>,
     /// What the store said, in its own words.
     pub refusal: Option<Refusal>,
 }

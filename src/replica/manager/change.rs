@@ -116,7 +116,7 @@ impl Manager {
         let written = Record::new(record.clone(), None);
         self.write_record(&pool, place.tree, volume, &copy_record(volume), written).await?;
         if let Some(place) = self.index().volumes.get_mut(&volume) {
-            place.mirror = Some(MirrorPlace { record, refresher: None });
+            place.mirror = Some(MirrorPlace::closed(record));
         }
         Ok(())
     }

@@ -34,6 +34,12 @@ pub enum VolumeFailure {
     Mirrored(VolumeId),
     #[error("volume {volume} has another copy on this node, {found}; it has to go first")]
     OtherCopy { volume: VolumeId, found: InstanceId },
+    #[error(
+        "volume {volume}: its copy {wanted} begins with snapshot {snapshot}, which copy {found} in pool {pool} has"
+    )]
+    Elsewhere { volume: VolumeId, wanted: InstanceId, snapshot: SnapshotId, found: InstanceId, pool: PoolName },
+    #[error("a copy of volume {volume} begins with a snapshot of volume {source_volume}, not with the volume itself")]
+    NoSnapshotOf { volume: VolumeId, source_volume: VolumeId },
     #[error("volume {volume}: its copy {tree} cannot be opened ({problem}); repair it or give the volume another copy")]
     Broken { volume: VolumeId, tree: InstanceId, problem: String },
     #[error("volume {volume}: {error}")]
@@ -62,6 +68,7 @@ impl From<VolumeFailure> for Status {
             F::PoolFull { .. } => Code::ResourceExhausted,
             F::Attached(_) | F::Mirrored(_) => Code::FailedPrecondition,
             F::NotReady(_) | F::Busy { .. } | F::OtherCopy { .. } => Code::Aborted,
+            F::Elsewhere { .. } | F::NoSnapshotOf { .. } => Code::InvalidArgument,
             F::Control { error, .. } => control_code(error),
             // Something may be half made: the caller shall come again, not give up.
             F::Engine { .. } | F::Create { .. } | F::Record { .. } | F::Io { .. } => Code::Unavailable,
@@ -80,6 +87,7 @@ fn control_code(error: &ControlError) -> Code {
         ControlError::Store(Refusal::Exists) => Code::AlreadyExists,
         ControlError::Store(Refusal::Busy) => Code::Aborted,
         ControlError::Engine(EngineError::VolumeAttached(_)) => Code::FailedPrecondition,
+        ControlError::Engine(EngineError::NotPrimary(_)) => Code::Aborted,
         ControlError::Store(Refusal::Disk(_)) | ControlError::Engine(_) => Code::Unavailable,
     }
 }
@@ -94,6 +102,8 @@ pub enum SnapshotFailure {
     NoSnapshot(SnapshotId),
     #[error("snapshot {0} exists and is of another volume")]
     Different(SnapshotId),
+    #[error("snapshot {0} may have been taken by some copies before: it has to be deleted, and another one taken")]
+    TakenBefore(SnapshotId),
     #[error("snapshots {base} and {target} are not an older and a newer one of the same volume")]
     NotOfOneVolume { base: SnapshotId, target: SnapshotId },
     #[error("pool {pool} cannot hold a full overwrite after this snapshot: {error}; delete snapshots or volumes")]
@@ -120,7 +130,7 @@ impl From<SnapshotFailure> for Status {
             F::Different(_) => Code::AlreadyExists,
             F::NotOfOneVolume { .. } => Code::InvalidArgument,
             F::PoolFull { .. } => Code::ResourceExhausted,
-            F::NotReady(_) | F::Busy(_) => Code::Aborted,
+            F::NotReady(_) | F::Busy(_) | F::TakenBefore(_) | F::Engine(EngineError::NotPrimary(_)) => Code::Aborted,
             F::Control(error) => control_code(error),
             F::Damaged { .. } => Code::DataLoss,
             F::Engine(_) | F::Record(_) => Code::Unavailable,

@@ -4,13 +4,14 @@
 //! with one copy; a volume has at most one copy on a node.
 
 use super::errors::VolumeFailure as Failure;
-use super::volumes::{Blank, NewVolume};
-use super::{Manager, VolumePlace, growth};
+use super::volumes::{Blank, NewVolume, Source};
+use super::{Manager, PoolState, VolumePlace, growth};
 use crate::protocol;
 use crate::replica::engine::{EngineHandle, SealReserve};
 use crate::replica::mirror::Refresher;
 use crate::replica::records::Record;
-use crate::volume::{InstanceId, VolumeId};
+use crate::volume::{InstanceId, SnapshotId, VolumeId};
+use std::sync::Arc;
 
 /// The name of the record beside a copy of a mirrored volume.
 pub(super) fn copy_record(volume: VolumeId) -> String {
@@ -24,6 +25,15 @@ pub(in crate::replica) struct MirrorPlace {
     pub record: String,
     /// Where the catalogue can be asked to be read, while the copy is open.
     pub refresher: Option<Refresher>,
+    /// Where its seals take their space from, while it is open.
+    pub reserve: Option<SealReserve>,
+}
+
+impl MirrorPlace {
+    /// Of a copy that is not open.
+    pub fn closed(record: String) -> Self {
+        Self { record, refresher: None, reserve: None }
+    }
 }
 
 /// A copy of a mirrored volume on this node.
@@ -66,7 +76,7 @@ impl Manager {
         self.engine().inspect(place.tree, look).await.ok().flatten()
     }
 
-    /// An empty copy with this id is here; made if it was not.
+    /// A copy with this id is here; made if it was not: empty, or a clone of a snapshot, which is in the tree of that name.
     pub async fn ensure_copy(&self, new: NewVolume, tree: InstanceId, record: String) -> Result<(), Failure> {
         let volume = new.volume;
         let _guard = self.begin(volume, &[volume.to_bytes(), tree.to_bytes()]).await?;
@@ -80,11 +90,34 @@ impl Manager {
         if let Some((_, problem)) = self.index().broken_trees.get(&tree).cloned() {
             return Err(Failure::Broken { volume, tree, problem });
         }
+        match new.source {
+            Source::Blank => {}
+            Source::Snapshot(snapshot) => return self.clone_copy(&new, &pool, tree, record, snapshot).await,
+            Source::Volume(source_volume) => return Err(Failure::NoSnapshotOf { volume, source_volume }),
+        }
         if pool.pool.tree(tree).exists() {
             // An attempt before has failed half way: nothing is in it, or it is not taken away.
             self.tidy_tree(&new.pool, tree).await;
         }
         self.create_blank(&new, &pool, Blank { tree, copying: None, mirror: Some(record) }).await
+    }
+
+    async fn clone_copy(
+        &self,
+        new: &NewVolume,
+        pool: &Arc<PoolState>,
+        tree: InstanceId,
+        record: String,
+        snapshot: SnapshotId,
+    ) -> Result<(), Failure> {
+        let place = self.snapshot_place(snapshot).ok_or(Failure::NoSnapshot(snapshot))?;
+        if place.tree != tree || place.pool != new.pool {
+            let (volume, found, pool) = (new.volume, place.tree, place.pool);
+            return Err(Failure::Elsewhere { volume, wanted: tree, snapshot, found, pool });
+        }
+        let info = self.snapshot_info(tree, snapshot).await.ok_or(Failure::NoSnapshot(snapshot))?;
+        self.check_source_size(new, info.size)?;
+        self.clone_snapshot(new, pool, tree, snapshot, Some(record)).await
     }
 
     /// Replaces the record beside the copy.
@@ -126,10 +159,10 @@ impl Manager {
         self.delete(volume).await
     }
 
-    /// The copy is open, and its catalogue is asked here.
-    pub fn set_refresher(&self, volume: VolumeId, refresher: Refresher) {
+    /// The copy is open: its catalogue is asked here, and its seals take their space from there.
+    pub fn set_open(&self, volume: VolumeId, refresher: Refresher, reserve: SealReserve) {
         if let Some(mirror) = self.index().volumes.get_mut(&volume).and_then(|place| place.mirror.as_mut()) {
-            mirror.refresher = Some(refresher);
+            (mirror.refresher, mirror.reserve) = (Some(refresher), Some(reserve));
         }
     }
 

@@ -292,5 +292,5 @@ fn descriptor(tree: &Path, id: &str) -> String {
 fn mirror(tree: &Path, volume: VolumeId) -> Option<MirrorPlace> {
     let name = copy_record(volume);
     let there = tree.join("records").join(&name).exists();
-    there.then(|| MirrorPlace { record: descriptor(tree, &name), refresher: None })
+    there.then(|| MirrorPlace::closed(descriptor(tree, &name)))
 }

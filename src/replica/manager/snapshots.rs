@@ -4,10 +4,20 @@ use super::errors::SnapshotFailure as Failure;
 use super::volumes::{now_ms, shared_by_a_seal};
 use super::{Manager, SnapshotPlace, VolumePlace};
 use crate::crash::crash_point;
+use crate::protocol::Role;
+use crate::replica::engine::EngineError;
 use crate::replica::pool::{PoolName, Promise};
 use crate::replica::records::Record;
 use crate::store::{Control, ExtentsError, ExtentsPlan, SnapshotInfo};
 use crate::volume::{InstanceId, SnapshotId, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+/// How long a primary is waited for: until a lease and its margin are over, silent copies are dropped, and some more.
+const PRIMARY_LIMIT: Duration = Duration::from_secs(10);
+/// How often it is looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A snapshot to take.
 #[derive(Clone, Debug)]
@@ -28,16 +38,43 @@ pub struct ExtentStream {
     pub plan: ExtentsPlan,
 }
 
+/// For each snapshot of a mirrored volume the copies that have it.
+pub type Copies = BTreeMap<SnapshotId, BTreeSet<InstanceId>>;
+
+/// A snapshot, where it is, and what is known of it.
+#[derive(Clone, Debug)]
+pub struct SnapshotView {
+    /// As its store says.
+    pub info: SnapshotInfo,
+    /// In which pool.
+    pub pool: PoolName,
+    /// Which copy.
+    pub tree: InstanceId,
+    /// Kept beside it.
+    pub descriptor: String,
+}
+
 impl Manager {
     /// All the snapshots are there, of one point in time; durable when this returns.
-    pub async fn ensure_snapshots(&self, items: &[NewSnapshot]) -> Result<(), Failure> {
+    pub async fn ensure_snapshots(&self, items: &[NewSnapshot]) -> Result<Copies, Failure> {
+        let operations = &self.inner.operations;
+        let _snapshots = operations.begin(items.iter().map(|item| item.snapshot.to_bytes()).collect()).await?;
+        let mut mirrored = false;
+        for (item, place) in items.iter().zip(self.places(items)?) {
+            if place.mirror.is_some() {
+                mirrored = true;
+                self.until_primary(item.volume).await?;
+            }
+        }
         let places = self.places(items)?;
-        let mut keys: Vec<_> = items.iter().flat_map(|i| [i.snapshot.to_bytes(), i.volume.to_bytes()]).collect();
-        keys.extend(places.iter().map(|p| p.tree.to_bytes()));
-        let _guard = self.inner.operations.begin(keys).await?;
+        let mut keys: Vec<_> = items.iter().map(|item| item.volume.to_bytes()).collect();
+        keys.extend(places.iter().map(|place| place.tree.to_bytes()));
+        let others = operations.begin(keys).await?;
         let there = self.existing(items).await?;
-        if there == items.len() {
-            return Ok(());
+        match items.iter().zip(&places).find(|(_, place)| place.mirror.is_some()) {
+            Some((item, _)) if there > 0 => return Err(Failure::TakenBefore(item.snapshot)),
+            None if there == items.len() => return Ok(Copies::new()),
+            Some(_) | None => {}
         }
         if there > 0 {
             // A crash between the members' commits: what is there is of another point in time than what is missing.
@@ -50,10 +87,9 @@ impl Manager {
             // The record before the name, as for volumes.
             self.write_snapshot_record(item, place).await?;
         }
-        let seals = items.iter().zip(&places).map(|(i, p)| (p.tree, i.volume, i.snapshot)).collect();
-        crash_point("seal");
-        self.engine().seal_group(seals, now_ms()).await?;
-        crash_point("seal.done");
+        // Other copies may be waited for: whoever takes away the device, or the copy, must not wait for that.
+        let _others = (!mirrored).then_some(others);
+        let copies = self.seal(items, &places).await?;
         for (item, place) in items.iter().zip(&places) {
             self.note(item, place);
         }
@@ -61,10 +97,46 @@ impl Manager {
         for place in &places {
             self.settle(&place.pool, place.tree).await;
         }
-        Ok(())
+        Ok(copies)
     }
 
-    fn places(&self, items: &[NewSnapshot]) -> Result<Vec<VolumePlace>, Failure> {
+    /// All or none, as far as this node goes.
+    async fn seal(&self, items: &[NewSnapshot], places: &[VolumePlace]) -> Result<Copies, Failure> {
+        let seals = items.iter().zip(places).map(|(item, place)| (place.tree, item.volume, item.snapshot)).collect();
+        crash_point("seal");
+        let sealed = self.engine().seal_group(seals, now_ms()).await;
+        crash_point("seal.done");
+        match sealed {
+            Ok(copies) => Ok(items.iter().map(|item| item.snapshot).zip(copies).collect()),
+            Err(error) => {
+                for (item, place) in items.iter().zip(places) {
+                    let undone = self.engine().control(place.tree, Control::DeleteSnapshot(item.snapshot)).await;
+                    if let Err(error) = undone {
+                        tracing::warn!(snapshot = %item.snapshot, %error, "what was refused may stay until it is deleted");
+                    }
+                    self.remove_record(&place.pool, place.tree, item.snapshot.to_string()).await;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// A copy that is wished is primary by itself soon after its volume was made, or its engine started.
+    async fn until_primary(&self, volume: VolumeId) -> Result<(), Failure> {
+        let until = Instant::now() + PRIMARY_LIMIT;
+        loop {
+            let status = self.engine().mirror_status(volume).await?;
+            if status.is_some_and(|status| matches!(status.role, Role::Primary(_))) {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                return Err(EngineError::NotPrimary(volume).into());
+            }
+            sleep(LOOK_EVERY).await;
+        }
+    }
+
+    pub(super) fn places(&self, items: &[NewSnapshot]) -> Result<Vec<VolumePlace>, Failure> {
         items
             .iter()
             .map(|item| {
@@ -87,7 +159,11 @@ impl Manager {
         Ok(there)
     }
 
-    async fn promise_seals(&self, items: &[NewSnapshot], places: &[VolumePlace]) -> Result<Vec<Promise>, Failure> {
+    pub(super) async fn promise_seals(
+        &self,
+        items: &[NewSnapshot],
+        places: &[VolumePlace],
+    ) -> Result<Vec<Promise>, Failure> {
         let mut promises = Vec::with_capacity(items.len());
         for (item, place) in items.iter().zip(places) {
             let info = self.volume_info(place.tree, item.volume).await.ok_or(Failure::NoVolume(item.volume))?;
@@ -101,7 +177,7 @@ impl Manager {
         Ok(promises)
     }
 
-    async fn write_snapshot_record(&self, item: &NewSnapshot, place: &VolumePlace) -> Result<(), Failure> {
+    pub(super) async fn write_snapshot_record(&self, item: &NewSnapshot, place: &VolumePlace) -> Result<(), Failure> {
         let Some(pool) = self.pool(&place.pool) else { return Err(Failure::NoVolume(item.volume)) };
         let (path, record, id) =
             (pool.pool.tree(place.tree), Record::new(item.descriptor.clone(), None), item.snapshot.to_string());
@@ -111,7 +187,7 @@ impl Manager {
         }
     }
 
-    fn note(&self, item: &NewSnapshot, place: &VolumePlace) {
+    pub(super) fn note(&self, item: &NewSnapshot, place: &VolumePlace) {
         let noted = SnapshotPlace {
             pool: place.pool.clone(),
             tree: place.tree,
@@ -146,6 +222,10 @@ impl Manager {
     pub async fn delete_snapshot(&self, snapshot: SnapshotId) -> Result<(), Failure> {
         // Behind whoever takes it now: what is not there must not be there a moment later.
         let _snapshot = self.inner.operations.begin(vec![snapshot.to_bytes()]).await?;
+        let _set_aside = self.release(snapshot);
+        if self.snapshot_place(snapshot).is_none() {
+            self.find_unnoted(snapshot).await;
+        }
         let Some(place) = self.snapshot_place(snapshot) else { return Ok(()) };
         let _tree = self.inner.operations.begin(vec![place.tree.to_bytes()]).await?;
         self.forget(snapshot).await?;
@@ -161,7 +241,7 @@ impl Manager {
     }
 
     /// All snapshots that users know, with pool and descriptor, by id.
-    pub async fn list_snapshots(&self) -> Vec<(SnapshotInfo, PoolName, String)> {
+    pub async fn list_snapshots(&self) -> Vec<SnapshotView> {
         let places: Vec<_> = self.index().snapshots.iter().map(|(id, place)| (*id, place.clone())).collect();
         let mut trees: Vec<_> = places.iter().map(|(_, p)| p.tree).collect();
         trees.sort_unstable();
@@ -173,7 +253,11 @@ impl Manager {
             }
         }
         let listed = places.into_iter().filter(|(_, place)| !place.base);
-        listed.filter_map(|(id, p)| infos.remove(&id).map(|info| (info, p.pool, p.descriptor))).collect()
+        let view = |(id, place): (SnapshotId, SnapshotPlace)| {
+            let SnapshotPlace { pool, tree, descriptor, .. } = place;
+            infos.remove(&id).map(|info| SnapshotView { info, pool, tree, descriptor })
+        };
+        listed.filter_map(view).collect()
     }
 
     /// What is allocated in `target`, or may differ between `base` and `target`.

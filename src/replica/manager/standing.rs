@@ -163,12 +163,14 @@ mod tests {
 
     fn status() -> MirrorStatus {
         let [one, two, _] = copies();
+        let configuration = Configuration::first(Generation(1), one, [two].into());
         MirrorStatus {
             role: Role::Primary(Primary::Serving),
             size: VolumeSize::try_from(1 << 30).expect("a size"),
             serves: true,
             answers: true,
-            configuration: Configuration::first(Generation(1), one, [two].into()),
+            newest: configuration.clone(),
+            configuration,
             wish: Some(Wish { primary: Some(one), copies: [one, two].into() }),
             intact: true,
             disk_failed: false,

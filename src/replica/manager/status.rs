@@ -1,5 +1,6 @@
 //! What a volume is and how it does.
 
+use super::record::RecordView;
 use super::standing::{self, MirrorView};
 use super::{CopyState, HIGH_WATER_SHARE, Manager, VolumeFailure, VolumePlace};
 use crate::replica::engine::{EngineStatus, VolumeHealth};
@@ -28,6 +29,7 @@ pub struct VolumeView {
     pub unchecked: u64,
     pub merging_layers: u64,
     pub mirror: Option<MirrorView>,
+    pub record: Option<RecordView>,
 }
 
 /// How far a background copy is, in bytes.
@@ -112,6 +114,7 @@ impl Manager {
             None if place.mirror.is_some() => health.push(standing::not_open(volume)),
             None => {}
         }
+        let record = self.record_view(volume, &place).await;
         let served = mirror.as_ref().map(|mirror| mirror.size);
         let copying_size = place.copy.as_ref().map(|copy| copy.size);
         let size = served.or(info.as_ref().map(|i| i.size)).or(copying_size);
@@ -130,6 +133,7 @@ impl Manager {
             unchecked: backlog.unchecked_blocks * BLOCK_SIZE,
             merging_layers: u64::from(backlog.merging_layers),
             mirror,
+            record,
         }
     }
 

@@ -136,7 +136,7 @@ impl Manager {
         self.control(volume, tree, Control::CreateVolume { volume, size: new.size, verify_reads: new.verify_reads })
             .await?;
         promise.settle(tree, self.promised_bytes(tree).await);
-        let mirror = blank.mirror.map(|record| MirrorPlace { record, refresher: None });
+        let mirror = blank.mirror.map(MirrorPlace::closed);
         self.insert(new, tree, blank.copying.map(|_| CopyState::new(new.size)), mirror);
         Ok(())
     }
@@ -149,7 +149,7 @@ impl Manager {
             return self.start_copy(new, pool, snapshot).await;
         }
         let _tree = self.begin(new.volume, &[place.tree.to_bytes()]).await?;
-        self.clone_snapshot(new, pool, place.tree, snapshot).await
+        self.clone_snapshot(new, pool, place.tree, snapshot, None).await
     }
 
     async fn clone_volume(&self, new: &NewVolume, pool: &Arc<PoolState>, source: VolumeId) -> Result<(), Failure> {
@@ -174,32 +174,37 @@ impl Manager {
             self.note_snapshot(base, &place.pool, place.tree);
             return self.start_copy(new, pool, base).await;
         }
-        self.clone_snapshot(new, pool, place.tree, base).await?;
+        self.clone_snapshot(new, pool, place.tree, base, None).await?;
         self.control(new.volume, place.tree, Control::DeleteSnapshot(base)).await?;
         self.remove_record(&place.pool, place.tree, base_record(base)).await;
         self.tidy_tree(&place.pool, place.tree).await;
         Ok(())
     }
 
-    async fn clone_snapshot(
+    /// `mirror`: the volume is one copy of several, with this record.
+    pub(super) async fn clone_snapshot(
         &self,
         new: &NewVolume,
         pool: &Arc<PoolState>,
         tree: InstanceId,
         snapshot: SnapshotId,
+        mirror: Option<String>,
     ) -> Result<(), Failure> {
         let volume = new.volume;
         let promise = self.promise(&new.pool, pool, growth(new.size.bytes())).await?;
+        if let Some(text) = mirror.clone() {
+            self.write_record(pool, tree, volume, &copy_record(volume), Record::new(text, None)).await?;
+        }
         // The record before the name: `recover` must never find a volume that it knows nothing of.
         self.write_record(pool, tree, volume, &volume.to_string(), Record::new(new.descriptor.clone(), None)).await?;
         let clone = Control::Clone { snapshot, volume, size: new.size, verify_reads: new.verify_reads };
         self.control(volume, tree, clone).await?;
         promise.settle(tree, self.promised_bytes(tree).await);
-        self.insert(new, tree, None, None);
+        self.insert(new, tree, None, mirror.map(MirrorPlace::closed));
         Ok(())
     }
 
-    fn check_source_size(&self, new: &NewVolume, source: VolumeSize) -> Result<(), Failure> {
+    pub(super) fn check_source_size(&self, new: &NewVolume, source: VolumeSize) -> Result<(), Failure> {
         if new.size >= source {
             return Ok(());
         }

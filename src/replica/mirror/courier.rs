@@ -1,9 +1,10 @@
 //! Between one copy and the catalogue: carries proposals there, and answers, configurations and wishes back.
 //!
 //! Invariants: everything that is told was read from the catalogue after it was asked for; while the catalogue is out of
-//! reach it is tried again, more and more seldom, and nothing else of the copy waits for it.
+//! reach it is tried again, more and more seldom, and nothing else of the copy waits for it. A catalogue that has no
+//! configuration of the volume, or an older one than the copy, says nothing at all: it was lost, or restored from a backup.
 
-use super::{FIRST_PAUSE, LAST_PAUSE};
+use super::{FIRST_PAUSE, LAST_PAUSE, OlderCatalogue};
 use crate::catalog::{Catalog, ConfigurationError, Volume};
 use crate::protocol::Outcome;
 use crate::replica::engine::{CatalogueRequest, EngineError, EngineHandle, MirrorInput};
@@ -27,6 +28,8 @@ enum Trouble {
     Catalogue(#[from] ConfigurationError),
     #[error(transparent)]
     Engine(#[from] EngineError),
+    #[error(transparent)]
+    Older(#[from] OlderCatalogue),
 }
 
 /// See the module.
@@ -80,7 +83,11 @@ impl Courier {
 
     /// Reads the size, the wish and the configuration, and tells the engine. Whether this copy shall be primary.
     async fn tell_what_is_there(&self) -> Result<bool, Trouble> {
+        // Before the catalogue is read: what the copy learns meanwhile may be newer than what was read.
+        let here = self.engine.mirror_status(self.volume).await?.map(|status| status.configuration.stamp);
         let stored = self.catalog.get::<Volume>(&self.volume.to_string()).await.map_err(ConfigurationError::from)?;
+        let Some(configuration) = self.catalog.configuration(self.volume).await? else { return Ok(false) };
+        OlderCatalogue::check(configuration.stamp, here)?;
         let volume = stored.map(|stored| stored.object).filter(|volume| !volume.spec.deleted);
         if let Some(volume) = &volume {
             self.engine.tell_mirror(self.volume, MirrorInput::Size(volume.status.size)).await?;
@@ -91,10 +98,8 @@ impl Courier {
         if let Some(mirror) = wish {
             self.engine.tell_mirror(self.volume, MirrorInput::Wish(mirror.wish())).await?;
         }
-        if let Some(configuration) = self.catalog.configuration(self.volume).await? {
-            self.session.set_generation(configuration.stamp.generation);
-            self.engine.tell_mirror(self.volume, MirrorInput::Configuration(Box::new(configuration))).await?;
-        }
+        self.session.set_generation(configuration.stamp.generation);
+        self.engine.tell_mirror(self.volume, MirrorInput::Configuration(Box::new(configuration))).await?;
         Ok(wished)
     }
 

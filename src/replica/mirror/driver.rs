@@ -120,7 +120,7 @@ impl Driver {
             tokio::spawn(courier.run(asked, refreshes)),
             tokio::spawn(resize(manager.clone(), volume, Arc::clone(&resized))),
         ];
-        manager.set_refresher(volume, refresher.clone());
+        manager.set_open(volume, refresher.clone(), reserve.clone());
         let tasks = tasks.map(|task| Task(task.abort_handle()));
         tracing::info!(%volume, copy = %tree, ?memory, "a copy is open");
         Ok(Self { session, peers: Parties::new(), refresher, reserve, volume, resized, _tasks: tasks })

@@ -9,7 +9,8 @@
 //! * Level-triggered: every step is found again by looking at the catalogue and at the disk, in any order of crashes.
 //! * A copy is confirmed in the catalogue when it is durable and before it acts; one that was confirmed and is gone is never
 //!   made again under its name, because others may count on what it held.
-//! * Data is deleted only because an object in the catalogue says so, never because there is no object.
+//! * Data is deleted only because an object in the catalogue says so, never because there is no object; and a catalogue that
+//!   is older than a copy ([`OlderCatalogue`]) changes nothing of it.
 //! * No volume waits for another one's requests: what may wait for those is a task of its own.
 //! * The data path does not wait for the catalogue: peers' events go to the engine in a task of their own, and copies are
 //!   opened from what is beside them ([`record`]) before anybody asks the catalogue.
@@ -20,7 +21,7 @@ mod reconcile;
 mod record;
 
 use crate::catalog::{Catalog, Node, NodeName, Object, Seen, Volume, VolumeConfiguration};
-use crate::protocol::Memory;
+use crate::protocol::{Memory, Stamp};
 use crate::replica::manager::Manager;
 use crate::replica::peer::Endpoint;
 use crate::volume::{BootId, InstanceId, VolumeId};
@@ -33,7 +34,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use courier::{Refresh, Refresher};
-pub use record::nodes_of;
+pub use record::{is_going, nodes_of};
 
 /// Before what failed is tried again, at first,
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -50,6 +51,28 @@ pub struct MirrorSettings {
     pub endpoint: Endpoint,
     /// The life of this node: [`boot_id`].
     pub boot: BootId,
+}
+
+/// The catalogue has an older configuration of a volume than the copy on this node: it was restored from a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the catalogue is older than the copy on this node (version {}.{} there, {}.{} here): the copy does nothing that it says; \
+     use `tandem recover`",
+    found.generation.0, found.version.0, here.generation.0, here.version.0
+)]
+pub struct OlderCatalogue {
+    found: Stamp,
+    here: Stamp,
+}
+
+impl OlderCatalogue {
+    /// Whether what was found is at least what is `here`, which was read before it.
+    fn check(found: Stamp, here: Option<Stamp>) -> Result<(), Self> {
+        match here {
+            Some(here) if found < here => Err(Self { found, here }),
+            Some(_) | None => Ok(()),
+        }
+    }
 }
 
 /// The life of this node's kernel.

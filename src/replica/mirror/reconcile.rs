@@ -7,9 +7,9 @@
 //!   not wanted, here   no member, or the volume is deleted ─> recorded as going ─> taken out of the catalogue ─> removed
 //! ```
 
-use super::Mirrors;
 use super::driver::{OpenError, Opened, Opening};
 use super::record::{CopyRecord, PeerRecord};
+use super::{Mirrors, OlderCatalogue};
 use crate::catalog::{
     Catalog, CatalogError, ConfigurationError, CopyReport, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError,
     Volume, VolumeSpec,
@@ -39,8 +39,10 @@ pub(super) enum Trouble {
     Pool(#[from] BadPoolName),
     #[error("its copy waits for what was asked of its device before")]
     Opening,
-    #[error("the catalogue has no configuration of it yet")]
+    #[error("the catalogue has no configuration of it yet: if it was lost, use `tandem recover`")]
     NoConfiguration,
+    #[error(transparent)]
+    Older(#[from] OlderCatalogue),
     #[error("the record beside its copy is damaged ({0}): `tandem verify` shows it")]
     Record(#[from] serde_json::Error),
 }
@@ -88,11 +90,16 @@ impl Mirrors {
         mirror.copies.get(&copy).is_some_and(|spec| spec.node == self.settings.node)
     }
 
-    async fn committed(&self, volume: VolumeId) -> Result<Configuration, Trouble> {
-        self.settings.catalog.configuration(volume).await?.ok_or(Trouble::NoConfiguration)
+    /// The configuration in the catalogue, if that is not older than the copy on this node.
+    async fn committed(&self, manager: &Manager, volume: VolumeId) -> Result<Configuration, Trouble> {
+        // Before the catalogue is read: what becomes durable meanwhile may be newer.
+        let here = manager.durable_record(volume).await.map(|record| record.configuration.stamp);
+        let found = self.settings.catalog.configuration(volume).await?.ok_or(Trouble::NoConfiguration)?;
+        OlderCatalogue::check(found.stamp, here)?;
+        Ok(found)
     }
 
-    /// Makes an empty copy.
+    /// Makes a copy: empty, or a clone.
     async fn make(
         &mut self,
         manager: &Manager,
@@ -105,18 +112,21 @@ impl Mirrors {
             tracing::error!(volume = %volume.id, %copy, "this node's copy is gone with what it held: give the volume another one");
             return Ok(());
         }
-        let configuration = self.committed(volume.id).await?;
+        let configuration = self.committed(manager, volume.id).await?;
         let record = self.record_of(volume, copy, &configuration, &CopyRecord::default());
+        let base = volume.spec.base.as_ref().filter(|base| base.clones.contains(&copy));
         let new = NewVolume {
             volume: volume.id,
             pool: spec.pool.parse()?,
             size: volume.spec.size,
             descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
             verify_reads: volume.spec.verify_reads,
-            source: Source::Blank,
+            source: base.map_or(Source::Blank, |base| Source::Snapshot(base.snapshot)),
         };
         manager.ensure_copy(new, copy, record.encode()).await?;
-        self.kept.insert(copy);
+        if base.is_none() {
+            self.kept.insert(copy);
+        }
         let Some(here) = manager.copy_here(volume.id) else { return Ok(()) };
         self.keep(manager, stored, &here).await
     }
@@ -124,7 +134,7 @@ impl Mirrors {
     /// The copy is here and shall be.
     async fn keep(&mut self, manager: &Manager, stored: Stored<Volume>, here: &CopyHere) -> Result<(), Trouble> {
         let (volume, copy) = (stored.object.id, here.tree);
-        let configuration = self.committed(volume).await?;
+        let configuration = self.committed(manager, volume).await?;
         let before = CopyRecord::decode(&here.record)?;
         let record = self.record_of(&stored.object, copy, &configuration, &before);
         if record != before {
@@ -178,7 +188,7 @@ impl Mirrors {
     /// The copy is here and shall not be.
     async fn remove(&mut self, manager: &Manager, wanted: &Volume, here: &CopyHere) -> Result<(), Trouble> {
         let volume = wanted.id;
-        if !wanted.spec.deleted && self.committed(volume).await?.is_member(here.tree) {
+        if !wanted.spec.deleted && self.committed(manager, volume).await?.is_member(here.tree) {
             // Its primary drops it first; the change of the configuration brings this here again.
             if let Some(driver) = self.drivers.get(&volume) {
                 driver.look();

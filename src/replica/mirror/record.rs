@@ -35,6 +35,11 @@ pub fn nodes_of(record: &str) -> BTreeMap<InstanceId, NodeName> {
     peers.into_iter().map(|(copy, peer)| (copy, peer.node)).collect()
 }
 
+/// Whether the copy's removal was decided, by the text of the record beside it.
+pub fn is_going(record: &str) -> bool {
+    CopyRecord::decode(record).is_ok_and(|record| record.removing)
+}
+
 /// Where copies are reached.
 pub(super) type Parties = BTreeMap<InstanceId, (Party, SocketAddr)>;
 

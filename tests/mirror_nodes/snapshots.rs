@@ -1,0 +1,223 @@
+//! Snapshots of mirrored volumes, and volumes made from snapshots: what is read from them on each node.
+
+use crate::site::{SIZE, Site, Up, Wanted, eventually, has, write};
+use std::collections::{BTreeMap, BTreeSet};
+use tandem::catalog::Base;
+use tandem::replica::manager::{NewSnapshot, NewVolume, Source};
+use tandem::volume::{InstanceId, SnapshotId, VolumeId, VolumeSize};
+
+fn wanted(volume: VolumeId) -> NewSnapshot {
+    NewSnapshot { snapshot: SnapshotId::random(), volume, descriptor: "of the test".into() }
+}
+
+fn single(source: Source) -> NewVolume {
+    NewVolume {
+        volume: VolumeId::random(),
+        pool: "default".parse().expect("a name"),
+        size: VolumeSize::try_from(SIZE).expect("a size"),
+        descriptor: String::new(),
+        verify_reads: false,
+        source,
+    }
+}
+
+/// What the controller does: promises elsewhere, the seal at the primary, and the name elsewhere.
+async fn take(primary: &Up, other: &Up, wanted: &NewSnapshot) -> BTreeSet<InstanceId> {
+    let items = std::slice::from_ref(wanted);
+    other.manager.promise_snapshots(items).await.expect("there is space");
+    let copies = primary.manager.ensure_snapshots(items).await.expect("sealed");
+    other.manager.adopt_snapshots(items).await.expect("it is there");
+    copies[&wanted.snapshot].clone()
+}
+
+/// The volume is used on this node from now on, and nobody else has its device.
+async fn use_on(site: &Site, up: &Up, volume: VolumeId, copy: InstanceId) -> std::path::PathBuf {
+    site.wish(volume, Some(copy)).await;
+    up.attach(volume).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_and_its_clones_are_the_same_on_both_nodes() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volume = site.create(&["n1", "n2"]).await;
+    let (one, two) = (volume.copies["n1"], volume.copies["n2"]);
+    let device = use_on(&site, &first, volume.id, one).await;
+    write(&device, 0..64, 7).await;
+    first.until_up_to_date(volume.id, two).await;
+
+    let snapshot = wanted(volume.id);
+    let refused = second.manager.ensure_snapshots(std::slice::from_ref(&snapshot)).await.expect_err("no primary");
+    assert!(refused.to_string().contains("not its primary"), "{refused}");
+    assert_eq!(take(&first, &second, &snapshot).await, BTreeSet::from([one, two]));
+    assert_eq!((first.snapshots().await, second.snapshots().await), (vec![snapshot.snapshot], vec![snapshot.snapshot]));
+    let again = first.manager.ensure_snapshots(std::slice::from_ref(&snapshot)).await.expect_err("an id is used once");
+    assert!(again.to_string().contains("another one taken"), "{again}");
+    // What follows is in neither.
+    write(&device, 32..96, 9).await;
+
+    one_that_nobody_adopts_can_be_deleted(&first, &second, volume.id, snapshot.snapshot).await;
+    let clone = a_clone_is_the_same_on_both(&mut site, &first, &second, &volume.copies, snapshot.snapshot).await;
+
+    // The other node's snapshot, after a start.
+    second.kill().await;
+    let second = site.start("n2", site.catalog()).await;
+    assert_eq!(second.snapshots().await, [snapshot.snapshot]);
+    let restored = single(Source::Snapshot(snapshot.snapshot));
+    site.note(restored.volume);
+    second.manager.ensure_volume(restored.clone()).await.expect("restored");
+    let device = second.attach(restored.volume).await;
+    assert!(has(&device, 0..64, 7).await && has(&device, 64..96, 0).await);
+    second.manager.detach(restored.volume).await.expect("detached");
+
+    // Everything goes, the snapshots last.
+    second.manager.delete_volume(restored.volume).await.expect("deleted");
+    first.manager.detach(volume.id).await.expect("detached");
+    for volume in [volume.id, clone.id] {
+        site.change(volume, |volume| volume.spec.deleted = true).await;
+        eventually("no copy", async || site.volume(volume).await.object.status.copies.is_empty().then_some(())).await;
+    }
+    for (node, up) in [("n1", &first), ("n2", &second)] {
+        eventually("no copy here", async || up.manager.copies().is_empty().then_some(())).await;
+        let pool = site.path(node).join("pool");
+        assert_eq!((up.snapshots().await, up.trees(&pool)), (vec![snapshot.snapshot], 1));
+        up.manager.delete_snapshot(snapshot.snapshot).await.expect("deleted");
+        eventually("no tree", async || (up.trees(&pool) == 0).then_some(())).await;
+    }
+    first.kill().await;
+    second.kill().await;
+}
+
+/// One that nobody adopts is no snapshot on the other node, and can be deleted.
+async fn one_that_nobody_adopts_can_be_deleted(first: &Up, second: &Up, volume: VolumeId, known: SnapshotId) {
+    let dropped = wanted(volume);
+    second.manager.promise_snapshots(std::slice::from_ref(&dropped)).await.expect("there is space");
+    first.manager.ensure_snapshots(std::slice::from_ref(&dropped)).await.expect("sealed");
+    assert_eq!(second.snapshots().await, [known]);
+    for up in [first, second] {
+        up.manager.delete_snapshot(dropped.snapshot).await.expect("deleted");
+    }
+    let missing = second.manager.adopt_snapshots(std::slice::from_ref(&dropped)).await.expect_err("it is gone");
+    assert!(missing.to_string().contains("no snapshot"), "{missing}");
+}
+
+/// A clone with two copies, read on each node.
+async fn a_clone_is_the_same_on_both(
+    site: &mut Site,
+    first: &Up,
+    second: &Up,
+    copies: &BTreeMap<&'static str, InstanceId>,
+    snapshot: SnapshotId,
+) -> Wanted {
+    let (one, two) = (copies["n1"], copies["n2"]);
+    let base = Base { snapshot, clones: BTreeSet::from([one, two]) };
+    let clone = site.create_from(copies.clone(), Some(base)).await;
+    assert!(site.configuration(clone.id).await.is_member(two), "nothing has to be copied");
+    let device = use_on(site, first, clone.id, one).await;
+    assert!(has(&device, 0..64, 7).await && has(&device, 64..96, 0).await);
+    first.until_up_to_date(clone.id, two).await;
+    write(&device, 0..8, 5).await;
+    first.manager.detach(clone.id).await.expect("detached");
+    let device = use_on(site, second, clone.id, two).await;
+    assert!(has(&device, 0..8, 5).await && has(&device, 8..64, 7).await && has(&device, 64..96, 0).await);
+    second.manager.detach(clone.id).await.expect("detached");
+    clone
+}
+
+/// A volume with two copies from a snapshot that one node has: it can be used at once, and becomes whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_of_one_copy_becomes_a_volume_with_two() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let source = single(Source::Blank);
+    site.note(source.volume);
+    first.manager.ensure_volume(source.clone()).await.expect("made");
+    let device = first.attach(source.volume).await;
+    write(&device, 0..300, 3).await;
+    let snapshot = wanted(source.volume);
+    first.manager.ensure_snapshots(std::slice::from_ref(&snapshot)).await.expect("taken");
+    write(&device, 100..400, 4).await;
+    let tree = first.manager.list_snapshots().await[0].tree;
+
+    let (one, two) = (tree, InstanceId::random());
+    let base = Base { snapshot: snapshot.snapshot, clones: BTreeSet::from([one]) };
+    let made = site.create_from(BTreeMap::from([("n1", one), ("n2", two)]), Some(base)).await;
+    assert!(!site.configuration(made.id).await.is_member(two));
+    let device = use_on(&site, &first, made.id, one).await;
+    assert!(has(&device, 0..300, 3).await && has(&device, 300..400, 0).await);
+    write(&device, 290..310, 6).await;
+    first.until_up_to_date(made.id, two).await;
+    first.manager.detach(made.id).await.expect("detached");
+    let device = use_on(&site, &second, made.id, two).await;
+    assert!(has(&device, 0..290, 3).await && has(&device, 290..310, 6).await && has(&device, 310..400, 0).await);
+    second.manager.detach(made.id).await.expect("detached");
+    first.manager.detach(source.volume).await.expect("detached");
+    first.kill().await;
+    second.kill().await;
+}
+
+/// Several volumes at one point in time: what was written to one after the other was acknowledged is in no snapshot without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_of_mirrored_volumes_is_one_point_in_time() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let volumes = [site.create(&["n1", "n2"]).await, site.create(&["n1", "n2"]).await];
+    let mut devices = Vec::new();
+    for volume in &volumes {
+        devices.push(use_on(&site, &first, volume.id, volume.copies["n1"]).await);
+        first.until_up_to_date(volume.id, volume.copies["n2"]).await;
+    }
+    let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
+    let writer = tokio::spawn({
+        let devices = devices.clone();
+        async move {
+            let mut round = 0_u8;
+            while stopped.try_recv().is_err() && round < 250 {
+                round += 1;
+                // The first one is never behind the second.
+                write(&devices[0], 0..1, round).await;
+                write(&devices[1], 0..1, round).await;
+            }
+        }
+    });
+    let mut groups = Vec::new();
+    for _ in 0..5 {
+        let group: Vec<_> = volumes.iter().map(|volume| wanted(volume.id)).collect();
+        second.manager.promise_snapshots(&group).await.expect("there is space");
+        assert_eq!(first.manager.ensure_snapshots(&group).await.expect("sealed").len(), 2);
+        second.manager.adopt_snapshots(&group).await.expect("there");
+        groups.push(group);
+    }
+    stop.send(()).expect("it writes");
+    writer.await.expect("no error");
+    for group in groups {
+        for up in [&first, &second] {
+            let mut found = Vec::new();
+            for item in &group {
+                let restored = single(Source::Snapshot(item.snapshot));
+                site.note(restored.volume);
+                up.manager.ensure_volume(restored.clone()).await.expect("restored");
+                let device = up.attach(restored.volume).await;
+                let mut round = 0;
+                while !has(&device, 0..1, round).await {
+                    round += 1;
+                }
+                found.push(round);
+                up.manager.detach(restored.volume).await.expect("detached");
+                up.manager.delete_volume(restored.volume).await.expect("deleted");
+            }
+            assert!(found[0] == found[1] || found[0] == found[1] + 1, "{found:?}");
+        }
+    }
+    for volume in &volumes {
+        first.manager.detach(volume.id).await.expect("detached");
+    }
+    first.kill().await;
+    second.kill().await;
+}
