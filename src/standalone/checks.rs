@@ -210,6 +210,17 @@ mod tests {
         assert_eq!(socket(None, dir.path()).expect("default"), dir.path().join("csi.sock"));
     }
 
+    /// `tandem replica` and `tandem node` are started side by side on one directory.
+    #[test]
+    fn a_directory_is_checked_by_several_processes_at_once() {
+        let dir = tempfile::Builder::new().prefix("tandem-").tempdir().expect("a directory");
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..500).for_each(|_| drop(directory(dir.path()).expect("it can be written"))));
+            }
+        });
+    }
+
     #[test]
     fn processes_that_start_together_do_not_take_their_directory_for_one_that_cannot_be_written() {
         let dir = tempfile::Builder::new().prefix("tandem-").tempdir().expect("a directory");
