@@ -115,16 +115,21 @@ fn simulate(cluster: &mut Cluster, seed: u64) -> Result<(), String> {
     if forced { Ok(()) } else { cluster.is_healed() }
 }
 
-/// Lets a cluster heal that was mended. Healed once is not enough: it must stay so.
+/// Lets a cluster heal that was mended. Healed once is not enough: it must stay so, unless a copy was found slow since, by
+/// what its disk had begun while it crawled.
 fn heal(cluster: &mut Cluster) -> Result<(), String> {
     let (mut end, last) = (cluster.now + HEALING, cluster.now + LONGEST_HEALING);
-    while cluster.now < end && cluster.is_healed().is_err() {
+    loop {
+        let healed = cluster.is_healed().is_ok();
         cluster.run_until(cluster.now + LOOK)?;
         if cluster.leaves_a_copy_alone() {
             end = (cluster.now + HEALING).min(last);
         }
+        let stays = healed && (cluster.is_healed().is_ok() || !cluster.leaves_a_copy_alone());
+        if stays || cluster.now >= end {
+            return Ok(());
+        }
     }
-    cluster.run_until(cluster.now + LOOK)
 }
 
 fn run(seed: u64, planted: Option<Planted>, trace: bool) -> Result<Tally, (String, Vec<String>)> {
