@@ -16,6 +16,7 @@ use crate::csi::control::ControlError;
 use crate::csi::errors::{CreateSnapshotError, CreateVolumeError, Transient};
 use crate::csi::operations::{Operation, Subject};
 use crate::placement::Place;
+use crate::rpc::control;
 use crate::volume::{InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -152,7 +153,7 @@ impl Controller {
         found: &Found,
         snapshot: SnapshotId,
     ) -> Result<Placed, CreateVolumeError> {
-        let there = self.trees_with(snapshot, &found.holders, &wanted.parameters.pool).await?;
+        let there = self.trees_with(snapshot, &found.holders, &wanted.parameters.pool, size).await?;
         // The caller's order among those that hold it, then all of those, then the caller's order.
         let mut preferred: Vec<_> = wanted.places.preferred.clone();
         preferred.retain(|place| there.keys().any(|node| place.includes(node)));
@@ -174,12 +175,14 @@ impl Controller {
         Ok(Placed { node: None, mirror, base: Some(Base { snapshot, clones }) })
     }
 
-    /// The trees with the snapshot in pools of this name, by node.
+    /// The trees with the snapshot in pools of this name, by node. A copy that had grown before the others is in none: its
+    /// snapshot is larger than the volume that is made from it.
     async fn trees_with(
         &self,
         snapshot: SnapshotId,
         holders: &BTreeSet<NodeName>,
         pool: &str,
+        size: VolumeSize,
     ) -> Result<BTreeMap<NodeName, InstanceId>, CreateVolumeError> {
         let (text, mut there, mut elsewhere, mut silent) = (snapshot.to_string(), BTreeMap::new(), None, None);
         for node in holders {
@@ -190,7 +193,8 @@ impl Controller {
                     continue;
                 }
             };
-            let Some(held) = snapshots.into_iter().find(|held| held.snapshot_id == text) else { continue };
+            let fits = |held: &control::Snapshot| held.snapshot_id == text && held.size_bytes <= size.bytes();
+            let Some(held) = snapshots.into_iter().find(fits) else { continue };
             match held.copy_id.parse() {
                 Ok(tree) if held.pool == pool => _ = there.insert(node.clone(), tree),
                 Ok(_) | Err(_) => elsewhere = Some(held.pool),
