@@ -1,12 +1,13 @@
 //! A cluster's catalogue rebuilt from what its nodes say of their copies, and a copy that is forced. The nodes are in memory.
 
-use crate::mirrors::{configuration, object};
+use crate::mirrors::{LONG, configuration, object};
 use crate::nodes::{Cluster, cluster};
 use crate::site::*;
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 use tandem::catalog::{
-    CopySpec, Descriptor, MirrorSpec, Node, NodeName, Replication, Volume as Object, VolumeConfiguration, VolumePhase,
-    VolumeRequest,
+    CopySpec, Descriptor, MirrorSpec, Node, NodeName, Replication, Stored, Volume as Object, VolumeConfiguration,
+    VolumePhase, VolumeRequest,
 };
 use tandem::csi::controller::{Report, State};
 use tandem::protocol::{Configuration, ConfigurationVersion, Generation, Lacks, Stamp};
@@ -116,7 +117,7 @@ async fn volumes_come_back_with_their_copies_under_a_raised_generation() {
     assert_eq!((volume.status.phase, volume.status.copies.len()), (VolumePhase::Ready, 2));
     let mirror = volume.spec.mirror.expect("mirrored");
     let places: Vec<_> = mirror.copies.into_values().map(|spec| spec.node).collect();
-    assert_eq!((mirror.primary, places), (None, named(&["node-1", "node-2"])), "nobody uses it");
+    assert_eq!((mirror.primary, places), (Some(copy(1)), named(&["node-1", "node-2"])), "the last one goes on");
     assert_eq!(object(&driver, &single.to_string()).await.spec.node, Some(NodeName("node-3".into())));
 
     let publish = |node: &'static str| driver.publish_to(id, node);
@@ -149,6 +150,60 @@ async fn a_volume_waits_for_every_copy_that_may_know_better() {
     let report = recover(&driver).await;
     assert_eq!((report.rows[0].state, report.rows[0].configuration), (State::Raised, Some(stamp(1, 7))), "{report:?}");
     driver.publish_to(id, "node-1").await.expect("the member");
+}
+
+/// The copy that was read is attached, was primary in what it knows, and was dropped since. Another volume that has no
+/// configuration gets its first one from the controller's own look; this one had one, which only the other copy knows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_waits_is_begun_anew_by_nobody() {
+    let (nodes, driver) = cluster(&[10, 10]).await;
+    let [waits, complete, later] = [1, 2, 3].map(|byte| VolumeId::from_bytes([byte; 16]));
+    put(&nodes, 1, on_disk(waits, 1, Some(&version(5, &[1, 2], &[])), &[1, 2]));
+    put(&nodes, 1, on_disk(complete, 1, Some(&version(5, &[1], &[])), &[1]));
+    use_it(&nodes, 1, waits);
+    let _away = forget(&driver, "node-2").await;
+    let states = recover(&driver).await.rows.into_iter().map(|row| row.state).collect::<Vec<_>>();
+    assert_eq!(states, [State::Waits, State::PutBack]);
+    let stored = driver.catalog.get::<Object>(&waits.to_string()).await.expect("readable").expect("there");
+    let mut object = stored.object.clone();
+    let mirror = object.spec.mirror.as_mut().expect("mirrored");
+    assert_eq!(mirror.primary.replace(copy(1)), None, "nobody is wished");
+    let mut begun = Object::wanted(later, VolumeRequest { name: "later".into(), ..request("pvc") });
+    begun.spec.mirror = Some(MirrorSpec { primary: Some(copy(1)), ..mirror.clone() });
+    begun.status.copies = [copy(1)].into();
+    begun.status.phase = VolumePhase::Ready;
+    driver.catalog.update(Stored { object, ..stored }).await.expect("wished by hand");
+    driver.catalog.create(begun).await.expect("created");
+    let controller = driver.controller.clone();
+    let tending = tokio::spawn(async move { controller.tend().await });
+    let began = Instant::now();
+    while configuration(&driver, &later.to_string()).await.is_none() {
+        assert!(began.elapsed() < LONG, "the controller does not look");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    tending.abort();
+    assert_eq!(configuration(&driver, &waits.to_string()).await, None);
+}
+
+/// Growth changes no configuration. A candidate may be smaller: it is filled later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_has_the_size_that_its_members_have() {
+    let (nodes, driver) = cluster(&[10, 10, 10]).await;
+    let id = VolumeId::random();
+    let newest = version(7, &[1, 2], &[(3, 6)]);
+    for (number, bytes) in [(1, 3 * GIB), (2, 2 * GIB), (3, GIB)] {
+        put(&nodes, number, control::Volume { size_bytes: bytes, ..on_disk(id, number, Some(&newest), &[1, 2, 3]) });
+    }
+    recover(&driver).await;
+    let size = |volume: &Object| (volume.spec.size.bytes(), volume.status.size.bytes());
+    let stored = driver.catalog.get::<Object>(&id.to_string()).await.expect("readable").expect("there");
+    assert_eq!(size(&stored.object), (2 * GIB, 2 * GIB));
+    // A backup from before it grew, and from before its first caller had an answer.
+    let mut object = stored.object.clone();
+    (object.spec.size, object.status.size) = (GIB.try_into().expect("a size"), GIB.try_into().expect("a size"));
+    driver.catalog.update(Stored { object, ..stored }).await.expect("restored");
+    assert_eq!(recover(&driver).await.rows[0].state, State::Kept);
+    assert_eq!(size(&self::object(&driver, &id.to_string()).await), (2 * GIB, 2 * GIB));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -225,7 +225,11 @@ async fn recover_snapshot(
     };
     let (name, group) = match Descriptor::decode(&sealed.descriptor) {
         Some(Descriptor::Snapshot { name, group }) => (name, group),
-        Some(Descriptor::Volume { .. }) | None if found.is_mirrored(volume) => {
+        // Its descriptor lies beside a snapshot before it has the name; only a copy that followed a seal in the middle of its
+        // resync has none.
+        Some(Descriptor::Volume { .. }) | None
+            if !alone && (sealed.descriptor.is_empty() || found.is_mirrored(volume)) =>
+        {
             report.problems.push(format!("snapshot {id} was not taken to the end: it is not put back"));
             return Ok(None);
         }

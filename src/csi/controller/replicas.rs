@@ -96,11 +96,13 @@ impl Controller {
     }
 
     /// The first configuration of a volume that had one copy: that one has everything, the others nothing. Level-triggered:
-    /// one that is there stays.
+    /// one that is there stays. No other copy is there before it; a volume that has several and no configuration waits for
+    /// `tandem recover`.
     pub(super) async fn begin_mirror(&self, volume: &Volume) -> Result<(), Transient> {
         let Some(mirror) = &volume.spec.mirror else { return Ok(()) };
         let Some(primary) = mirror.primary else { return Ok(()) };
-        if self.get::<VolumeConfiguration>(volume.id).await?.is_some() {
+        let is_alone = volume.status.copies.iter().eq([&primary]);
+        if !is_alone || self.get::<VolumeConfiguration>(volume.id).await?.is_some() {
             return Ok(());
         }
         let mut first = Configuration::first(self.catalog.generation().await?, primary, BTreeSet::new());

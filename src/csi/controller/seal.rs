@@ -141,11 +141,20 @@ impl Controller {
         node: Option<&NodeName>,
         others: &BTreeSet<NodeName>,
     ) -> Result<(), DeleteSnapshotError> {
-        forget(&self.nodes.holder(node).await?.control, id).await?;
-        for other in others.iter().filter(|other| Some(*other) != node) {
-            forget(&self.nodes.holder(Some(other)).await?.control, id).await?;
+        let others = others.iter().map(Some).filter(|other| *other != node);
+        let mut result = Ok(());
+        for holder in std::iter::once(node).chain(others) {
+            match self.erase_on(id, holder).await {
+                // A node that is away does not keep the others from freeing their space.
+                Err(DeleteSnapshotError::Transient(error)) => result = Err(error.into()),
+                erased => erased?,
+            }
         }
-        Ok(())
+        result
+    }
+
+    async fn erase_on(&self, id: SnapshotId, node: Option<&NodeName>) -> Result<(), DeleteSnapshotError> {
+        forget(&self.nodes.holder(node).await?.control, id).await
     }
 }
 

@@ -114,6 +114,11 @@ impl Manager {
         Ok(self.view(&state).await)
     }
 
+    /// Whether the pool is open.
+    pub fn has_pool(&self, name: &PoolName) -> bool {
+        self.pool(name).is_some()
+    }
+
     /// All pools, also those that could not be opened.
     pub async fn list_pools(&self) -> Vec<PoolView> {
         let (pools, broken) = {

@@ -28,6 +28,8 @@ pub(super) struct Opening {
     pub volume: VolumeId,
     pub tree: InstanceId,
     pub memory: Memory,
+    /// As far as it is known before the catalogue is asked.
+    pub size: Option<VolumeSize>,
     /// If it has no record of its own.
     pub first: Record,
 }
@@ -89,7 +91,7 @@ pub(super) struct Driver {
 
 impl Driver {
     pub async fn open(settings: &MirrorSettings, manager: &Manager, opening: Opening) -> Result<Self, OpenError> {
-        let Opening { volume, tree, memory, first } = opening;
+        let Opening { volume, tree, memory, size, first } = opening;
         let engine = manager.engine_handle();
         let (session, events) = settings.endpoint.open(volume, tree, first.configuration.stamp.generation)?;
         let session = Arc::new(session);
@@ -106,6 +108,9 @@ impl Driver {
             requests,
         };
         engine.open_mirror(config).await?;
+        if let Some(size) = size {
+            engine.tell_mirror(volume, MirrorInput::Size(size)).await?;
+        }
         let (refresher, refreshes) = mpsc::channel::<Refresh>(MAX_REFRESHES);
         let courier = Courier {
             catalog: settings.catalog.clone(),

@@ -133,7 +133,7 @@ impl Mirrors {
             // Without one it has never acted: the catalogue says what it is.
             let Some(first) = manager.durable_record(volume).await else { continue };
             let memory = self.memory(copy.tree);
-            let opening = Opening { volume, tree: copy.tree, memory, first };
+            let opening = Opening { volume, tree: copy.tree, memory, size: record.size, first };
             match Driver::open(&self.settings, manager, opening).await {
                 Ok(mut driver) => {
                     driver.set_peers(&record.parties(&self.settings.node));

@@ -17,7 +17,7 @@ use crate::catalog::{
 use crate::protocol::{Configuration, Record};
 use crate::replica::engine::EngineError;
 use crate::replica::manager::{CopyHere, Manager, NewVolume, Source, VolumeFailure};
-use crate::replica::pool::BadPoolName;
+use crate::replica::pool::{BadPoolName, PoolName};
 use crate::volume::{InstanceId, VolumeId};
 
 /// Why a volume is not yet as it shall be.
@@ -108,6 +108,11 @@ impl Mirrors {
         spec: &CopySpec,
     ) -> Result<(), Trouble> {
         let volume = &stored.object;
+        let pool: PoolName = spec.pool.parse()?;
+        if !manager.has_pool(&pool) {
+            // Its copy may be there: a pool whose mount is missing comes back with `tandem pool add`.
+            return Err(VolumeFailure::NoPool(pool).into());
+        }
         if volume.status.copies.contains(&copy) {
             tracing::error!(volume = %volume.id, %copy, "this node's copy is gone with what it held: give the volume another one");
             return Ok(());
@@ -117,7 +122,7 @@ impl Mirrors {
         let base = volume.spec.base.as_ref().filter(|base| base.clones.contains(&copy));
         let new = NewVolume {
             volume: volume.id,
-            pool: spec.pool.parse()?,
+            pool,
             size: volume.spec.size,
             descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
             verify_reads: volume.spec.verify_reads,
@@ -140,13 +145,13 @@ impl Mirrors {
         if record != before {
             manager.write_copy_record(volume, record.encode()).await?;
         }
-        let (spec, size) = (stored.object.spec.clone(), stored.object.status.size);
+        let (spec, size) = (stored.object.spec.clone(), record.size.unwrap_or(stored.object.status.size));
         let report = follow(manager, volume, &spec).await?;
         confirm(&self.settings.catalog, stored, copy, report).await?;
         if !self.drivers.contains_key(&volume) {
             // Until it has a record of its own it has never acted, and nobody could count on it without its answer.
             let first = Record { intact: configuration.is_member(copy), configuration };
-            let opening = Opening { volume, tree: copy, memory: self.memory(copy), first };
+            let opening = Opening { volume, tree: copy, memory: self.memory(copy), size: record.size, first };
             let begin = || Opened::begin(&self.settings, manager, opening);
             let mut opened = self.opening.remove(&volume).unwrap_or_else(begin);
             let Some(driver) = opened.soon().await else {
@@ -182,13 +187,16 @@ impl Mirrors {
             // A node that the catalogue does not name now is called where it was.
             peer.address = self.addresses.get(&peer.node).copied().or(peer.address);
         }
-        CopyRecord { peers, removing: false }
+        CopyRecord { peers, removing: false, size: before.size.max(Some(volume.status.size)) }
     }
 
     /// The copy is here and shall not be.
     async fn remove(&mut self, manager: &Manager, wanted: &Volume, here: &CopyHere) -> Result<(), Trouble> {
-        let volume = wanted.id;
-        if !wanted.spec.deleted && self.committed(manager, volume).await?.is_member(here.tree) {
+        let (volume, deleted) = (wanted.id, wanted.spec.deleted);
+        // A catalogue that is older than the copy removes nothing: of a volume that is deleted it has the configuration to the
+        // end. A copy that has never acted has nothing to lose.
+        let acted = manager.durable_record(volume).await.is_some();
+        if (acted || !deleted) && self.committed(manager, volume).await?.is_member(here.tree) && !deleted {
             // Its primary drops it first; the change of the configuration brings this here again.
             if let Some(driver) = self.drivers.get(&volume) {
                 driver.look();

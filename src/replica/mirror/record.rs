@@ -5,7 +5,7 @@
 
 use crate::catalog::NodeName;
 use crate::replica::peer::Party;
-use crate::volume::InstanceId;
+use crate::volume::{InstanceId, VolumeSize};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -27,6 +27,10 @@ pub(super) struct CopyRecord {
     /// Its removal was decided and is not undone.
     #[serde(default)]
     pub removing: bool,
+    /// The largest size that the volume was known to have: an old catalogue that is restored must not take the end away from
+    /// whoever uses it.
+    #[serde(default)]
+    pub size: Option<VolumeSize>,
 }
 
 /// Where the other copies are, by the text of the record beside one.
@@ -77,7 +81,7 @@ mod tests {
         let peer = |node: &str, address| PeerRecord { node: NodeName(node.into()), address };
         let peers =
             [peer("n1", Some(address)), peer("n2", Some(address)), peer("n3", None), peer("N 4", Some(address))];
-        let record = CopyRecord { peers: copies.into_iter().zip(peers).collect(), removing: true };
+        let record = CopyRecord { peers: copies.into_iter().zip(peers).collect(), removing: true, size: None };
         assert_eq!(CopyRecord::decode(&record.encode()).expect("readable"), record);
         let parties = record.parties(&NodeName("n1".into()));
         assert_eq!(parties.keys().copied().collect::<Vec<_>>(), [copies[1]]);

@@ -5,7 +5,9 @@
 //! * Nothing is lowered: a configuration in the catalogue that is as new as what the copies know stays.
 //! * What was read of the copies is older than what is read of the catalogue, so a volume of a sound catalogue is never
 //!   taken for one of an old one.
-//! * The copy that is in use stays wished: its application goes on. Otherwise nobody is wished; the callers publish again.
+//! * The copy that is in use stays wished: its application goes on. Otherwise the last primary is, or another member: somebody
+//!   has to bring up to date whoever comes back. Nobody is wished of a volume that waits for copies that were not read.
+//! * The size is never less than it was: it is one that each member holds.
 
 use super::choice::{self, Choice, Copies};
 use super::inventory::{self, Inventory};
@@ -23,10 +25,10 @@ use std::collections::{BTreeMap, BTreeSet};
 struct Case<'a> {
     id: VolumeId,
     found: Copies,
-    /// The copy whose size and name count.
+    /// The copy whose name counts.
     best: &'a control::Volume,
     /// Of the copies that can be opened.
-    sizes: (u64, u64),
+    sizes: BTreeMap<InstanceId, VolumeSize>,
     inventory: &'a Inventory,
 }
 
@@ -60,8 +62,11 @@ pub(super) async fn put_back(
             .push(format!("volume {id} is not put back: no copy of it can be used; its nodes' logs say why"));
         return Ok(Row::left(id));
     };
-    let sizes = opened.map(|(_, copy)| copy.size_bytes);
-    let sizes = (sizes.clone().min().unwrap_or_default(), sizes.max().unwrap_or_default());
+    let size_on = |node: &NodeName| {
+        let (_, copy) = copies.iter().find(|(of, _)| of == node)?;
+        VolumeSize::try_from(copy.size_bytes).ok()
+    };
+    let sizes = found.iter().filter_map(|(copy, of)| Some((*copy, size_on(&of.node)?))).collect();
     let case = Case { id, found, best, sizes, inventory };
     let mut changed = String::new();
     for _ in 0..ATTEMPTS {
@@ -92,12 +97,13 @@ impl Case<'_> {
         if let Some(now) = now.filter(|now| choice::newest(&self.found).is_none_or(|newest| newest.stamp <= now.stamp))
         {
             // As new as anything that was found. Only the object may be lost.
-            let state = self.object(catalog, &now, report).await?.1;
+            let (stored, state) = self.object(catalog, &now, self.wish(&now), report).await?;
+            self.raise_size(catalog, stored, &now).await?;
             return self.row(catalog, state, Some(now.stamp), Vec::new()).await;
         }
         match choice {
             Choice::Complete(base) => {
-                let (stored, state) = self.object(catalog, &base, report).await?;
+                let (stored, state) = self.object(catalog, &base, self.wish(&base), report).await?;
                 if state == State::Kept {
                     self.follow(catalog, stored, &base).await?;
                 }
@@ -109,7 +115,7 @@ impl Case<'_> {
             Choice::Missing { newest, missing } => {
                 let missing: Vec<_> = missing.iter().map(|copy| self.place(copy)).collect();
                 if let Some(newest) = newest {
-                    self.object(catalog, &newest, report).await?;
+                    self.object(catalog, &newest, None, report).await?;
                 }
                 report.problems.push(self.advice(&missing));
                 self.row(catalog, State::Waits, there.map(|stored| stored.object.stamp()), missing).await
@@ -122,7 +128,7 @@ impl Case<'_> {
                     self.id, self.id
                 ));
                 if let Some(newest) = choice::newest(&self.found) {
-                    self.object(catalog, newest, report).await?;
+                    self.object(catalog, newest, None, report).await?;
                 }
                 self.row(catalog, State::Waits, there.map(|stored| stored.object.stamp()), Vec::new()).await
             }
@@ -147,6 +153,7 @@ impl Case<'_> {
         &self,
         catalog: &Catalog,
         configuration: &Configuration,
+        wish: Option<InstanceId>,
         report: &mut Report,
     ) -> Result<(Stored<Volume>, State), Transient> {
         let key = self.id.to_string();
@@ -159,11 +166,9 @@ impl Case<'_> {
         let replicas = u8::try_from(copies.len()).unwrap_or(u8::MAX);
         let volume = wanted(self.id, self.best, Replication::Sync { replicas }, report);
         let mut volume = volume.ok_or_else(missing)?;
-        let (least, most) = (self.sizes.0.try_into(), self.sizes.1.try_into());
-        volume.status.size = least.unwrap_or(volume.status.size);
-        volume.spec.size = most.unwrap_or(volume.spec.size);
-        volume.spec.mirror =
-            Some(MirrorSpec { primary: choice::in_use(&self.found, configuration), ..MirrorSpec::new(copies) });
+        volume.status.size = self.least(configuration).unwrap_or(volume.status.size);
+        volume.spec.size = volume.status.size;
+        volume.spec.mirror = Some(MirrorSpec { primary: wish, ..MirrorSpec::new(copies) });
         volume.status.copies = configuration.copies().collect();
         volume.status.phase = VolumePhase::Ready;
         report.volumes += u64::from(put(catalog, volume, |volume, name| volume.request.name = name, report).await?);
@@ -187,13 +192,51 @@ impl Case<'_> {
             let known = spec.publications.remove(&node).or_else(|| spec.publications.pop_first().map(|(_, was)| was));
             spec.publications = known.into_iter().map(|known| (node.clone(), known)).collect();
         }
-        status.copies.extend(configuration.copies());
+        // Others were given up since, and nobody would ever take them out.
+        status.copies = configuration.copies().collect();
+        // The backup may be from before its callers knew it; they do now.
+        status.phase = VolumePhase::Ready;
+        self.grow(&mut stored.object, configuration);
+        let Volume { spec, .. } = &mut stored.object;
         let wished = spec.mirror.as_ref().and_then(|mirror| mirror.primary).filter(|copy| copies.contains_key(copy));
-        spec.mirror = Some(MirrorSpec { primary: in_use.or(wished), ..MirrorSpec::new(copies) });
+        let primary = in_use.or(wished).or_else(|| self.wish(configuration));
+        spec.mirror = Some(MirrorSpec { primary, ..MirrorSpec::new(copies) });
         if stored.object != before {
             catalog.update(stored).await?;
         }
         Ok(())
+    }
+
+    /// The volume has grown since the backup, which changes no configuration.
+    async fn raise_size(
+        &self,
+        catalog: &Catalog,
+        mut stored: Stored<Volume>,
+        configuration: &Configuration,
+    ) -> Result<(), Transient> {
+        if self.grow(&mut stored.object, configuration) {
+            catalog.update(stored).await?;
+        }
+        Ok(())
+    }
+
+    fn grow(&self, volume: &mut Volume, configuration: &Configuration) -> bool {
+        let Some(least) = self.least(configuration).filter(|least| *least > volume.status.size) else { return false };
+        volume.status.size = least;
+        volume.spec.size = volume.spec.size.max(least);
+        true
+    }
+
+    /// What each member that was read can hold: each has confirmed a size before it became the volume's.
+    fn least(&self, configuration: &Configuration) -> Option<VolumeSize> {
+        configuration.members().filter_map(|copy| self.sizes.get(&copy)).min().copied()
+    }
+
+    /// Who shall be primary.
+    fn wish(&self, configuration: &Configuration) -> Option<InstanceId> {
+        let stays = |copy: &InstanceId| self.found.get(copy).is_some_and(|found| !found.removing);
+        let last = configuration.primary.filter(stays);
+        choice::in_use(&self.found, configuration).or(last).or_else(|| configuration.members().find(stays))
     }
 
     /// Where the copies shall be: those that the configuration names and that do not go.
