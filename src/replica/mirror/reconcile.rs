@@ -193,15 +193,18 @@ impl Mirrors {
     /// The copy is here and shall not be.
     async fn remove(&mut self, manager: &Manager, wanted: &Volume, here: &CopyHere) -> Result<(), Trouble> {
         let (volume, deleted) = (wanted.id, wanted.spec.deleted);
-        // A catalogue that is older than the copy removes nothing: of a volume that is deleted it has the configuration to the
-        // end. A copy that has never acted has nothing to lose.
-        let acted = manager.durable_record(volume).await.is_some();
-        if (acted || !deleted) && self.committed(manager, volume).await?.is_member(here.tree) && !deleted {
-            // Its primary drops it first; the change of the configuration brings this here again.
-            if let Some(driver) = self.drivers.get(&volume) {
-                driver.look();
+        if !deleted {
+            if self.committed(manager, volume).await?.is_member(here.tree) {
+                // Its primary drops it first; the change of the configuration brings this here again.
+                if let Some(driver) = self.drivers.get(&volume) {
+                    driver.look();
+                }
+                return Ok(());
             }
-            return Ok(());
+        } else if manager.durable_record(volume).await.is_some() {
+            // A catalogue that is older than the copy removes nothing; of a volume that is deleted it has the configuration to
+            // the end. A copy that has never acted has nothing to lose.
+            self.committed(manager, volume).await?;
         }
         if here.attached {
             return Err(VolumeFailure::Attached(volume).into());
