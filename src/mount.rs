@@ -15,7 +15,7 @@ mod twin;
 pub use grow::{GrowError, grow_mounted, may_grow_mounted_ext4};
 pub use mountinfo::{Mount, MountTable, MountTableError};
 pub use options::{MAX_TOTAL_BYTES, MountOptions, OptionError};
-pub use prepare::{MIN_XFS_BYTES, Origin, PrepareError, prepare};
+pub use prepare::{MIN_XFS_BYTES, Origin, PrepareError, forget_formatting, prepare};
 pub use program::{MKFS_XFS, Outcome, Program, ProgramError};
 pub use signature::{Content, ProbeError, Signature, probe};
 pub use twin::{read_only_twin, remove_read_only_twin, resize_read_only_twin};

@@ -339,6 +339,30 @@ fn the_old_primary_is_fenced() {
     });
 }
 
+/// Its user was idle, so nothing that it asked was answered with an error; what it wrote later landed on newer writes.
+#[test]
+fn a_device_that_outlived_another_primary_is_never_served_again() {
+    attached(Lab::new(64 * MIB), async |lab, one, two, device| {
+        write(device, 0..10, 1).await;
+        let old = File::options().write(true).open(device).expect("the device");
+        lab.wish(Some(1));
+        until("the second copy to serve", async || two.status().await.serves.then_some(())).await;
+        let elsewhere = two.handle.attach(two.tree, two.volume).await.expect("a device");
+        write(&elsewhere, 0..10, 2).await;
+        two.handle.detach(two.volume).await.expect("detaches");
+        lab.wish(Some(0));
+        until("the first copy to serve again", async || one.status().await.serves.then_some(())).await;
+        let late = move || old.write_all_at(&content(3, 3), 3 * 4096).and_then(|()| old.sync_all());
+        let late = tokio::task::spawn_blocking(late).await.expect("no panic");
+        assert_eq!(late.expect_err("it is not served").raw_os_error(), Some(nix::libc::EIO));
+        let again = one.handle.attach(one.tree, one.volume).await.expect("another device");
+        check(&again, 0..10, 2).await;
+        both_up_to_date(&one, &two).await;
+        assert_eq!(compare(&one, &two).await, 10);
+        end(one, two).await;
+    });
+}
+
 #[test]
 fn an_attached_volume_becomes_mirrored_online() {
     let lab = Lab::new(64 * MIB).with_candidate();

@@ -106,6 +106,41 @@ fn formatting_that_was_cut_short_is_begun_again() {
 }
 
 #[test]
+fn a_whole_filesystem_is_kept_whatever_an_old_mark_says() {
+    for filesystem in Filesystem::ALL {
+        let directory = directory();
+        let device = LoopDevice::new(directory.path(), "disk", size(filesystem));
+        let (here, elsewhere) = (directory.path().join("here"), directory.path().join("elsewhere"));
+        let target = MountPoint::new(directory.path().join("target"));
+        // This node died while it formatted; another one has formatted the volume and used it since.
+        fs::write(&here, "").expect("mark");
+        prepare(&device.path, filesystem, Origin::Empty, &elsewhere).expect("formatted elsewhere");
+        mount_device(&device.path, &target.0, filesystem, &no_options(filesystem)).expect("mount");
+        fs::write(target.0.join("file"), "kept").expect("write");
+        unmount(&target.0).expect("unmount");
+        prepare(&device.path, filesystem, Origin::Empty, &here).expect("back here");
+        assert!(!here.exists(), "the mark has done its work");
+        mount_device(&device.path, &target.0, filesystem, &no_options(filesystem)).expect("mount again");
+        assert_eq!(fs::read(target.0.join("file")).expect("read"), b"kept");
+        unmount(&target.0).expect("unmount");
+    }
+}
+
+#[test]
+fn an_xfs_that_was_never_finished_is_formatted_again() {
+    let directory = directory();
+    let device = LoopDevice::new(directory.path(), "disk", 300 * MIB);
+    let mark = directory.path().join("mark");
+    prepare(&device.path, Filesystem::Xfs, Origin::Empty, &mark).expect("format");
+    device.write(126, &[1]);
+    fs::write(&mark, "").expect("mark");
+    prepare(&device.path, Filesystem::Xfs, Origin::Empty, &mark).expect("formatted again");
+    let target = MountPoint::new(directory.path().join("target"));
+    mount_device(&device.path, &target.0, Filesystem::Xfs, &no_options(Filesystem::Xfs)).expect("mount");
+    unmount(&target.0).expect("unmount");
+}
+
+#[test]
 fn an_xfs_that_does_not_fit_is_refused_before_anything_is_written() {
     let directory = directory();
     let device = LoopDevice::new(directory.path(), "disk", 64 * MIB);

@@ -1,8 +1,9 @@
 //! Makes sure that a device carries the filesystem that was asked for, checked and as large as the device.
 //!
-//! Invariants: only a device that is blank is formatted, or one whose formatting by this code was cut short and that was
-//! never mounted since (a durable mark, written before and removed after, says so); a restored volume is never formatted;
-//! a device that another program holds is left alone.
+//! Invariants: only a device that is blank is formatted, or one that carries no whole format and whose formatting by this code was
+//! cut short here (a durable mark, written before and removed after, says so); a restored volume is never formatted; a
+//! device that another program holds is left alone. The mark is this node's own and the volume may have been used elsewhere
+//! since, so a mark alone never makes a filesystem that is whole be formatted again.
 
 use super::grow::{GrowError, grow_unmounted_ext4, may_grow_mounted_ext4, needs_growth_ext4};
 use super::program::{E2FSCK, MKFS_EXT4, MKFS_XFS, ProgramError};
@@ -10,7 +11,7 @@ use super::signature::{Content, ProbeError, Signature, probe};
 use super::{Filesystem, device_size};
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// mkfs.xfs refuses less (a log and four groups would not fit well).
@@ -89,17 +90,41 @@ pub enum PrepareError {
 /// Formats, checks and grows, whichever is due. The device must not be mounted. `mark` is a file name of this volume's own.
 pub fn prepare(device: &Path, filesystem: Filesystem, origin: Origin, mark: &Path) -> Result<(), PrepareError> {
     refuse_if_in_use(device)?;
-    if mark.exists() {
-        // Begun on a blank device and never mounted since: whatever is there is our own unfinished work.
-        return format(device, filesystem, mark, Again::Yes);
-    }
+    let marked = mark.exists();
     match (probe(device)?, filesystem, origin) {
+        // Begun on a blank device. Another node has formatted it only whole, and mounts nothing else.
+        (Content::Blank | Content::Data { .. }, _, Origin::Empty) if marked => {
+            return format(device, filesystem, mark, Again::Yes);
+        }
+        (Content::Known(Signature::Xfs), Filesystem::Xfs, Origin::Empty) if marked && is_unfinished_xfs(device)? => {
+            return format(device, filesystem, mark, Again::Yes);
+        }
         (Content::Blank, _, Origin::Empty) => format(device, filesystem, mark, Again::No),
         (Content::Blank, _, Origin::Source) => Err(PrepareError::BlankRestore),
         (Content::Known(Signature::Ext4), Filesystem::Ext4, _) => check_and_grow_ext4(device),
         // xfs replays its log at mount and is grown mounted: there is nothing to do before.
         (Content::Known(Signature::Xfs), Filesystem::Xfs, _) => Ok(()),
         (found, wanted, _) => Err(PrepareError::Foreign { wanted, found }),
+    }?;
+    // What is there is whole, so that formatting is over, wherever it was done.
+    if marked { remove_mark(mark).map_err(|source| PrepareError::Mark { path: mark.into(), source }) } else { Ok(()) }
+}
+
+/// mkfs.xfs writes its first superblock with this byte set, and clears it last (`sb_inprogress` in the kernel's `xfs_format.h`);
+/// such a filesystem was never mounted. mkfs.ext4 writes its first superblock last.
+fn is_unfinished_xfs(device: &Path) -> Result<bool, PrepareError> {
+    const IN_PROGRESS: u64 = 126;
+    let mut byte = [0];
+    let read = File::open(device).and_then(|file| file.read_exact_at(&mut byte, IN_PROGRESS));
+    read.map_err(|source| PrepareError::Device { path: device.into(), source })?;
+    Ok(byte[0] != 0)
+}
+
+/// The device is used without a filesystem from now on: what is on it is its user's, also if formatting was begun here before.
+pub fn forget_formatting(mark: &Path) -> Result<(), PrepareError> {
+    match remove_mark(mark) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(PrepareError::Mark { path: mark.into(), source: error }),
+        _ => Ok(()),
     }
 }
 
@@ -141,7 +166,12 @@ fn format(device: &Path, filesystem: Filesystem, mark: &Path, again: Again) -> R
         .and_then(|file| file.sync_all())
         .map_err(|source| PrepareError::Device { path: device.into(), source })?;
     // The filesystem is on stable media: only now the mark may go.
-    std::fs::remove_file(mark).and_then(|()| sync_parent(mark)).map_err(mark_error)
+    remove_mark(mark).map_err(mark_error)
+}
+
+fn remove_mark(mark: &Path) -> std::io::Result<()> {
+    std::fs::remove_file(mark)?;
+    sync_parent(mark)
 }
 
 fn write_mark(mark: &Path) -> std::io::Result<()> {

@@ -161,6 +161,10 @@ pub enum Output {
     },
     /// Read the catalogue and answer with `Configuration`.
     ReadConfiguration,
+    /// This copy was primary, and is no more: whatever its device is still asked for, by whoever has not heard of it, is
+    /// answered with an error, also if it becomes primary again. Only another device is served then. It is said before the
+    /// configuration that ends the term is durable, since another life of the copy would not know it.
+    FenceDevice,
 }
 
 /// What the volume's spec wants; written by controllers and people.

@@ -121,7 +121,11 @@ impl Replica {
         if !continues {
             // Whoever else was primary in between may have acknowledged what these requests would overwrite.
             let (me, was) = (Some(self.me), self.record.configuration.primary);
-            self.suspend_requests(was == me && configuration.primary != me);
+            let overtaken = was == me && configuration.primary != me;
+            if overtaken {
+                outputs.push(Output::FenceDevice);
+            }
+            self.suspend_requests(overtaken);
             self.peers.clear();
             self.role = Self::follower(&self.record.configuration, self.me);
         }

@@ -169,7 +169,8 @@ impl World {
                 | Output::NextRange { .. }
                 | Output::Send { .. }
                 | Output::Propose { .. }
-                | Output::ReadConfiguration => panic!("a volume with one copy needs no {output:?}"),
+                | Output::ReadConfiguration
+                | Output::FenceDevice => panic!("a volume with one copy needs no {output:?}"),
             }
         }
     }

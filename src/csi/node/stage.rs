@@ -13,7 +13,8 @@ use crate::catalog::{Access, FsType};
 use crate::csi::capability::Capability;
 use crate::csi::control::ControlError;
 use crate::mount::{
-    Filesystem, GrowError, MountOptions, MountTable, device_number, grow_mounted, mount_device, prepare, unmount,
+    Filesystem, GrowError, MountOptions, MountTable, device_number, forget_formatting, grow_mounted, mount_device, prepare,
+    unmount,
 };
 use crate::rpc::csi::{
     NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse,
@@ -51,6 +52,9 @@ pub fn stage(node: &Inner, request: &NodeStageVolumeRequest) -> Result<NodeStage
     // Persist before you act: what is mounted is always announced.
     node.records.store(&record)?;
     node.steps.done()?;
+    if filesystem.is_none() {
+        forget_formatting(&node.format_mark(id))?;
+    }
     let device = node.replica.attach(id)?;
     node.steps.done()?;
     let (Some(filesystem), Some(options)) = (filesystem, options) else { return Ok(NodeStageVolumeResponse {}) };

@@ -278,6 +278,8 @@ impl World {
                 self.proposals.insert(fingerprint(&proposal), Arc::new(proposal));
             }
             Output::ReadConfiguration => self.at(node).asked = true,
+            // Applications ask by another device from then on: what they ask is not known before.
+            Output::FenceDevice => {}
         }
     }
 

@@ -321,6 +321,10 @@ impl Cluster {
                 self.ask_catalogue(node, life);
                 Ok(())
             }
+            Output::FenceDevice => {
+                self.nodes[node].depth = 0;
+                Ok(())
+            }
         }
     }
 

@@ -339,7 +339,27 @@ fn what_outlived_the_engine_is_answered_when_another_copy_was_primary_since() {
     script.give(Input::Configuration(Box::new(current)));
     let fenced = Output::Complete { tag: WRITER, result: Err(DiskError::Fenced) };
     // In this order: a life that finds the record would not know any more that it was overtaken.
-    assert!(matches!(&script.outputs[..], [first, Output::Persist { .. }] if *first == fenced), "{:?}", script.outputs);
+    let [Output::FenceDevice, first, Output::Persist { .. }] = &script.outputs[..] else { panic!("{:?}", script.outputs) };
+    assert_eq!(*first, fenced);
+}
+
+/// What an application had not asked for yet, when another copy became primary, was executed over that one's writes when this
+/// copy was primary again: its device was never told.
+#[test]
+fn the_device_of_a_copy_that_is_primary_no_more_is_fenced_before_that_is_durable() {
+    for (primary, fences) in [(Some(copy(2)), true), (None, true), (Some(copy(1)), false)] {
+        let mut script = Script::serving();
+        let mut next = script.replica.record().configuration.clone();
+        next.stamp = version(9);
+        let members = BTreeSet::from([copy(1), copy(2)]);
+        next.secondaries = members.into_iter().filter(|member| Some(*member) != primary).collect();
+        next.primary = primary;
+        script.give(Input::Configuration(Box::new(next)));
+        let at = script.outputs.iter().position(|output| *output == Output::FenceDevice);
+        let persists = script.outputs.iter().position(|output| matches!(output, Output::Persist { .. }));
+        assert_eq!(at.is_some(), fences, "{primary:?}: {:?}", script.outputs);
+        assert!(!fences || at < persists, "{:?}", script.outputs);
+    }
 }
 
 /// It marked the first of its extents, which nobody could clear before it had begun.

@@ -96,6 +96,11 @@ impl FuseLoop {
         Served { volume: self.volume, copy: self.copy }
     }
 
+    /// Ends the connection with errors for whoever waits. It waits for nobody.
+    pub fn abort(&self) -> Result<(), std::io::Error> {
+        mount::abort(self.root.as_fd())
+    }
+
     /// For the helper thread that does what blocks. Drop it before [`FuseLoop`] when the device is given up.
     pub fn control(&self) -> Result<Control, DeviceError> {
         let volume = self.volume;

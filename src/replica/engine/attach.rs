@@ -29,7 +29,7 @@ impl Engine {
             size: volume.size,
             device: device.loop_device,
             control: device.fuse.control(),
-            broken: matches!(device.phase, Phase::Broken),
+            broken: matches!(device.phase, Phase::Broken | Phase::Fenced),
         })
     }
 
@@ -102,6 +102,23 @@ impl Engine {
         Ok(key)
     }
 
+    /// The device belongs to a term of this copy that is over. Its user may hold what another primary's writes have replaced
+    /// (an old filesystem, dirty pages, requests that wait in the kernel), so it never gets through any more: the kernel
+    /// ends the connection, and keeps that whatever becomes of this process. Rare, and it only wakes whoever waits.
+    pub fn fence_device(&mut self, key: VolumeKey) {
+        let Some(device) = self.device_mut(key).filter(|device| matches!(device.phase, Phase::Serving)) else { return };
+        device.phase = Phase::Fenced;
+        let volume = device.fuse.volume;
+        tracing::error!(
+            %volume,
+            "its device is given up: another copy is the volume's primary, or shall be, and this node was not asked to \
+             unstage it; unstage and stage it again"
+        );
+        if let Err(error) = device.fuse.abort() {
+            tracing::error!(%volume, %error, "its FUSE connection cannot be ended: what it is asked for is answered with errors");
+        }
+    }
+
     /// The loop device is gone, so nothing new comes; what was written is put on stable media.
     pub fn remove_device(&mut self, id: VolumeId, reply: Reply<()>) {
         let key = self.volume_of(id);
@@ -115,7 +132,7 @@ impl Engine {
         let Some(device) = volume.device.as_mut() else { return };
         let phase = std::mem::replace(&mut device.phase, Phase::Broken);
         let (watch, fd) = (device.watch, device.fuse.connection().as_raw_fd());
-        let is_watched = matches!(phase, Phase::Serving);
+        let is_watched = matches!(phase, Phase::Serving | Phase::Fenced);
         if let Phase::Leaving(mut replies) = phase {
             replies.push(reply);
             device.phase = Phase::Leaving(replies);

@@ -207,6 +207,15 @@ impl Engine {
         self.close_if_quiet(key);
     }
 
+    /// What is acknowledged is not on stable media: its memory is needed, and whoever closes it again tries again.
+    pub fn stay_open(&mut self, key: TreeKey, error: DiskError) {
+        let Some(tree) = self.tree_mut(key) else { return };
+        let id = tree.id;
+        if let TreePhase::Closing(reply) = std::mem::replace(&mut tree.phase, TreePhase::Open) {
+            drop(reply.send(Err(EngineError::LastFlush { tree: id, error })));
+        }
+    }
+
     pub fn close_if_quiet(&mut self, key: TreeKey) {
         let Some(tree) = self.tree_mut(key) else { return };
         if tree.is_open() || tree.under_way > 0 {

@@ -174,7 +174,7 @@ impl Engine {
             Purpose::LastFlushOfDevice(volume) => self.flushed_for_good(volume, result),
             Purpose::LastFlushOfTree => {
                 if let Err(error) = result {
-                    tracing::error!(%error, "the last flush of a tree failed; what was not flushed waits in memory");
+                    self.stay_open(key, error);
                 }
             }
             Purpose::Control { reply, .. } => {

@@ -45,7 +45,7 @@ use crate::replica::io::Io;
 use crate::volume::{InstanceId, VolumeId};
 use recover::Parked;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -127,6 +127,14 @@ pub enum EngineError {
     /// It is open.
     #[error("copy {0} is open already")]
     TreeIsOpen(InstanceId),
+    /// Its disk failed, so what was acknowledged and not flushed is in memory only; the copy stays open.
+    #[error("copy {tree} is not closed, because its last flush failed: {error}; what was not flushed is kept in memory")]
+    LastFlush {
+        /// Which.
+        tree: InstanceId,
+        /// What failed.
+        error: crate::protocol::DiskError,
+    },
     /// It is being closed.
     #[error("copy {0} is being closed")]
     TreeIsClosing(InstanceId),
@@ -261,7 +269,7 @@ fn volume_meta(tree: InstanceId) -> Vec<u8> {
 /// The holder does not answer, its memory is of another version, or the system has no resources left.
 pub fn start(config: EngineConfig) -> Result<(EngineHandle, Recovered), StartError> {
     let mut recovered = Recovered::default();
-    let mut parked = vec![];
+    let (mut parked, mut held) = (vec![], BTreeSet::new());
     let mut arena = None;
     for entry in config.holder.list()? {
         if entry.key == ARENA {
@@ -270,6 +278,7 @@ pub fn start(config: EngineConfig) -> Result<(EngineHandle, Recovered), StartErr
         } else if let Some(tree) = entry.key.strip_prefix(PENDING).and_then(|id| id.parse().ok()) {
             recovered.pendings.extend(entry.fds.into_iter().next().map(|fd| (tree, fd)));
         } else if let Some(volume) = entry.key.strip_prefix(VOLUME).and_then(|id| id.parse().ok()) {
+            held.insert(volume);
             parked.extend(park(volume, entry));
         } else {
             tracing::warn!(key = entry.key, "the holder keeps something unknown; it is left alone");
@@ -285,10 +294,10 @@ pub fn start(config: EngineConfig) -> Result<(EngineHandle, Recovered), StartErr
         }
     };
     arena.populate();
-    let parked = forget_unused(&config.holder, parked, &arena);
+    let parked = forget_unused(&config.holder, parked, &mut held, &arena);
     recovered.volumes = parked.iter().map(|p| (p.fuse.volume, p.tree)).collect();
     recovered.devices = parked.iter().map(|p| (p.fuse.volume, p.device)).collect();
-    let handle = launch(config, arena, parked)?;
+    let handle = launch(config, arena, held, parked)?;
     Ok((handle, recovered))
 }
 
@@ -310,7 +319,7 @@ fn park(volume: VolumeId, entry: Entry) -> Option<Parked> {
 }
 
 /// Lets go of connections whose loop device was never made or is gone: nobody can be waiting for them.
-fn forget_unused(holder: &Holder, parked: Vec<Parked>, arena: &Slots) -> Vec<Parked> {
+fn forget_unused(holder: &Holder, parked: Vec<Parked>, held: &mut BTreeSet<VolumeId>, arena: &Slots) -> Vec<Parked> {
     let devices_are_known = std::fs::read_dir("/sys/block").is_ok();
     let (kept, unused): (Vec<_>, Vec<_>) = parked.into_iter().partition(|p| {
         let mut shared = (0..arena.count()).map(|index| arena.slot(index));
@@ -321,6 +330,7 @@ fn forget_unused(holder: &Holder, parked: Vec<Parked>, arena: &Slots) -> Vec<Par
     for parked in unused {
         let volume = parked.fuse.volume;
         tracing::info!(%volume, "a connection without device is ended");
+        held.remove(&volume);
         if let Err(error) = holder.remove(&volume_key(volume)) {
             tracing::warn!(%volume, %error, "a connection without device stays");
         }
@@ -328,7 +338,12 @@ fn forget_unused(holder: &Holder, parked: Vec<Parked>, arena: &Slots) -> Vec<Par
     kept
 }
 
-fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<EngineHandle, StartError> {
+fn launch(
+    config: EngineConfig,
+    arena: Slots,
+    held: BTreeSet<VolumeId>,
+    parked: Vec<Parked>,
+) -> Result<EngineHandle, StartError> {
     let bell = Arc::new(jobs::Bell::new()?);
     let statistics = Arc::new(Statistics::default());
     let (commands, receiver) = mpsc::channel(handle::COMMANDS);
@@ -345,7 +360,7 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
         };
         go_first();
         let name = io.name();
-        let (arena, sequence) = recover::sort_arena(arena, &parked);
+        let (arena, sequence) = recover::sort_arena(arena, &held, &parked);
         let engine = turn::Engine {
             io,
             jobs,

@@ -40,6 +40,7 @@ impl Engine {
             match output {
                 Output::Send { to, message, buffer } => self.send(key, to, &message, buffer),
                 Output::Apply { operation, from, serial, request } => self.apply(key, operation, from, serial, request),
+                Output::FenceDevice => self.fence_device(key),
                 other => self.work.push_back(Work::Output(key, other)),
             }
         }
@@ -87,7 +88,11 @@ impl Engine {
                     mirror.ask(CatalogueRequest::Read);
                 }
             }
-            Output::Disk { .. } | Output::Complete { .. } | Output::Apply { .. } | Output::Send { .. } => {
+            Output::Disk { .. }
+            | Output::Complete { .. }
+            | Output::Apply { .. }
+            | Output::Send { .. }
+            | Output::FenceDevice => {
                 unreachable!("{output:?} is executed where it is found")
             }
         }

@@ -13,6 +13,7 @@ use crate::replica::device::FuseLoop;
 use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::device::slots::{SlotState, Slots};
 use crate::volume::{InstanceId, VolumeId};
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// A device that a killed engine served and this one does not yet.
@@ -22,16 +23,15 @@ pub(super) struct Parked {
     pub device: Option<LoopDevice>,
 }
 
-/// Sorts the arena of a killed engine: slots of known volumes stay as they are, others are free. Also the first sequence
-/// number that no slot has.
-pub(super) fn sort_arena(slots: Slots, parked: &[Parked]) -> (Arena, u64) {
-    let is_known = |volume: VolumeId| parked.iter().any(|p| p.fuse.volume == volume);
+/// Sorts the arena of a killed engine: slots of volumes whose devices the holder keeps stay as they are, also if this engine
+/// cannot take the device over; others are free. Also the first sequence number that no slot has.
+pub(super) fn sort_arena(slots: Slots, held: &BTreeSet<VolumeId>, parked: &[Parked]) -> (Arena, u64) {
     let mut sequence = 0;
     let mut free = vec![];
     for index in (0..slots.count()).rev() {
         let slot = slots.slot(index);
         if slot.state() != SlotState::Free {
-            if is_known(slot.volume()) {
+            if held.contains(&slot.volume()) {
                 sequence = sequence.max(slot.sequence());
                 continue;
             }

@@ -104,8 +104,10 @@ impl Engine {
     fn broken(&mut self, key: VolumeKey, errno: Errno) {
         let Some(device) = self.device_mut(key) else { return };
         let (id, watch, fd) = (device.fuse.volume, device.watch, device.fuse.connection().as_raw_fd());
-        if matches!(device.phase, Phase::Serving) {
-            device.phase = Phase::Broken;
+        let phase = std::mem::replace(&mut device.phase, Phase::Broken);
+        if let Phase::Leaving(replies) = phase {
+            device.phase = Phase::Leaving(replies);
+        } else if matches!(phase, Phase::Serving) {
             tracing::error!(
                 volume = %id,
                 "its device was taken away ({errno}): somebody removed the loop device or aborted the FUSE connection; \
@@ -132,6 +134,10 @@ impl Engine {
             }
         };
         match message.dispatch(volume.size) {
+            Dispatch::Submit(_) if matches!(device.phase, Phase::Fenced) => {
+                write_reply(device, slot, &Reply::Error(Errno::EIO));
+                self.free(key, tag);
+            }
             Dispatch::Submit(request) => self.submit(key, tag, message, request),
             Dispatch::Answer(reply) => {
                 write_reply(device, slot, &reply);
@@ -194,7 +200,8 @@ impl Engine {
             | Output::NextRange { .. }
             | Output::Send { .. }
             | Output::Propose { .. }
-            | Output::ReadConfiguration => self.mirror_output(key, output),
+            | Output::ReadConfiguration
+            | Output::FenceDevice => self.mirror_output(key, output),
         }
     }
 

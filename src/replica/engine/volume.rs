@@ -45,6 +45,8 @@ pub(super) struct Ticket {
 /// Whether a device is served.
 pub(super) enum Phase {
     Serving,
+    /// Another copy was primary since it was made: whatever it is asked for is answered with an error.
+    Fenced,
     /// The connection is gone (somebody removed the loop device or aborted it); nothing comes any more.
     Broken,
     /// The loop device is gone; the rest goes when its last flush and all requests are done.

@@ -22,9 +22,7 @@ impl Manager {
         if place.copy.is_some() {
             return Err(Failure::NotReady(volume));
         }
-        if let Some(device) = self.place(volume).and_then(|p| p.device) {
-            return Ok(device);
-        }
+        // Also if there is a device: what this copy has not heard of yet may have overtaken it.
         if let Some(mirror) = &place.mirror {
             check_wish(volume, mirror).await?;
         }

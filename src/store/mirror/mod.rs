@@ -105,8 +105,8 @@ impl Store {
         }
         let volume = self.tree.volumes.get_mut(&id).ok_or(DiskError::Failed)?;
         if !self.mirrors.volumes.contains_key(&id) {
-            let region = self.mirrors.free_region(|commit| self.commit.is_durable(commit));
-            self.mirrors.volumes.insert(id, Mirror { region, ..Mirror::default() });
+            let mirror = self.mirrors.settle(|commit| self.commit.is_durable(commit));
+            self.mirrors.volumes.insert(id, mirror);
         }
         let mirror = self.mirrors.volumes.get_mut(&id).filter(|mirror| mirror.updates[RECORD].is_none());
         let mirror = mirror.ok_or(DiskError::Failed)?;

@@ -22,7 +22,7 @@
 use super::super::format::{
     BLOCK, HeaderError, Input, Kind, LayerId, Output, PREFIX, check_instance, check_prefix, seal, write_prefix,
 };
-use super::state::{Kept, Lacking, Part};
+use super::state::{Kept, Lacking, Part, SPOILT};
 use crate::protocol::{
     Configuration, ConfigurationVersion, Extent, Generation, Lacks, MAX_COPIES, MAX_MARKS, Record, Stamp,
 };
@@ -130,6 +130,11 @@ pub fn newest<'a>(
             // Whole, and not for this Tandem.
             Err(error) => return Err(error),
         }
+    }
+    let is_spoilt = |slot: &[u8]| slot[..BLOCK].iter().all(|byte| *byte == SPOILT);
+    if slots.chunks(slots.len() / 2).all(is_spoilt) {
+        // Versions before this one did so to a region whose volume was deleted; one that has a volume keeps its newest slot.
+        return Ok(newest);
     }
     for slot in slots.chunks(slots.len() / 2) {
         if slot[..BLOCK].iter().all(|byte| *byte == 0) {

@@ -17,7 +17,7 @@ use std::io;
 use std::sync::Arc;
 
 /// What a spoilt slot is full of: no sector of any slot is.
-const SPOILT: u8 = 0xff;
+pub(super) const SPOILT: u8 = 0xff;
 
 /// Why the file `mirror` cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +107,8 @@ pub(in crate::store) struct Mirrors {
     pub(super) volumes: BTreeMap<VolumeId, Mirror>,
     /// Regions of deleted volumes, and the commit after which another volume may have them.
     gone: Vec<(u32, u64)>,
+    /// Regions without a volume that were used before, and the sequence numbers of what is whole in them.
+    free: BTreeMap<u32, [u64; 2]>,
     /// Regions that the file has.
     pub(super) regions: u32,
     /// Volumes whose seal is durable, or never will be.
@@ -165,15 +167,15 @@ impl Mirrors {
             files.read_at(Name::Mirror, offset, &mut bytes[..length])?;
             bytes[length..].fill(0);
             let wrong = |error| MirrorError::Region { region, error };
-            let found = read_region(region, &bytes, instance, tree).map_err(wrong)?;
-            let sequences = found.as_ref().map_or([0, 0], |(_, mirror)| mirror.sequences);
+            let Some((volume, mirror)) = read_region(region, &bytes, instance, tree).map_err(wrong)? else {
+                mirrors.free.insert(region, clean_free_region(files, region, &bytes, instance)?);
+                continue;
+            };
             for part in [Part::Record, Part::Hot] {
-                let (start, length) = slot::place(part, sequences[part as usize] + 1);
+                let (start, length) = slot::place(part, mirror.sequences[part as usize] + 1);
                 files.write_at(Name::Mirror, offset + start as u64, &spoilt[..length])?;
             }
-            if let Some((volume, mirror)) = found
-                && mirrors.volumes.insert(volume, mirror).is_some()
-            {
+            if mirrors.volumes.insert(volume, mirror).is_some() {
                 return Err(MirrorError::Twice(volume));
             }
         }
@@ -186,16 +188,47 @@ impl Mirrors {
     /// The volume is deleted by the records of a commit.
     pub fn volume_gone(&mut self, volume: VolumeId, commit: u64) {
         // After a power cut the volume may be back: nobody else gets its region before.
-        self.gone.extend(self.volumes.remove(&volume).map(|mirror| (mirror.region, commit)));
+        if let Some(mirror) = self.volumes.remove(&volume) {
+            self.gone.push((mirror.region, commit));
+            self.free.insert(mirror.region, mirror.sequences);
+        }
     }
 
-    pub(super) fn free_region(&mut self, is_durable: impl Fn(u64) -> bool) -> u32 {
+    /// A volume without a record yet, in a region that nobody needs. What a deleted volume left there is older than whatever is
+    /// written from now on, and the newest of it is not what is written first: a torn first write harms nothing that is whole.
+    pub(super) fn settle(&mut self, is_durable: impl Fn(u64) -> bool) -> Mirror {
         self.gone.retain(|(_, commit)| !is_durable(*commit));
         let used = |region: &u32| {
             self.volumes.values().any(|mirror| mirror.region == *region) || self.gone.iter().any(|(r, _)| r == region)
         };
-        (0..).find(|region| !used(region)).unwrap_or(u32::MAX)
+        let region = (0..).find(|region| !used(region)).unwrap_or(u32::MAX);
+        Mirror { region, sequences: self.free.remove(&region).unwrap_or_default(), ..Mirror::default() }
     }
+}
+
+/// Nobody's region: the sequence numbers of what is whole in it. That stays, because the volume's deletion may not be durable
+/// yet. Where nothing is whole, everything becomes zeros: what is torn there never becomes whole again, and is no damage
+/// for whoever gets the region.
+fn clean_free_region(
+    files: &dyn Files,
+    region: u32,
+    bytes: &[u8],
+    instance: InstanceId,
+) -> Result<[u64; 2], MirrorError> {
+    let offset = u64::from(region) * REGION as u64;
+    let (records, sets) = bytes.split_at(HOT_AREA);
+    let mut sequences = [0; 2];
+    for (part, kind, start, slots) in [(Part::Record, &slot::RECORD, 0, records), (Part::Hot, &slot::HOT, HOT_AREA, sets)] {
+        match slot::newest(kind, instance, slots, |_| true) {
+            Ok(Some(found)) => sequences[part as usize] = found.sequence,
+            Ok(None) if slots.iter().any(|byte| *byte != 0) => {
+                files.write_at(Name::Mirror, offset + start as u64, &vec![0; slots.len()])?;
+            }
+            // Damaged: its volume may come back, and then must not be taken for one without marks.
+            Ok(None) | Err(_) => {}
+        }
+    }
+    Ok(sequences)
 }
 
 /// The volume that a region belongs to; `None` if it is free.

@@ -218,6 +218,27 @@ fn a_deleted_volume_leaves_its_bases_and_its_region() {
     assert_eq!(bench.store().mirrored(other).map(|mirrored| mirrored.hot.len()), Some(0));
 }
 
+/// Each open spoilt the slot that nobody writes next, and after some nothing in the region was whole or never written.
+#[test]
+fn a_region_without_a_volume_outlives_any_number_of_opens() {
+    for marks in [0, 1, 2] {
+        let (mut bench, id) = mirrored();
+        for mark in 0..marks {
+            assert_eq!(bench.mark(id, &[Extent(mark)]), Ok(()));
+        }
+        bench.lose_pending();
+        assert_eq!(bench.control(Control::DeleteVolume(id)), Ok(()));
+        bench.idle();
+        (0..3).for_each(|_| bench.lose_pending());
+        let other = volume(2);
+        let create = Control::CreateVolume { volume: other, size: size(256), verify_reads: false };
+        assert_eq!(bench.control(create), Ok(()));
+        bench.persist(other, 8, &[]);
+        (0..3).for_each(|_| bench.lose_pending());
+        assert_eq!(bench.store().mirrored(other).map(|mirrored| mirrored.hot.len()), Some(0));
+    }
+}
+
 #[test]
 fn a_damaged_region_is_named() {
     let (mut bench, id) = mirrored();
