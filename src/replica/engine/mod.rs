@@ -360,6 +360,7 @@ fn launch(config: EngineConfig, arena: Slots, parked: Vec<Parked>) -> Result<Eng
             reattached: false,
             mirrored: vec![],
             next_heartbeat: Duration::ZERO,
+            unsent: vec![],
             arena,
             operations: Default::default(),
             ready: Default::default(),
