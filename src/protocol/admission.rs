@@ -47,6 +47,8 @@ impl Awaits {
 pub(super) enum Phase {
     /// Waits for an earlier request.
     Queued,
+    /// The peers execute it; the store does when its mark is durable here.
+    Marking,
     /// The store and the peers execute it.
     Started(OperationId),
     /// The store still executes it, but this copy is not the primary any more that started it.
@@ -82,13 +84,13 @@ impl Entry {
         match self.phase {
             Phase::Started(operation) if self.awaits.contains(Awaits::LOCAL) => Some(operation),
             Phase::Draining(operation) => Some(operation),
-            Phase::Queued | Phase::Started(_) | Phase::NoSpace | Phase::Completed => None,
+            Phase::Queued | Phase::Marking | Phase::Started(_) | Phase::NoSpace | Phase::Completed => None,
         }
     }
 
     /// Whether a copy may have executed it, and not all have answered.
     pub fn is_started(&self) -> bool {
-        matches!(self.phase, Phase::Started(_) | Phase::NoSpace)
+        matches!(self.phase, Phase::Marking | Phase::Started(_) | Phase::NoSpace)
     }
 }
 

@@ -107,15 +107,14 @@ impl Replica {
             Role::Primary(Primary::Serving) => self.begin_resync(outputs),
             Role::Primary(Primary::Settling) | Role::Secondary | Role::Candidate | Role::Outdated => return,
         }
-        let room = self.crowded && self.hot.can_clear(self.lowest_unanswered());
         let leaves = self.leaves() && self.is_quiet() && !self.flushed;
         let copied = self.copying.as_ref().is_some_and(|copying| copying.stage == Stage::Flushing(false));
         let serves = self.role == Role::Primary(Primary::Serving);
-        if serves && (room || leaves || copied) && !self.disk_rests && self.admission.own(FLUSH).is_none() {
+        let may_flush = serves && !self.disk_rests && self.admission.own(FLUSH).is_none();
+        if may_flush && (leaves || copied || self.wants_room()) {
             if let Some(copying) = self.copying.as_mut().filter(|_| copied) {
                 copying.stage = Stage::Flushing(true);
             }
-            self.crowded = false;
             self.requested(FLUSH, Request::Flush, outputs);
         }
     }

@@ -48,6 +48,7 @@ mod configuration;
 mod copying;
 mod hot;
 mod interface;
+mod marks;
 mod message;
 #[cfg(test)]
 mod model;

@@ -7,15 +7,15 @@
 //! * The lease holds while every secondary granted it within [`LEASE`], counted from when the primary asked, by its own
 //!   clock. No acknowledgement of a write rests on it.
 
-use super::admission::Awaits;
+use super::admission::{Awaits, Entry, Phase};
 use super::configuration::Configuration;
 use super::copying::Sync;
-use super::hot::{Extent, Marked};
+use super::hot::Extent;
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Frame, Incarnation, Message, SerialNumber};
-use super::replica::{Health, Replica};
+use super::replica::Replica;
 use super::{DiskError, Now};
-use crate::volume::{BlockRange, InstanceId};
+use crate::volume::InstanceId;
 use std::time::Duration;
 
 /// How often the engine gives a mirrored volume a `Tick`: four chances to renew within a lease.
@@ -92,7 +92,9 @@ impl Replica {
 
     /// Everything below was answered by all.
     pub(super) fn lowest_unanswered(&self) -> SerialNumber {
-        let started = self.admission.entries().iter().filter(|entry| entry.is_started());
+        let counts =
+            |entry: &&Entry| entry.is_started() && !(planted!(self, CoverMarking) && entry.phase == Phase::Marking);
+        let started = self.admission.entries().iter().filter(counts);
         let lowest = started.map(|entry| entry.serial).filter(|serial| *serial != SerialNumber::default()).min();
         lowest.unwrap_or(self.next_serial)
     }
@@ -120,17 +122,6 @@ impl Replica {
     pub(super) fn session(&self, from: InstanceId, frame: Frame) -> Option<usize> {
         let position = self.peers.iter().position(|peer| peer.copy == from)?;
         (self.is_primary() && self.link(&self.peers[position]) == Some(frame)).then_some(position)
-    }
-
-    pub(super) fn is_marked(&mut self, range: BlockRange, serial: SerialNumber, limit: usize) -> bool {
-        match self.hot.mark(range, serial, limit) {
-            Marked::Yes => true,
-            Marked::Soon => planted!(self, WriteBeforeMark),
-            Marked::Full => {
-                self.crowded = true;
-                false
-            }
-        }
     }
 
     /// A copy has answered an invitation, or says that it was restarted.
@@ -341,25 +332,6 @@ impl Replica {
             }
             self.start_what_is_clear(outputs);
         }
-    }
-
-    /// A flush on every copy covers everything below: room for other marks.
-    pub(super) fn flushed_on_all(&mut self, covers: SerialNumber, outputs: &mut Vec<Output>) {
-        if self.health != Health::Sound && !planted!(self, ClearAfterFailure) {
-            // What failed here is on other copies: it stays marked, and the next term makes them equal.
-            return;
-        }
-        if self.peers.is_empty() || self.hot.len() < self.hot_limit.div_ceil(2) {
-            return;
-        }
-        self.hot.clear(covers, true);
-        for peer in &self.peers {
-            if let Some(frame) = self.link(peer) {
-                let message = Message::Clear { frame, below: covers };
-                outputs.push(Output::Send { to: peer.copy, message, buffer: Buffer::None });
-            }
-        }
-        self.start_what_is_clear(outputs);
     }
 
     /// Nothing of this primary's is under way any more, and it is on stable media everywhere.

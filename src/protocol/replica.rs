@@ -21,6 +21,7 @@ use super::configuration::{Configuration, Generation};
 use super::copying::Copying;
 use super::hot::{Hot, MAX_HOT_EXTENTS};
 use super::interface::{Input, Member, Memory, Output, Primary, Record, Role, Status, Wish};
+use super::marks::{Clearing, MARK_AGE};
 use super::message::{Frame, Incarnation, Message, SerialNumber};
 use super::patience::Rest;
 use super::primary::Peer;
@@ -29,6 +30,7 @@ use super::term::{Adoption, Guard, Persisting};
 use super::{LEASE, Now, OperationId, Tag};
 use crate::volume::InstanceId;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 /// What this copy's disk has done since the engine was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -80,10 +82,11 @@ pub struct Replica {
     pub(super) orphans: Vec<OperationId>,
     pub(super) health: Health,
     pub(super) hot: Hot,
-    /// A write waits for room among the hot extents.
-    pub(super) crowded: bool,
+    pub(super) clearing: Clearing,
     /// Most hot extents of this primary's own writes.
     pub(super) hot_limit: usize,
+    /// After how long without a write there a mark goes.
+    pub(super) mark_age: Duration,
     /// Until when nobody else may be promoted by this copy's promise.
     pub(super) granted_until: Now,
     pub(super) silent: BTreeSet<InstanceId>,
@@ -142,8 +145,9 @@ impl Replica {
             orphans: Vec::new(),
             health: Health::Sound,
             hot: Hot::new(&hot),
-            crowded: false,
+            clearing: Clearing::new(now),
             hot_limit: MAX_HOT_EXTENTS,
+            mark_age: MARK_AGE,
             silent: BTreeSet::new(),
             rests: BTreeMap::new(),
             applies: Vec::new(),
@@ -187,6 +191,7 @@ impl Replica {
             Input::Tick => {
                 (self.copying_waits, self.disk_rests) = (false, false);
                 self.judge_patience();
+                self.age_marks();
                 self.tick(outputs);
             }
         }
@@ -308,7 +313,7 @@ impl Replica {
         let count = |phase| entries.iter().filter(|e| e.phase == phase).count();
         Status {
             requests: entries.len(),
-            queued: count(Phase::Queued),
+            queued: count(Phase::Queued) + count(Phase::Marking),
             no_space: count(Phase::NoSpace),
             oldest: entries.first().map(|e| now.0.saturating_sub(e.arrived.0)),
         }

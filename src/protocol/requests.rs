@@ -1,16 +1,17 @@
 //! The requests of the device and the operator, at the copy that serves them.
 //!
 //! ```text
-//!   Request ─> Queued ──────> Started ──all answered──> Completed ──Replied──> gone
-//!                ^ (no earlier  │ │ superseded
-//!                │  conflict)   │ └─> Draining ─> Queued, or Fenced
-//!                └──SpaceFreed── NoSpace
+//!   Request ─> Queued ──> (Marking ─>) Started ──all answered──> Completed ──Replied──> gone
+//!                ^ (no earlier           │ │ superseded
+//!                │  conflict)            │ └─> Draining ─> Queued, or Fenced
+//!                └────────SpaceFreed── NoSpace
 //! ```
 //! Invariants: nothing starts unless this copy serves; a read starts and is answered only under the lease of every
-//! secondary; a write starts only when the marks of its extents are durable, if anybody else has the volume too; a
+//! secondary; a write starts here only when the marks of its extents are durable, if anybody else has the volume too; a
 //! request that another primary's term has overtaken is never executed again.
 
 use super::admission::{Awaits, COPY, FLUSH, Phase};
+use super::hot::Marked;
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Message};
 use super::replica::{Health, Replica};
@@ -39,27 +40,39 @@ impl Replica {
         if !self.may_start(position) {
             return;
         }
-        if self.admission.entries()[position].tag == COPY {
-            return self.start_copying(position, outputs);
+        let (tag, request) = (self.admission.entries()[position].tag, self.admission.entries()[position].request);
+        let marked = self.mark(request, tag);
+        match marked {
+            Marked::Yes if tag == COPY => return self.start_copying(position, outputs),
+            Marked::Yes => {}
+            Marked::Soon if tag != COPY => {}
+            Marked::Soon | Marked::Full(_) => return,
         }
-        let operation = self.operation();
-        let awaits = self.awaits();
-        let (serial, covers) = (self.next_serial, self.lowest_unanswered());
+        let (serial, covers, awaits) = (self.next_serial, self.lowest_unanswered(), self.awaits());
         let entry = self.admission.at(position);
-        entry.phase = Phase::Started(operation);
+        entry.phase = Phase::Marking;
         entry.awaits = Awaits::LOCAL;
-        if !matches!(entry.request, Request::Read(_)) {
+        if !matches!(request, Request::Read(_)) {
             (entry.serial, entry.covers, entry.awaits) = (serial, covers, awaits.with(Awaits::LOCAL));
             self.next_serial = serial.next();
             self.flushed = false;
         }
-        let (tag, request) = (entry.tag, entry.request);
-        outputs.push(Output::Disk { operation, tag, request });
+        if marked == Marked::Yes {
+            self.start_here(position, outputs);
+        }
         self.send_prepares(position, None, outputs);
     }
 
-    /// Whether nothing is in the way; marks what must be marked.
-    fn may_start(&mut self, position: usize) -> bool {
+    /// Gives the disk what is the peers' already, or nobody's.
+    pub(super) fn start_here(&mut self, position: usize, outputs: &mut Vec<Output>) {
+        let operation = self.operation();
+        let entry = self.admission.at(position);
+        entry.phase = Phase::Started(operation);
+        outputs.push(Output::Disk { operation, tag: entry.tag, request: entry.request });
+    }
+
+    /// Whether nothing is in the way but a mark.
+    fn may_start(&self, position: usize) -> bool {
         let entry = self.admission.entries()[position];
         let serves = match (self.role, entry.tag) {
             (Role::Primary(Primary::Serving), COPY | FLUSH) => true,
@@ -67,11 +80,7 @@ impl Replica {
             (Role::Primary(Primary::Reconciling), COPY) => true,
             (Role::Primary(_) | Role::Secondary | Role::Candidate | Role::Outdated, _) => false,
         };
-        serves
-            && self.has_window()
-            && self.is_clear(position)
-            && self.may_read(entry.request)
-            && self.marked(entry.request, entry.tag)
+        serves && self.has_window() && self.is_clear(position) && self.may_read(entry.request)
     }
 
     /// Whether the other copies will remember one more operation; when an earlier one is answered, this is looked at again.
@@ -102,14 +111,6 @@ impl Replica {
             return self.admission.is_clear_of_running(position);
         }
         if self.peers.is_empty() { self.admission.is_clear(position) } else { self.admission.is_clear_on_all(position) }
-    }
-
-    fn marked(&mut self, request: Request, tag: Tag) -> bool {
-        if self.peers.is_empty() || !request.is_mutation() {
-            return true;
-        }
-        let limit = if tag == COPY { super::MAX_MARKS } else { self.hot_limit };
-        request.range().is_none_or(|range| self.is_marked(range, self.next_serial, limit))
     }
 
     /// The store finished something.
@@ -172,12 +173,14 @@ impl Replica {
                 self.health = Health::Failed;
             }
             self.guard = if result.is_ok() { Guard::Flushed } else { Guard::Open };
+            self.answer_what_all_did(outputs);
         } else if self.hot.is_writing(operation) {
             // A copy that cannot mark starts no write any more.
             if result.is_err() {
                 self.health = Health::Failed;
             }
             self.hot.written(result.is_ok());
+            self.start_what_is_marked(outputs);
             self.start_what_is_clear(outputs);
             self.start_applies(outputs);
         } else if self.persisting.as_ref().is_some_and(|persisting| persisting.operation == operation) {
@@ -204,6 +207,9 @@ impl Replica {
         if entry.tag == COPY {
             return self.copied_there(position, outputs);
         }
+        if entry.tag != FLUSH && self.holds_answers() && !matches!(entry.request, Request::Read(_)) {
+            return;
+        }
         if entry.request == Request::Flush && entry.result.is_ok() {
             self.flushed_on_all(entry.covers, outputs);
         } else if planted!(self, ClearAtAnswer) {
@@ -225,10 +231,7 @@ impl Replica {
     pub(super) fn space_freed(&mut self, outputs: &mut Vec<Output>) {
         for position in 0..self.admission.entries().len() {
             if self.admission.entries()[position].phase == Phase::NoSpace {
-                let operation = self.operation();
-                let entry = self.admission.at(position);
-                entry.phase = Phase::Started(operation);
-                outputs.push(Output::Disk { operation, tag: entry.tag, request: entry.request });
+                self.start_here(position, outputs);
             }
         }
     }
@@ -248,7 +251,7 @@ impl Replica {
                 Phase::Started(operation) if entry.awaits.contains(Awaits::LOCAL) => {
                     entry.phase = Phase::Draining(operation);
                 }
-                Phase::Started(_) | Phase::NoSpace => entry.phase = Phase::Queued,
+                Phase::Marking | Phase::Started(_) | Phase::NoSpace => entry.phase = Phase::Queued,
                 Phase::Queued | Phase::Draining(_) | Phase::Completed => {}
             }
             entry.fenced |= overtaken;

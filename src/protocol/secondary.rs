@@ -10,7 +10,7 @@
 //! * A lease that was granted keeps this copy from promoting itself for lease + margin, also across a restart.
 
 use super::configuration::Configuration;
-use super::hot::Extent;
+use super::hot::{Extent, Marked};
 use super::interface::{Output, Record, Role};
 use super::message::{Buffer, Frame, Message, SerialNumber};
 use super::replica::Replica;
@@ -153,7 +153,7 @@ impl Replica {
                 continue;
             }
             let marks = apply.request.range().filter(|_| apply.request.is_mutation());
-            if marks.is_some_and(|range| !self.is_marked(range, apply.serial, MAX_MARKS)) {
+            if marks.is_some_and(|range| self.mark_range(range, apply.serial, MAX_MARKS) != Marked::Yes) {
                 continue;
             }
             let operation = self.operation();

@@ -15,6 +15,7 @@
 use super::OperationId;
 use super::configuration::{Configuration, Lacks, MAX_COPIES, Stamp};
 use super::interface::{Output, Primary, Record, Role};
+use super::marks::Clearing;
 use super::message::{Buffer, Message, SerialNumber};
 use super::primary::Peer;
 use super::replica::{Health, Replica};
@@ -197,7 +198,7 @@ impl Replica {
         let configuration = self.record.configuration.clone();
         if !self.is_primary() {
             self.role = Role::Primary(Primary::Reconciling);
-            (self.next_serial, self.flushed) = (SerialNumber(1), false);
+            (self.next_serial, self.flushed, self.clearing) = (SerialNumber(1), false, Clearing::new(self.now));
             self.peers.clear();
         }
         self.abandon_copying();
@@ -308,6 +309,11 @@ impl Replica {
         self.guard = Guard::Open;
     }
 
+    /// What this copy's disk did after that flush began is not covered by it, even if the member that goes answered before.
+    pub(super) fn holds_answers(&self) -> bool {
+        self.guard != Guard::Open && !planted!(self, DropUnflushed) && !planted!(self, DropBeforeCommit)
+    }
+
     /// Flushes this copy before it goes on without a member: one that is out, or that the spec does not want any more.
     fn guard_drops(&mut self, outputs: &mut Vec<Output>) {
         // A primary that may lack acknowledged writes still needs those whom nobody wants any more.
@@ -317,8 +323,9 @@ impl Replica {
         }
         let may = self.is_primary() && self.record.intact && self.health != Health::Failed;
         let drops = may && self.peers.iter().any(|peer| peer.member && peer.out);
-        if !drops {
+        if !drops && self.guard != Guard::Open {
             self.open_guard();
+            self.answer_what_all_did(outputs);
         }
         if drops && self.guard == Guard::Open {
             let operation = self.operation();

@@ -63,6 +63,10 @@ pub(super) enum Planted {
     RequeueCompleted,
     /// A mark goes when every copy has answered, without a flush.
     ClearAtAnswer,
+    /// Marks go because they are many, whatever the flush covers.
+    ClearBeyondFlush,
+    /// A flush covers what the other copies execute while it waits for its mark here.
+    CoverMarking,
     /// Marks go although this copy's disk has failed a write that the peers have executed.
     ClearAfterFailure,
 }

@@ -28,6 +28,8 @@ pub enum Name {
     ChecksumsRedo,
     /// What volumes with several copies are under.
     Mirror,
+    /// The same as it is written anew from an older version, until it is renamed.
+    MirrorNew,
 }
 
 impl Name {
@@ -43,6 +45,7 @@ impl Name {
             Self::Checksums => "checksums",
             Self::ChecksumsRedo => "checksums.redo",
             Self::Mirror => "mirror",
+            Self::MirrorNew => "mirror.new",
         }
     }
 }

@@ -92,6 +92,8 @@ fn rename(node: &mut Node, now: Now) {
     replica.now = Now::default();
     let passed = |time: &mut Now| *time = if *time <= now { Now::default() } else { *time };
     passed(&mut replica.granted_until);
+    // Less than a mark's age ever passes here.
+    replica.clearing.looked = Now::default();
     replica.peers.iter_mut().for_each(|peer| {
         peer.owes = 0;
         passed(&mut peer.lease_until);

@@ -73,6 +73,10 @@ mistakes! {
         within Bounds { writes: 1, disk: Granularity::Every, ..QUIET };
     a_mark_cleared_without_a_flush_breaks_i6: ClearAtAnswer breaks Marked
         within Bounds { writes: 1, ..QUIET };
+    a_mark_cleared_beyond_the_flush_breaks_i5: ClearBeyondFlush breaks KnownDifferences
+        within Bounds { writes: 1, flushes: 1, ..QUIET };
+    a_flush_that_covers_what_waits_for_its_mark_breaks_i5: CoverMarking breaks KnownDifferences
+        within Bounds { writes: 1, flushes: 1, disk: Granularity::Every, ..QUIET };
     a_fenced_request_executed_later_breaks_i8: ForgetFence breaks NeverOlder
         within Bounds { writes: 2, reconfigurations: 2, ..HANDOVER };
     an_answered_request_queued_again_breaks_i10: RequeueCompleted breaks OnlyOnce

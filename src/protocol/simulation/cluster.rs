@@ -219,7 +219,8 @@ impl Cluster {
         };
         let mut replica = Replica::open(local, member);
         replica.planted = planted;
-        replica.hot_limit = 3;
+        // Three: writes wait for room. Four: it is made before. And marks age within the time that a seed runs.
+        (replica.hot_limit, replica.mark_age) = (3 + life as usize % 2, Duration::from_millis(900));
         n.process = Some(Process {
             life,
             replica,
@@ -305,10 +306,18 @@ impl Cluster {
             Output::NextRange { operation } => self.begin(node, life, operation, Operation::NextRange),
             Output::Complete { tag, result } => self.complete(node, tag, result),
             Output::Send { to, message, buffer } => {
+                if let Message::Prepare { serial, .. } = message
+                    && let Some(at) = process.replica.admission.serial(serial)
+                    && let tag = process.replica.admission.entries()[at].tag
+                    && let Some(slot) = self.nodes[node].slots.get(&tag.0).filter(|slot| slot.request.is_mutation())
+                {
+                    // Another copy may execute it before this one does.
+                    self.oracle.start(slot.write);
+                }
                 let payload = match buffer {
                     Buffer::None => vec![],
                     Buffer::Request(tag) => self.payload_of(node, tag),
-                    Buffer::Operation(read) => process.read.get(&read).cloned().unwrap_or_default(),
+                    Buffer::Operation(read) => self.nodes[node].read_by(life, read),
                 };
                 self.send(node, to, message, payload);
                 Ok(())

@@ -134,6 +134,11 @@ impl Node {
         self.process.as_mut().filter(|process| process.life == life)
     }
 
+    /// What an operation of this life has read for another copy.
+    pub fn read_by(&mut self, life: u64, read: OperationId) -> Payload {
+        self.life(life).and_then(|process| process.read.get(&read).cloned()).unwrap_or_default()
+    }
+
     /// Its caches have everything that it ever acknowledged.
     pub fn is_kept(&self) -> bool {
         self.disk.boot == self.boot && self.disk.record.intact

@@ -3,6 +3,7 @@
 #![allow(clippy::wildcard_enum_match_arm, reason = "a script names the outputs that it is about")]
 
 mod failures;
+mod marks;
 mod patience;
 
 use super::super::*;
@@ -239,6 +240,27 @@ fn a_candidate_that_restarts_during_its_admission_stays_awaited() {
     assert!(script.completes(WRITER));
 }
 
+/// The member had answered before it was silent, and this copy's disk was done after the flush before the drop had begun:
+/// what was acknowledged then was in its cache alone when the configuration without the other one was committed.
+#[test]
+fn what_the_flush_before_a_drop_does_not_cover_is_not_answered_before_the_drop() {
+    let mut script = Script::serving();
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    script.finish();
+    let write = script.outputs.clone();
+    script.hear_prepared(1);
+    script.give(Input::Silent(copy(2)));
+    let flush = script.outputs.clone();
+    script.outputs = write;
+    script.finish();
+    assert!(!script.completes(WRITER), "{:?}", script.outputs);
+    script.outputs = flush;
+    script.finish();
+    assert!(!script.completes(WRITER) && script.proposal().is_some(), "{:?}", script.outputs);
+    script.commit();
+    assert!(script.completes(WRITER));
+}
+
 /// Whoever connects says so twice: the plan began anew each time, and a primary that served stopped.
 #[test]
 fn a_repeated_answer_does_not_restart_a_reconcile() {
@@ -251,24 +273,6 @@ fn a_repeated_answer_does_not_restart_a_reconcile() {
     assert_eq!(script.replica.role(), Role::Primary(Primary::Settling));
     script.hear(Script::joined(FIRST, &[Extent(0)]));
     assert_eq!(script.replica.role(), Role::Primary(Primary::Settling));
-}
-
-/// The write that waited for room asked for a flush, which made none, and so on.
-#[test]
-fn a_flush_for_room_begins_only_when_it_makes_some() {
-    let mut script = Script::serving();
-    script.replica.hot_limit = 1;
-    script.write(WRITER, 0);
-    script.give(Input::Request { tag: OTHER, request: Request::Write(extent(1)) });
-    assert_eq!(script.outputs, [], "the only mark is that of a write under way");
-    script.hear_prepared(1);
-    assert!(script.completes(WRITER));
-    let flushes = |output: &Output| matches!(output, Output::Disk { request: Request::Flush, .. });
-    assert!(script.wants(flushes));
-    script.finish();
-    script.hear_prepared(2);
-    assert!(script.wants(|output| matches!(output, Output::Send { message: Message::Clear { .. }, .. })));
-    assert!(!script.wants(flushes));
 }
 
 /// Requests that were under way when the engine died come back before the copy serves, and lie in hot extents.
@@ -360,25 +364,6 @@ fn the_device_of_a_copy_that_is_primary_no_more_is_fenced_before_that_is_durable
         assert_eq!(at.is_some(), fences, "{primary:?}: {:?}", script.outputs);
         assert!(!fences || at < persists, "{:?}", script.outputs);
     }
-}
-
-/// It marked the first of its extents, which nobody could clear before it had begun.
-#[test]
-fn a_write_marks_all_of_its_extents_or_none() {
-    let mut script = Script::serving();
-    script.replica.hot_limit = 2;
-    script.write(WRITER, 0);
-    script.hear_prepared(1);
-    script.give(Input::Replied { tag: WRITER });
-    let both = BlockRange::new(2 * EXTENT_BLOCKS - 1, 2).expect("not empty");
-    script.give(Input::Request { tag: OTHER, request: Request::Write(both) });
-    assert!(!script.wants(|output| matches!(output, Output::WriteHot { .. })), "{:?}", script.outputs);
-    script.finish();
-    script.hear_prepared(2);
-    assert!(script.clears());
-    let marks =
-        |output: &Output| matches!(output, Output::WriteHot { extents, .. } if **extents == [Extent(1), Extent(2)]);
-    assert!(script.wants(marks), "{:?}", script.outputs);
 }
 
 /// It was started by the next event that started anything, which never came.

@@ -51,6 +51,8 @@ pub(super) struct Mirror {
     /// What was read for another copy, while the core is told so.
     pub answer: Option<(OperationId, Payload)>,
     pub refused: BTreeMap<InstanceId, Refused>,
+    /// Something waits for the session's flush.
+    pub unsent: bool,
     connected: BTreeSet<InstanceId>,
     /// Of the plan.
     pub copied_bytes: u64,
@@ -87,6 +89,7 @@ impl Mirror {
             range: None,
             answer: None,
             refused: BTreeMap::new(),
+            unsent: false,
             connected: BTreeSet::new(),
             copied_bytes: 0,
             left_bytes: 0,

@@ -9,27 +9,38 @@ use crate::store::{Job, JobOutcome};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::AcqRel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// A checkpoint and a checksum run side by side; more would only compete with the device's requests for the disk.
 const THREADS: usize = 2;
 
-/// Wakes the engine.
+/// Wakes the engine. Who rings while it rings already, makes no system call.
 #[derive(Debug)]
-pub(super) struct Bell(EventFd);
+pub(super) struct Bell {
+    descriptor: EventFd,
+    rings: AtomicBool,
+}
 
 impl Bell {
     pub fn new() -> io::Result<Self> {
-        Ok(Self(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?))
+        let descriptor = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Self { descriptor, rings: AtomicBool::new(false) })
     }
     pub fn ring(&self) {
-        let _ = self.0.write(1); // fails only when it has been rung 2^64 times
+        if !self.rings.swap(true, AcqRel) {
+            let _ = self.descriptor.write(1); // fails only when it has been rung 2^64 times
+        }
     }
+    /// Whoever rings from here on wakes the engine again; what was there before it does now.
     pub fn quiet(&self) {
-        let _ = self.0.read(); // EAGAIN: it was quiet
+        let _ = self.descriptor.read(); // EAGAIN: it was quiet
+        // After the read, which would swallow a ring in between; before the work is looked at.
+        self.rings.swap(false, AcqRel);
     }
     pub fn descriptor(&self) -> &EventFd {
-        &self.0
+        &self.descriptor
     }
 }
 

@@ -375,6 +375,7 @@ fn launch(
             reattached: false,
             mirrored: vec![],
             next_heartbeat: Duration::ZERO,
+            unsent: vec![],
             arena,
             operations: Default::default(),
             ready: Default::default(),

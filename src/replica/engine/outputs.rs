@@ -270,8 +270,9 @@ impl Engine {
             return;
         };
         match mirror.session.send(to, &message, &payload) {
+            Ok(()) => self.note_unsent(key),
             // Without a connection everything is said again when there is one.
-            Ok(()) | Err(SendError::Disconnected | SendError::NoPeer) => {}
+            Err(SendError::Disconnected | SendError::NoPeer) => {}
             Err(SendError::Full) => {
                 let lost = if is_answer(&message) { Refused::Answer } else { Refused::Question };
                 if let Some(mirror) = volume.mirror.as_mut() {
@@ -281,6 +282,26 @@ impl Engine {
             }
             Err(error @ SendError::Payload) => {
                 tracing::error!(volume = %volume.id, %to, ?message, %error, "not sent");
+            }
+        }
+    }
+}
+
+impl Engine {
+    fn note_unsent(&mut self, key: VolumeKey) {
+        if let Some(mirror) = self.mirror_mut(key)
+            && !std::mem::replace(&mut mirror.unsent, true)
+        {
+            self.unsent.push(key);
+        }
+    }
+
+    /// What all cores have said in this turn goes out together.
+    pub fn flush_sessions(&mut self) {
+        while let Some(key) = self.unsent.pop() {
+            if let Some(mirror) = self.mirror_mut(key) {
+                mirror.unsent = false;
+                mirror.session.flush();
             }
         }
     }

@@ -65,6 +65,8 @@ pub(super) struct Engine {
     /// Volumes whose cores have peers, and when time passes for them.
     pub mirrored: Vec<VolumeKey>,
     pub next_heartbeat: Duration,
+    /// Those whose cores have said something in this turn.
+    pub unsent: Vec<VolumeKey>,
     /// Parked devices go on as soon as their tree is open.
     pub reattached: bool,
     pub arena: Arena,
@@ -105,6 +107,8 @@ impl Engine {
                 }
             }
             self.pump();
+            // Before the disks get their work: it is the longer way.
+            self.flush_sessions();
             events.clear();
             let sleep = self.sleep();
             if let Err(error) = self.io.wait(sleep, &mut events) {

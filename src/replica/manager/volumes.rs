@@ -442,6 +442,8 @@ pub(super) fn open_tree(path: &std::path::Path, held: Option<std::os::fd::OwnedF
         None => crate::memory::Memory::create("tandem-pending", PENDING_BYTES)?,
     };
     let store = Store::open(directory, Pending::over(memory))?;
+    // It may have written `mirror` anew, which is another file under that name.
+    let files = TreeFiles::open(path)?;
     Ok(Opened { store: Box::new(store), files, pending })
 }
 

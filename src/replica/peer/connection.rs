@@ -13,6 +13,8 @@ use crate::tls::HandshakeError;
 use crate::volume::VolumeId;
 use bytes::Bytes;
 use nix::sys::socket::{setsockopt, sockopt};
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -166,12 +168,28 @@ async fn read_handshake(stream: &mut Stream, expected: Kind) -> Result<Packet, C
     }
 }
 
-/// Writes frames together; gives up when no byte is taken for `silence`.
+/// Writes what the stream takes without waiting: how many bytes, and whether these are all and none is kept inside. An error
+/// shows again at the next [`write`].
+pub fn write_now(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> (usize, bool) {
+    let mut context = Context::from_waker(Waker::noop());
+    let mut at = 0;
+    while at < bytes.len() {
+        match Pin::new(&mut *stream).poll_write(&mut context, &bytes[at..]) {
+            Poll::Ready(Ok(written)) if written > 0 => at += written,
+            Poll::Ready(_) | Poll::Pending => return (at, false),
+        }
+    }
+    (at, matches!(Pin::new(stream).poll_flush(&mut context), Poll::Ready(Ok(()))))
+}
+
+/// Writes the rest of earlier frames, and frames together; gives up when no byte is taken for `silence`.
 pub async fn write(
     stream: &mut (impl AsyncWrite + Unpin),
+    rest: &[u8],
     frames: &[Encoded],
     silence: Duration,
 ) -> Result<(), ConnectionError> {
+    put(stream, rest, silence).await?;
     let mut together = Vec::new();
     for Encoded { head, data } in frames {
         together.extend_from_slice(head);
@@ -206,7 +224,7 @@ async fn put(
 }
 
 async fn say(stream: &mut Stream, volume: VolumeId, packet: &Packet) -> Result<(), ConnectionError> {
-    write(stream, &[packet.encode(volume)], SILENCE).await
+    write(stream, &[], &[packet.encode(volume)], SILENCE).await
 }
 
 /// The caller's part of a handshake: `hello` is what it says of itself.

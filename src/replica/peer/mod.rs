@@ -1,7 +1,7 @@
 //! The transport between the copies of a volume: frames over TCP and TLS, a handshake, and conversations that heal.
 //!
 //! ```text
-//!   engine --Session::send--> queue (bounded) --frames--> TLS --> the peer's Volume --Event--> its engine
+//!   engine --Session::send, flush--> queue (bounded) --frames--> TLS --> the peer's Volume --Event--> its engine
 //! ```
 //! # Invariants
 //! * One connection per volume and peer: a full queue, a slow disk or a large request of one volume never holds up another,

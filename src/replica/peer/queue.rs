@@ -1,11 +1,18 @@
-//! Frames on their way out to one peer.
+//! Frames on their way out to one peer, and the writing half of the connection while nobody writes.
 //!
+//! ```text
+//!   push ─> frames ─┬─ flush: the engine's thread, what is little and is taken without waiting ─┬─> connection
+//!                   └─ take: the connection's task, everything else ────────────────────────────┘
+//! ```
 //! Invariants: never more than [`MAX_IN_FLIGHT`] bytes, those being written included; nothing is taken while there is no
-//! connection, and what is left from the one before goes when the next one begins: the core says it again.
+//! connection, and what is left from the one before goes when the next one begins: the core says it again. Whoever has the
+//! writing half writes, and gives it back with what the connection did not take: so bytes go out in order, and once.
 
+use super::connection::{self, Stream};
 use super::packet::Encoded;
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::io::WriteHalf;
 use tokio::sync::Notify;
 
 /// Bytes that wait for one peer's connection: 10 Gbit/s over a round trip of 10 ms is 12.5 MB, and a volume has 64
@@ -14,6 +21,13 @@ pub const MAX_IN_FLIGHT: usize = 16 << 20;
 
 /// Bytes that are written together: beyond this nothing is gained, and a heartbeat would wait longer.
 const BATCH: usize = 256 << 10;
+
+/// Bytes that the engine's thread writes itself, which saves the wake-up of another thread: encrypting more would hold up
+/// other volumes for longer than that wake-up takes.
+const LITTLE: usize = 64 << 10;
+
+/// Where frames are written.
+pub(super) type Writer = WriteHalf<Stream>;
 
 /// Why a message was not taken; it is the caller's still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -35,11 +49,26 @@ pub enum SendError {
 #[derive(Default)]
 struct State {
     open: bool,
+    /// How many connections there were: a writing half is given back to its own.
+    connection: u64,
     frames: VecDeque<Encoded>,
     /// Of the frames and of those that are being written.
     bytes: usize,
     /// Somebody was told that it is full, and waits to be told otherwise.
     refused: bool,
+    /// If nobody writes.
+    writer: Option<Writer>,
+    /// What the connection did not take at once; nothing, if it has only kept something inside.
+    rest: Option<Vec<u8>>,
+}
+
+/// What is to be written next, by whoever has this.
+pub(super) struct Batch {
+    pub writer: Writer,
+    /// Of earlier frames.
+    pub rest: Vec<u8>,
+    pub frames: Vec<Encoded>,
+    connection: u64,
 }
 
 /// See the module.
@@ -49,6 +78,15 @@ pub(super) struct Queue {
     ready: Notify,
 }
 
+/// A connection that ends when this is dropped.
+pub(super) struct Open<'a>(&'a Queue);
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 impl Queue {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -56,15 +94,24 @@ impl Queue {
 
     /// A connection begins.
     pub fn open(&self) {
-        *self.state() = State { open: true, ..State::default() };
+        let mut state = self.state();
+        *state = State { open: true, connection: state.connection + 1, ..State::default() };
+    }
+
+    /// It can be written to.
+    pub fn begin(&self, writer: Writer) -> Open<'_> {
+        self.state().writer = Some(writer);
+        self.ready.notify_one();
+        Open(self)
     }
 
     /// It has ended.
     pub fn close(&self) {
-        *self.state() = State::default();
+        let mut state = self.state();
+        *state = State { connection: state.connection, ..State::default() };
     }
 
-    /// Takes a frame to be sent.
+    /// Takes a frame to be sent with the next [`Self::flush`].
     pub fn push(&self, frame: Encoded) -> Result<(), SendError> {
         let mut state = self.state();
         if !state.open {
@@ -76,9 +123,56 @@ impl Queue {
         }
         state.bytes += frame.bytes();
         state.frames.push_back(frame);
-        drop(state);
-        self.ready.notify_one();
         Ok(())
+    }
+
+    /// Writes what waits if it is little and the connection takes it; everything else is the connection's task's. Never waits.
+    pub fn flush(&self) {
+        let Some(mut batch) = self.little() else { return };
+        let mut bytes = Vec::with_capacity(batch.frames.iter().map(Encoded::bytes).sum());
+        for Encoded { head, data } in &batch.frames {
+            bytes.extend_from_slice(head);
+            bytes.extend_from_slice(data);
+        }
+        let (taken, whole) = connection::write_now(&mut batch.writer, &bytes);
+        if !whole {
+            bytes.drain(..taken);
+            batch.rest = bytes;
+        }
+        self.give_back(batch, taken, !whole);
+    }
+
+    /// Everything, if it is little and nobody writes; who writes will look again.
+    fn little(&self) -> Option<Batch> {
+        let mut state = self.state();
+        if state.frames.is_empty() {
+            return None;
+        }
+        if state.bytes > LITTLE || state.rest.is_some() {
+            self.ready.notify_one();
+            return None;
+        }
+        let writer = state.writer.take()?;
+        let frames = state.frames.drain(..).collect();
+        Some(Batch { writer, rest: Vec::new(), frames, connection: state.connection })
+    }
+
+    /// So many bytes were written, and perhaps a rest was not. Whether whoever was refused has to be told that there is room:
+    /// half of it.
+    fn give_back(&self, batch: Batch, written: usize, has_rest: bool) -> bool {
+        let mut state = self.state();
+        if !state.open || state.connection != batch.connection {
+            return false;
+        }
+        state.bytes = state.bytes.saturating_sub(written);
+        state.writer = Some(batch.writer);
+        state.rest = has_rest.then_some(batch.rest);
+        if has_rest {
+            self.ready.notify_one();
+        }
+        let room = state.refused && state.bytes <= MAX_IN_FLIGHT / 2;
+        state.refused &= !room;
+        room
     }
 
     /// Bytes that wait or are being written.
@@ -86,34 +180,35 @@ impl Queue {
         self.state().bytes
     }
 
-    /// The next frames to be written together; waits for one. Cancelling it loses nothing.
-    pub async fn take(&self) -> Vec<Encoded> {
+    /// The next frames to be written together, and where; waits for both. Cancelling it loses nothing.
+    pub async fn take(&self) -> Batch {
         loop {
-            let batch = self.batch();
-            if !batch.is_empty() {
+            if let Some(batch) = self.batch() {
                 return batch;
             }
             self.ready.notified().await;
         }
     }
 
-    fn batch(&self) -> Vec<Encoded> {
-        let (mut state, mut batch, mut bytes) = (self.state(), Vec::new(), 0);
+    fn batch(&self) -> Option<Batch> {
+        let mut state = self.state();
+        if state.frames.is_empty() && state.rest.is_none() {
+            return None;
+        }
+        let writer = state.writer.take()?;
+        let (rest, mut frames, mut bytes) = (state.rest.take().unwrap_or_default(), Vec::new(), 0);
         while bytes < BATCH
             && let Some(frame) = state.frames.pop_front()
         {
             bytes += frame.bytes();
-            batch.push(frame);
+            frames.push(frame);
         }
-        batch
+        Some(Batch { writer, rest, frames, connection: state.connection })
     }
 
-    /// So many bytes were written. Whether whoever was refused has to be told that there is room: half of it.
-    pub fn written(&self, bytes: usize) -> bool {
-        let mut state = self.state();
-        state.bytes = state.bytes.saturating_sub(bytes);
-        let room = state.refused && state.bytes <= MAX_IN_FLIGHT / 2;
-        state.refused &= !room;
-        room
+    /// A batch was written whole. Whether whoever was refused has to be told that there is room.
+    pub fn written(&self, batch: Batch) -> bool {
+        let bytes = batch.rest.len() + batch.frames.iter().map(Encoded::bytes).sum::<usize>();
+        self.give_back(batch, bytes, false)
     }
 }

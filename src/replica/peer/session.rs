@@ -17,7 +17,7 @@ use crate::protocol::HEARTBEAT;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::{ReadHalf, WriteHalf};
+use tokio::io::ReadHalf;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -88,7 +88,6 @@ pub(super) async fn run(shared: Arc<Shared>, volume: Arc<Volume>, peer: Arc<Peer
                 ConnectionError::Replaced
             }
         };
-        peer.queue.close();
         shared.log.warn(&format!("volume {}, {}: the connection has ended: {ended}", volume.id, peer.party));
         silence = Silence { since: Instant::now(), reported: matches!(ended, ConnectionError::Silent) };
         if silence.reported {
@@ -146,9 +145,10 @@ async fn dial(shared: &Shared, volume: &Volume, peer: &Peer) -> Result<Stream, C
 /// Both directions until one ends.
 async fn exchange(stream: Stream, volume: &Volume, peer: &Peer, silence: Duration) -> ConnectionError {
     let (reader, writer) = tokio::io::split(stream);
+    let _open = peer.queue.begin(writer);
     let ended = tokio::select! {
         ended = receive(reader, volume, peer, silence) => ended,
-        ended = transmit(writer, volume, peer, silence) => ended,
+        ended = transmit(volume, peer, silence) => ended,
     };
     match ended {
         Err(error) => error,
@@ -173,23 +173,21 @@ async fn receive(
     }
 }
 
-async fn transmit(
-    mut writer: WriteHalf<Stream>,
-    volume: &Volume,
-    peer: &Peer,
-    silence: Duration,
-) -> Result<Never, ConnectionError> {
-    let heartbeat = [Packet::Heartbeat.encode(volume.id)];
+/// Writes what the engine's thread does not write itself, and signs of life.
+async fn transmit(volume: &Volume, peer: &Peer, silence: Duration) -> Result<Never, ConnectionError> {
+    let heartbeat = Packet::Heartbeat.encode(volume.id);
     loop {
         match timeout(HEARTBEAT, peer.queue.take()).await {
-            Ok(frames) => {
-                connection::write(&mut writer, &frames, silence).await?;
-                let bytes = frames.iter().map(super::packet::Encoded::bytes).sum();
-                if peer.queue.written(bytes) {
+            Ok(mut batch) => {
+                connection::write(&mut batch.writer, &batch.rest, &batch.frames, silence).await?;
+                if peer.queue.written(batch) {
                     volume.tell(Event::Room(peer.party.copy)).await;
                 }
             }
-            Err(_) => connection::write(&mut writer, &heartbeat, silence).await?,
+            Err(_) => {
+                // It goes with the next batch. A full queue says as much.
+                let _ = peer.queue.push(heartbeat.clone());
+            }
         }
     }
 }

@@ -163,7 +163,7 @@ impl Session {
         }
     }
 
-    /// Takes a message to be sent, with the data that goes with it. Never waits.
+    /// Takes a message to be sent with the next [`Self::flush`], with the data that goes with it. Never waits.
     ///
     /// # Errors
     /// The message was not taken, and why; it may be lost later, too, when the connection ends before it was written.
@@ -174,6 +174,12 @@ impl Session {
         let peer = self.volume.peer(to).ok_or(SendError::NoPeer)?;
         let packet = Packet::Message(message.clone(), payload.clone());
         peer.queue.push(packet.encode(self.volume.id))
+    }
+
+    /// Sends what was taken since the last time. Never waits.
+    pub fn flush(&self) {
+        let peers: Vec<_> = self.volume.peers().values().cloned().collect();
+        peers.iter().for_each(|peer| peer.queue.flush());
     }
 
     /// Bytes that wait to be sent to this copy or are being written.

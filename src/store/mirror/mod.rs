@@ -18,6 +18,7 @@
 //! * One update of each kind at a time; after a failed one nothing is updated until the tree is opened again, since
 //!   nobody knows what is on disk. Volumes without copies elsewhere are not in here, and pay nothing.
 
+pub(super) mod older;
 mod plan;
 mod slot;
 mod state;

@@ -2,7 +2,7 @@
 //!
 //! One region per volume: found by its volume's id, and free if the tree has no such volume (ids are never used again).
 //! ```text
-//!   region  two slots for records (2 x 34 blocks of 4096 bytes), two for hot sets (2 x 10 blocks)
+//!   region  two slots for records (2 x 34 blocks of 4096 bytes), two for hot sets (2 x 66 blocks)
 //!   slot    the same copy twice, one after the other, each:
 //!           0 prefix (format.rs)   48 volume (16)   64 sequence (8)   72 bytes of the body (4)
 //!           76 crc32c of the blocks after the first (4)   80 body, zeros to the end of the block
@@ -24,20 +24,24 @@ use super::super::format::{
 };
 use super::state::{Kept, Lacking, Part, SPOILT};
 use crate::protocol::{
-    Configuration, ConfigurationVersion, Extent, Generation, Lacks, MAX_COPIES, MAX_MARKS, Record, Stamp,
+    Configuration, ConfigurationVersion, Extent, Generation, Lacks, MAX_COPIES, MAX_HOT_EXTENTS, MAX_MARKS, Record,
+    Stamp,
 };
 use crate::volume::{BootId, InstanceId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What a record's block begins with.
-pub const RECORD: Kind = Kind { magic: *b"TandemMR", version: 1, incompatible: 0 };
+/// What a record's block begins with. Version 1 had other places (older.rs).
+pub const RECORD: Kind = Kind { magic: *b"TandemMR", version: 2, incompatible: 0 };
 /// What a hot set's block begins with.
-pub const HOT: Kind = Kind { magic: *b"TandemMH", version: 1, incompatible: 0 };
+pub const HOT: Kind = Kind { magic: *b"TandemMH", version: 2, incompatible: 0 };
 
-/// Bytes of a slot for a record: two copies of a full one, with all extents hot when each copy left.
+/// Most extents that a record names, for all copies that left: a primary's own marks when each of two left. A copy for
+/// which there is no room lacks everything.
+pub const MAX_LEFT: usize = 2 * MAX_HOT_EXTENTS;
+/// Bytes of a slot for a record: two copies of a full one.
 pub const RECORD_SLOT: usize = 2 * 17 * BLOCK;
 /// Bytes of a slot for a hot set: two copies of [`MAX_MARKS`].
-pub const HOT_SLOT: usize = 2 * 5 * BLOCK;
+pub const HOT_SLOT: usize = 2 * 33 * BLOCK;
 /// Where the hot sets are in a region.
 pub const HOT_AREA: usize = 2 * RECORD_SLOT;
 /// Bytes of a region.

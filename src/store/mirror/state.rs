@@ -8,9 +8,10 @@ use super::super::files::{Files, Name};
 use super::super::format::{HeaderError, LayerId};
 use super::super::tree::Tree;
 use super::MirrorPlan;
+use super::older;
 use super::slot::{self, HOT_AREA, HOT_SLOT, RECORD_SLOT, REGION};
 use crate::memory::Memory;
-use crate::protocol::{Configuration, Extent, Lacks, MAX_MARKS, OperationId, Record, Stamp};
+use crate::protocol::{Configuration, Extent, Lacks, OperationId, Record, Stamp};
 use crate::volume::{BootId, InstanceId, VolumeId};
 use std::collections::BTreeMap;
 use std::io;
@@ -137,12 +138,15 @@ impl Mirror {
         (lacking, left)
     }
 
-    /// Marked, about to be, or since the record was asked for; ascending. `None` if it is more than a record can keep.
+    /// Marked, about to be, or since the record was asked for; ascending. `None` if it is more than the record can keep for
+    /// each of the copies that left now, beside what it keeps for others.
     pub fn marked(&self) -> Option<Arc<[Extent]>> {
         let mut marked: Vec<Extent> = self.hot.iter().chain(&self.next_hot).chain(&self.hot_since).copied().collect();
         marked.sort_unstable();
         marked.dedup();
-        (marked.len() <= MAX_MARKS).then(|| marked.into())
+        let known = self.next_kept.iter().flat_map(|kept| &kept.lacking).map(|lacking| lacking.hot.len());
+        let all = known.sum::<usize>() + marked.len() * self.left.len();
+        (all <= slot::MAX_LEFT).then(|| marked.into())
     }
 
     pub fn names(&self, layer: LayerId) -> bool {
@@ -154,6 +158,7 @@ impl Mirror {
 impl Mirrors {
     /// Reads what is there, and makes it durable: it may be in a cache only.
     pub fn load(files: &dyn Files, instance: InstanceId, tree: &Tree) -> Result<Self, MirrorError> {
+        older::convert(files)?;
         let size = files.size(Name::Mirror)?.unwrap_or(0);
         let mut mirrors = Self { regions: size.div_ceil(REGION as u64) as u32, ..Self::default() };
         if size > 0 {

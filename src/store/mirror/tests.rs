@@ -53,11 +53,20 @@ fn read(slots: &[u8]) -> Result<Option<(u64, Kept)>, HeaderError> {
 fn the_golden_record_is_read() {
     let mut slots = vec![0; HOT_AREA];
     let used = with(&mut slots, 12, &kept());
-    let golden = golden("mirror-record-v1.bin", &slots[..used]);
+    let golden = golden("mirror-record-v2.bin", &slots[..used]);
     assert_eq!(golden.len(), 2 * BLOCK, "two copies");
     let found = decode(&RECORD, instance(), &golden).expect("it is sound");
     assert_eq!((found.volume, found.sequence), (volume(), 12));
     assert_eq!(decode_record(found.body), Ok(kept()));
+    let older = older_golden("mirror-record-v1.bin");
+    let found = decode(&RECORD, instance(), &older).expect("it is sound");
+    assert_eq!(decode_record(found.body), Ok(kept()));
+}
+
+/// A golden file of a version that is not written any more.
+fn older_golden(name: &str) -> Vec<u8> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    std::fs::read(path).expect("the golden file is there")
 }
 
 #[test]
@@ -66,9 +75,12 @@ fn the_golden_hot_set_is_read() {
     let extents: Vec<Extent> = (0..1500).map(|number| Extent(number * 7)).collect();
     let mut slot = vec![0; HOT_SLOT];
     let used = encode(&HOT, instance(), volume(), 4, &encode_hot(&extents), &mut slot);
-    let golden = golden("mirror-hot-v1.bin", &slot[..used]);
+    let golden = golden("mirror-hot-v2.bin", &slot[..used]);
     assert_eq!(golden.len(), 4 * BLOCK, "two copies");
     let found = decode(&HOT, instance(), &golden).expect("it is sound");
+    assert_eq!(decode_hot(found.body), Ok(extents.clone()));
+    let older = older_golden("mirror-hot-v1.bin");
+    let found = decode(&HOT, instance(), &older).expect("it is sound");
     assert_eq!(decode_hot(found.body), Ok(extents));
     flip_every_bit(&golden[..2 * BLOCK], 2 * BLOCK, |at, bytes| {
         assert!(decode(&HOT, instance(), bytes).is_err(), "byte {at}");
@@ -98,7 +110,8 @@ fn the_fullest_record_and_hot_set_fit_their_slots() {
     kept.record.configuration.candidates =
         (0..MAX_COPIES as u8).map(|number| (copy(number), Lacks::Since(stamp(u64::from(number))))).collect();
     kept.record.configuration.secondaries.clear();
-    let lacking = |version| Lacking { since: stamp(version), base: Some(LayerId(1)), hot: hot.clone().into() };
+    let left = &hot[..MAX_LEFT / MAX_COPIES];
+    let lacking = |version| Lacking { since: stamp(version), base: Some(LayerId(1)), hot: left.into() };
     kept.lacking = (0..MAX_COPIES as u64).map(lacking).collect();
     let mut slots = vec![0; HOT_AREA];
     assert!(with(&mut slots, 1, &kept) <= RECORD_SLOT);
@@ -146,9 +159,9 @@ fn what_cannot_be_read_is_named() {
     let mut slots = vec![0; HOT_AREA];
     with(&mut slots, 1, &kept());
     let newer = slots[RECORD_SLOT..].as_mut();
-    newer[8] = 2;
+    newer[8] = 3;
     super::super::format::seal(&mut newer[..BLOCK]);
-    assert_eq!(read(&slots), Err(HeaderError::Version { found: 2, known: 1 }));
+    assert_eq!(read(&slots), Err(HeaderError::Version { found: 3, known: 2 }));
     let other = newest(&RECORD, copy(9), &slots[RECORD_SLOT + BLOCK..][..2 * BLOCK], |_| true);
     assert_eq!(other, Err(HeaderError::Instance { found: instance(), expected: copy(9) }));
 }

@@ -200,6 +200,43 @@ fn marks_outlive_the_process_and_have_a_bound() {
 }
 
 #[test]
+fn a_file_of_version_1_is_written_anew_and_a_crash_meanwhile_harms_nothing() {
+    let id = volume(1);
+    for calls in 1.. {
+        let disk = Arc::new(Disk::new(calls));
+        let mut bench = Bench::over(disk.clone(), None);
+        let create = Control::CreateVolume { volume: id, size: size(EXTENT_BLOCKS), verify_reads: false };
+        assert_eq!(bench.control(create), Ok(()));
+        bench.persist(id, 1, &[]);
+        let hot: Vec<Extent> = (0..3000).map(|number| Extent(2 * number)).collect();
+        for count in [10, 3000] {
+            assert_eq!(bench.mark(id, &hot[..count]), Ok(()));
+        }
+        bench.store = None;
+        let mut now = vec![0; disk.size(Name::Mirror).expect("it is there").expect("it is there") as usize];
+        disk.read_at(Name::Mirror, 0, &mut now).expect("reads");
+        let before = crate::store::mirror::older::aged(&now);
+        disk.remove(Name::Mirror).expect("removes");
+        disk.create(Name::Mirror).expect("makes");
+        disk.write_at(Name::Mirror, 0, &before).expect("writes");
+        disk.sync(Name::Mirror).expect("syncs");
+        disk.sync_names().expect("syncs");
+        disk.set_fuse(Some(calls as u32));
+        let pending = || Pending::over(Memory::zeros(PENDING_BYTES).expect("memory"));
+        let opened = Store::open(disk.clone(), pending()).is_ok();
+        disk.set_fuse(None);
+        disk.power_cut(&[]);
+        bench.lose_pending();
+        let found = bench.store().mirrored(id).expect("it is mirrored");
+        assert!(found.hot == hot && *found.record == record(1, &[]), "after {calls} calls");
+        bench.persist(id, 2, &[]);
+        if opened {
+            break;
+        }
+    }
+}
+
+#[test]
 fn a_deleted_volume_leaves_its_bases_and_its_region() {
     let (mut bench, id) = mirrored();
     bench.persist(id, 2, &[(2, 2)]);

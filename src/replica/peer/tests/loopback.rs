@@ -96,6 +96,7 @@ impl End {
 pub async fn says(from: &End, here: InstanceId, to: &mut End, there: InstanceId, serial: u64) {
     let (message, payload) = (write(serial, 2), payload(2));
     from.session.send(there, &message, &payload).expect("taken");
+    from.session.flush();
     assert_eq!(to.next().await, Event::Received { from: here, message, payload: payload.clone() });
     assert_eq!(payload.check(), Ok(()));
 }
@@ -129,6 +130,7 @@ async fn messages_and_data_arrive_with_the_crcs_of_their_sender() {
     let frame = Frame { stamp: Stamp::default(), incarnation: Incarnation(1) };
     let message = Message::Prepared { frame, serial: SerialNumber(1), result: Ok(()) };
     one.session.send(copy(2), &message, &Payload::default()).expect("an answer without data");
+    one.session.flush();
     assert_eq!(two.next().await, Event::Received { from: copy(1), message, payload: Payload::default() });
     assert_eq!(one.session.send(copy(3), &write(1, 1), &payload(1)), Err(SendError::NoPeer));
     assert_eq!(one.session.send(copy(2), &write(1, 1), &payload(2)), Err(SendError::Payload));
@@ -188,7 +190,10 @@ async fn a_receiver_that_does_not_read_stops_the_sender_at_its_bound() {
     // Until the other side has taken nothing for so long that it counts as silent.
     while one.events.try_recv() != Ok(Event::Silent(copy(2))) {
         match one.session.send(copy(2), &message, &data) {
-            Ok(()) => taken += data.data().len(),
+            Ok(()) => {
+                one.session.flush();
+                taken += data.data().len();
+            }
             Err(error) => {
                 full |= error == SendError::Full;
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -211,6 +216,7 @@ async fn whoever_was_refused_is_told_when_there_is_room() {
     // Not a single await: nothing is written meanwhile.
     while one.session.send(copy(2), &message, &data).is_ok() {}
     assert_eq!(one.session.send(copy(2), &message, &data), Err(SendError::Full));
+    one.session.flush();
     let reader = tokio::spawn(async move { while two.events.recv().await.is_some() {} });
     one.until(&Event::Room(copy(2))).await;
     assert_eq!(one.session.send(copy(2), &message, &data), Ok(()));
