@@ -10,7 +10,7 @@
 //! secondary; a write starts only when the marks of its extents are durable, if anybody else has the volume too; a
 //! request that another primary's term has overtaken is never executed again.
 
-use super::admission::{Awaits, COPY, FLUSH, Phase};
+use super::admission::{Awaits, FLUSH, Phase};
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Message};
 use super::replica::{Health, Replica};
@@ -39,7 +39,7 @@ impl Replica {
         if !self.may_start(position) {
             return;
         }
-        if self.admission.entries()[position].tag == COPY {
+        if self.admission.entries()[position].tag.is_copy() {
             return self.start_copying(position, outputs);
         }
         let operation = self.operation();
@@ -62,9 +62,9 @@ impl Replica {
     fn may_start(&mut self, position: usize) -> bool {
         let entry = self.admission.entries()[position];
         let serves = match (self.role, entry.tag) {
-            (Role::Primary(Primary::Serving), COPY | FLUSH) => true,
+            (Role::Primary(Primary::Serving), tag) if tag.is_own() => true,
             (Role::Primary(Primary::Serving), _) => self.health != Health::Failed && !self.leaves(),
-            (Role::Primary(Primary::Reconciling), COPY) => true,
+            (Role::Primary(Primary::Reconciling), tag) if tag.is_copy() => true,
             (Role::Primary(_) | Role::Secondary | Role::Candidate | Role::Outdated, _) => false,
         };
         serves
@@ -89,7 +89,7 @@ impl Replica {
         if planted!(self, StartOverlapping) {
             return true;
         }
-        let copies = self.admission.entries()[position].tag == COPY;
+        let copies = self.admission.entries()[position].tag.is_copy();
         if copies && planted!(self, ResyncBesideWrites) {
             return true;
         }
@@ -108,7 +108,7 @@ impl Replica {
         if self.peers.is_empty() || !request.is_mutation() {
             return true;
         }
-        let limit = if tag == COPY { super::MAX_MARKS } else { self.hot_limit };
+        let limit = if tag.is_copy() { super::MAX_MARKS } else { self.hot_limit };
         request.range().is_none_or(|range| self.is_marked(range, self.next_serial, limit))
     }
 
@@ -127,7 +127,7 @@ impl Replica {
             self.admission.at(position).phase = Phase::Queued;
             return self.fence_what_waits(outputs);
         }
-        if entry.tag == COPY {
+        if entry.tag.is_copy() {
             return self.copied_here(position, result, outputs);
         }
         if result == Err(DiskError::NoSpace) && waits_for_space(entry.request) {
@@ -201,7 +201,7 @@ impl Replica {
         if !matches!(entry.phase, Phase::Started(_)) || !missing.is_empty() {
             return;
         }
-        if entry.tag == COPY {
+        if entry.tag.is_copy() {
             return self.copied_there(position, outputs);
         }
         if entry.request == Request::Flush && entry.result.is_ok() {
@@ -259,7 +259,7 @@ impl Replica {
     pub(super) fn fence_what_waits(&mut self, outputs: &mut Vec<Output>) {
         let here = self.may_serve_later();
         for entry in self.admission.iter_mut() {
-            if entry.phase == Phase::Queued && entry.tag != COPY && entry.tag != FLUSH && (entry.fenced || !here) {
+            if entry.phase == Phase::Queued && !entry.tag.is_own() && (entry.fenced || !here) {
                 entry.phase = Phase::Completed;
                 outputs.push(Output::Complete { tag: entry.tag, result: Err(DiskError::Fenced) });
             }
@@ -286,11 +286,13 @@ impl Replica {
             if !entry.awaits.contains(Awaits::peer(index)) {
                 continue;
             }
-            let (request, buffer) = match entry.tag {
-                COPY => self.copying_sends(entry.request),
-                tag => (entry.request, Self::buffer(entry.request, tag)),
+            let (message, buffer) = if entry.tag.is_copy() {
+                let Some(asked) = self.copying_sends(entry, frame, floor) else { continue };
+                asked
+            } else {
+                let (serial, request) = (entry.serial, entry.request);
+                (Message::Prepare { frame, serial, floor, request }, Self::buffer(request, entry.tag))
             };
-            let message = Message::Prepare { frame, serial: entry.serial, floor, request };
             outputs.push(Output::Send { to: peer.copy, message, buffer });
         }
     }
