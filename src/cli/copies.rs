@@ -87,13 +87,16 @@ struct Line {
     wished: bool,
     leaving: bool,
     copied_bytes: u64,
+    equal_bytes: u64,
     left_bytes: u64,
 }
 
 impl From<Copy> for Line {
     fn from(copy: Copy) -> Self {
-        let Copy { copy_id, node, pool, member, primary, wished, leaving, copied_bytes, left_bytes } = copy;
-        Self { node, pool, id: copy_id, up_to_date: member, primary, wished, leaving, copied_bytes, left_bytes }
+        let Copy { copy_id, node, pool, member, primary, wished, leaving, copied_bytes, left_bytes, equal_bytes } =
+            copy;
+        let (id, up_to_date) = (copy_id, member);
+        Self { node, pool, id, up_to_date, primary, wished, leaving, copied_bytes, equal_bytes, left_bytes }
     }
 }
 
@@ -102,8 +105,8 @@ impl Row for Line {
     fn cells(&self) -> Vec<String> {
         let mut state = if self.up_to_date { "UpToDate" } else { "Outdated" }.to_owned();
         if !self.up_to_date && self.left_bytes > 0 {
-            let (copied, left) = (units::bytes(self.copied_bytes), units::bytes(self.left_bytes));
-            state = format!("SyncTarget, {copied} copied, at most {left} left");
+            let [copied, equal, left] = [self.copied_bytes, self.equal_bytes, self.left_bytes].map(units::bytes);
+            state = format!("SyncTarget, {copied} copied, {equal} equal already, at most {left} left");
         }
         if self.leaving {
             state += ", to be replaced";
@@ -187,8 +190,9 @@ async fn replace(MoveArguments { volume, from, to, target, output }: MoveArgumen
         }
         // Those of one that is filled are not told any more.
         for new in copies.iter().filter(|copy| copy.node == to && copy.left_bytes > 0) {
-            bar.set_length(new.copied_bytes + new.left_bytes);
-            bar.set_position(new.copied_bytes);
+            let done = new.copied_bytes + new.equal_bytes;
+            bar.set_length(done + new.left_bytes);
+            bar.set_position(done);
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -213,6 +217,6 @@ mod tests {
         assert_eq!(state(|_| {}), "Outdated; Candidate");
         assert_eq!(state(|copy| (copy.member, copy.wished) = (true, true)), "UpToDate; shall be primary");
         let copied = state(|copy| (copy.copied_bytes, copy.left_bytes) = (4096, 1 << 20));
-        assert_eq!(copied, "SyncTarget, 4 KiB copied, at most 1 MiB left; Candidate");
+        assert_eq!(copied, "SyncTarget, 4 KiB copied, 0 B equal already, at most 1 MiB left; Candidate");
     }
 }

@@ -14,6 +14,7 @@ pub struct Mirror {
     intact: bool,
     wished: bool,
     copied_bytes: u64,
+    equal_bytes: u64,
     hot_extents: u64,
     requests: u64,
     copies: Vec<Copy>,
@@ -29,6 +30,7 @@ struct Copy {
     state: &'static str,
     connected: bool,
     copied_bytes: u64,
+    equal_bytes: u64,
     left_bytes: u64,
 }
 
@@ -51,6 +53,7 @@ impl From<&control::Mirror> for Mirror {
             intact: m.intact,
             wished: m.wished,
             copied_bytes: m.copied_bytes,
+            equal_bytes: m.equal_bytes,
             hot_extents: m.hot_extents,
             requests: m.requests,
             copies: m.copies.iter().map(Copy::from).collect(),
@@ -75,6 +78,7 @@ impl From<&control::Copy> for Copy {
             state,
             connected: c.connected,
             copied_bytes: c.copied_bytes,
+            equal_bytes: c.equal_bytes,
             left_bytes: c.left_bytes,
         }
     }
@@ -90,8 +94,9 @@ impl Mirror {
             ("Configuration", format!("version {} of generation {}", self.version, self.generation)),
             ("Hot extents", format!("{} of 4 MiB", self.hot_extents)),
         ];
-        if self.copied_bytes > 0 {
-            lines.push(("Last resync", format!("{} copied", units::bytes(self.copied_bytes))));
+        if self.copied_bytes + self.equal_bytes > 0 {
+            let (copied, equal) = (units::bytes(self.copied_bytes), units::bytes(self.equal_bytes));
+            lines.push(("Last resync", format!("{copied} copied, {equal} compared and equal")));
         }
         lines.extend(self.copies.iter().map(|copy| ("Copy", copy.line())));
         lines
@@ -107,8 +112,8 @@ impl Copy {
         };
         let mut line = format!("{place}: {}", self.state);
         if self.state == "SyncTarget" {
-            let (copied, left) = (units::bytes(self.copied_bytes), units::bytes(self.left_bytes));
-            line += &format!(" ({copied} copied, at most {left} left)");
+            let [copied, equal, left] = [self.copied_bytes, self.equal_bytes, self.left_bytes].map(units::bytes);
+            line += &format!(" ({copied} copied, {equal} equal already, at most {left} left)");
         }
         if self.primary {
             line += ", primary";
@@ -157,7 +162,7 @@ mod tests {
             "Configuration version 7 of generation 1",
             "Hot extents 0 of 4 MiB",
             "Copy this node: UpToDate, primary (c)",
-            "Copy b: SyncTarget (4 KiB copied, at most 1 MiB left) (c)",
+            "Copy b: SyncTarget (4 KiB copied, 0 B equal already, at most 1 MiB left) (c)",
             "Copy d: Outdated, NOT CONNECTED (c)",
         ];
         assert_eq!(lines, expected);

@@ -11,12 +11,33 @@ use super::{DiskError, Now, OperationId, Request, Tag};
 /// operators' tickets (seals: one at a time per volume, one spare for a group).
 pub const MAX_TAGS: usize = 64 + 1 + 3;
 
-/// The core's own entries: the range that is being copied, and a flush.
-pub(super) const OWN: [Tag; 2] = [COPY, FLUSH];
-/// The range that is being copied to or from another copy.
-pub(super) const COPY: Tag = Tag(u32::MAX - 1);
+/// Most ranges of one volume that are copied at a time: while one is read here, others are on their way and on the other
+/// disk. With a MiB each they are half of what may wait for a connection; the other half is the application's.
+pub const MAX_PIECES: usize = 8;
+
+/// The core's own entries: the ranges that are being copied, and a flush.
+pub(super) const OWN: usize = MAX_PIECES + 1;
+/// The first range that is being copied to or from another copy.
+const FIRST_COPY: u32 = u32::MAX - MAX_PIECES as u32;
 /// A flush that the core needs.
 pub(super) const FLUSH: Tag = Tag(u32::MAX);
+
+impl Tag {
+    /// Those of copied ranges.
+    pub(super) fn copies() -> impl Iterator<Item = Self> {
+        (FIRST_COPY..u32::MAX).map(Self)
+    }
+
+    /// Whether it is a copied range's.
+    pub(super) fn is_copy(self) -> bool {
+        self.is_own() && self != FLUSH
+    }
+
+    /// Whether nobody outside has asked.
+    pub(super) fn is_own(self) -> bool {
+        self.0 >= FIRST_COPY
+    }
+}
 
 /// The answers that a request waits for: this copy's in the highest bit, below it the peers' by position.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -97,7 +118,7 @@ impl Entry {
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Admission {
-    /// In order of arrival. A linear scan over at most 70 entries of 80 bytes costs less than any index would.
+    /// In order of arrival. A linear scan over at most 77 entries of 80 bytes costs less than any index would.
     entries: Vec<Entry>,
 }
 
@@ -115,7 +136,7 @@ fn ordered(earlier: Request, later: Request) -> bool {
 
 impl Admission {
     pub fn new() -> Self {
-        Self { entries: Vec::with_capacity(MAX_TAGS + OWN.len()) }
+        Self { entries: Vec::with_capacity(MAX_TAGS + OWN) }
     }
 
     pub fn entries(&self) -> &[Entry] {
@@ -124,8 +145,8 @@ impl Admission {
 
     /// Takes a request in and returns its position.
     pub fn push(&mut self, tag: Tag, request: Request, now: Now) -> usize {
-        let own = OWN.contains(&tag);
-        assert!(own || self.entries.len() < MAX_TAGS + OWN.len(), "more than {MAX_TAGS} requests of one volume");
+        let own = tag.is_own();
+        assert!(own || self.entries.len() < MAX_TAGS + OWN, "more than {MAX_TAGS} requests of one volume");
         assert!(self.entries.iter().all(|e| e.tag != tag), "{tag:?} is in use");
         self.entries.push(Entry {
             tag,
@@ -188,6 +209,19 @@ impl Admission {
     /// Removes an entry of the core's own.
     pub fn remove_own(&mut self, tag: Tag) {
         self.entries.retain(|e| e.tag != tag);
+    }
+
+    /// Removes all ranges that are being copied, and returns what the disk still executes for them; `None` if there are none.
+    pub fn remove_copies(&mut self) -> Option<Vec<OperationId>> {
+        let copies = self.entries.iter().filter(|e| e.tag.is_copy());
+        let (count, running) = (copies.clone().count(), copies.filter_map(Entry::running).collect());
+        self.entries.retain(|e| !e.tag.is_copy());
+        (count > 0).then_some(running)
+    }
+
+    /// Whether anybody outside has asked for something that is not answered.
+    pub fn is_asked(&self) -> bool {
+        self.entries.iter().any(|e| !e.tag.is_own() && e.phase != Phase::Completed)
     }
 
     /// Removes a completed entry; `false` if there is none with this tag.

@@ -2,9 +2,10 @@
 //! candidate lacks, beside the application's requests).
 //!
 //! ```text
-//!   plan ─> range ─> held in the order of requests ─┬─────────────────────────> read here ─> write there ─┐
-//!            ^                                      └─> fetch ─> write here ──┘ (this copy lost writes)   │
-//!            └────────────────────────────────────── answered by all targets <────────────────────────────┘
+//!   plan ─> what is missing next ─> held in the order of requests ─> made equal (`pieces.rs`) ─┐
+//!            ^        (several at a time, at the pace that the application leaves)             │
+//!            └──────────────────────── answered by all targets <───────────────────────────────┘
+//!   the plan has ended, and nothing of it is under way ─> a flush everywhere ─> equal
 //! ```
 //! # Invariants
 //! * A range is held like a write's until every target has answered, so a copied range never lands on a newer write.
@@ -12,16 +13,20 @@
 //!   the plan cannot know is sent to it.
 //! * After the last range, one flush on every copy covers what was written before the marks began. Only then is the
 //!   candidate equal, and only the committed configuration makes it a member.
-//! * One range of one volume at a time; a copy that fails ends the work, which begins again when it joins again.
+//! * One plan of one volume at a time, and at most [`MAX_PIECES`](super::MAX_PIECES) ranges of it, which never overlap; a
+//!   copy that fails ends the work, which begins again when it joins again.
 
-use super::admission::{Awaits, COPY, Entry, FLUSH, Phase};
+use super::admission::{Awaits, Entry, FLUSH};
 use super::configuration::Lacks;
 use super::hot::Extent;
 use super::interface::{Output, Primary, Record, Role};
-use super::message::{Buffer, SerialNumber};
+use super::message::SerialNumber;
+use super::piece::Missing;
+use super::pieces::Copied;
 use super::replica::{Health, Replica};
+use super::view::Progress;
 use super::{DiskError, OperationId, Request};
-use crate::volume::{BlockRange, InstanceId};
+use crate::volume::InstanceId;
 
 /// How far a candidate is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,45 +47,37 @@ pub(super) struct Copying {
     /// The candidate, or all members.
     candidate: Option<InstanceId>,
     /// Whose data it is, if not this copy's own.
-    source: Option<usize>,
-    targets: Awaits,
+    pub(super) source: Option<usize>,
+    pub(super) targets: Awaits,
     stage: Stage,
+    /// What is under way.
+    pub(super) pieces: Vec<Copied>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Stage {
-    /// The store looks for the next range.
+    /// The store looks for what is missing next.
     Planning(OperationId),
-    /// It waits for its place among the requests.
-    Queued,
-    /// From the source.
-    Fetching,
-    /// Into this copy.
-    Writing,
-    /// From this copy.
-    Reading,
-    /// To the targets, out of this buffer.
-    Sending(OperationId),
+    /// There may be more in the plan.
+    Copying,
+    /// There is not: what is under way is the last.
+    Ended,
     /// All ranges are done; `true`: the flush has begun.
     Flushing(bool),
 }
 
 #[cfg(test)]
 impl Copying {
-    /// Whose bytes are being sent.
-    pub fn buffer(&self) -> Option<OperationId> {
-        if let Stage::Sending(operation) = self.stage { Some(operation) } else { None }
-    }
-
     /// Whether this copy fetches what it lost.
     pub fn has_source(&self) -> bool {
         self.source.is_some()
     }
 
     pub fn rename(&mut self, name: impl Fn(OperationId) -> OperationId) {
-        if let Stage::Planning(operation) | Stage::Sending(operation) = &mut self.stage {
+        if let Stage::Planning(operation) = &mut self.stage {
             *operation = name(*operation);
         }
+        self.pieces.iter_mut().for_each(|copied| copied.rename(&name));
     }
 }
 
@@ -107,6 +104,7 @@ impl Replica {
             Role::Primary(Primary::Serving) => self.begin_resync(outputs),
             Role::Primary(Primary::Settling) | Role::Secondary | Role::Candidate | Role::Outdated => return,
         }
+        self.look_for_more(outputs);
         let leaves = self.leaves() && self.is_quiet() && !self.flushed;
         let copied = self.copying.as_ref().is_some_and(|copying| copying.stage == Stage::Flushing(false));
         let serves = self.role == Role::Primary(Primary::Serving);
@@ -167,7 +165,7 @@ impl Replica {
         hot.dedup();
         let from = source.map_or(Awaits::default(), Awaits::peer);
         let targets = self.bits(|peer| peer.member && here(peer)).without(from);
-        self.copying = Some(Copying { candidate: None, source, targets, stage: Stage::Queued });
+        self.copying = Some(Copying { candidate: None, source, targets, stage: Stage::Copying, pieces: Vec::new() });
         if hot.is_empty() || (targets.is_empty() && source.is_none()) || planted!(self, SkipReconcile) {
             return self.reconciled_all(outputs);
         }
@@ -186,10 +184,10 @@ impl Replica {
         let (copy, hot) = (peer.copy, peer.hot.clone());
         let lacks = self.record.configuration.candidates.get(&copy).copied();
         let targets = Awaits::peer(position);
-        self.copying = Some(Copying { candidate: Some(copy), source: None, targets, stage: Stage::Queued });
+        let candidate = Some(copy);
+        self.copying = Some(Copying { candidate, source: None, targets, stage: Stage::Copying, pieces: Vec::new() });
         if planted!(self, AdmitUnsynced) {
-            self.planned_all(outputs);
-            return;
+            return self.stage(Stage::Flushing(false));
         }
         self.plan(lacks, if planted!(self, ForgetCandidatesMarks) { Box::default() } else { hot }, outputs);
     }
@@ -197,6 +195,7 @@ impl Replica {
     fn plan(&mut self, lacks: Option<Lacks>, hot: Box<[Extent]>, outputs: &mut Vec<Output>) {
         let operation = self.operation();
         outputs.push(Output::Plan { operation, lacks, hot });
+        (self.progress, self.rests_until) = (Progress::default(), self.now);
         self.stage(Stage::Planning(operation));
     }
 
@@ -206,31 +205,41 @@ impl Replica {
         }
     }
 
-    /// The store has found the next range, or the end. An answer to work that was given up means nothing.
+    /// The store has found what is missing next, or the end. An answer to work that was given up means nothing.
     pub(super) fn planned(
         &mut self,
         operation: OperationId,
-        range: Result<Option<BlockRange>, DiskError>,
+        missing: Result<Option<Missing>, DiskError>,
         outputs: &mut Vec<Output>,
     ) {
-        if self.copying.as_ref().is_none_or(|copying| copying.stage != Stage::Planning(operation)) {
+        let Some(copying) = self.copying.as_mut().filter(|copying| copying.stage == Stage::Planning(operation)) else {
             return;
-        }
-        match range {
-            Ok(Some(range)) => {
-                self.stage(Stage::Queued);
-                self.requested(COPY, Request::Write(range), outputs);
+        };
+        match missing {
+            Ok(Some(missing)) => {
+                copying.stage = Stage::Copying;
+                self.hold(missing, outputs);
             }
-            Ok(None) => self.planned_all(outputs),
+            Ok(None) => copying.stage = Stage::Ended,
             Err(_) => self.health = Health::Failed,
         }
     }
 
-    fn planned_all(&mut self, outputs: &mut Vec<Output>) {
-        if self.copying.as_ref().is_some_and(|copying| copying.candidate.is_some()) {
-            self.stage(Stage::Flushing(false));
-        } else {
-            self.reconciled_all(outputs);
+    /// Asks the store for more if more may be under way, and ends what has none.
+    fn look_for_more(&mut self, outputs: &mut Vec<Output>) {
+        let may = self.may_hold_more();
+        let early = planted!(self, FlushBesidePieces);
+        let Some(copying) = &mut self.copying else { return };
+        match copying.stage {
+            Stage::Copying if may => {
+                let operation = self.operation();
+                outputs.push(Output::NextRange { operation });
+                self.stage(Stage::Planning(operation));
+            }
+            Stage::Ended if !copying.pieces.is_empty() && !early => {}
+            Stage::Ended if copying.candidate.is_some() => copying.stage = Stage::Flushing(false),
+            Stage::Ended => self.reconciled_all(outputs),
+            Stage::Copying | Stage::Planning(_) | Stage::Flushing(_) => {}
         }
     }
 
@@ -246,99 +255,13 @@ impl Replica {
         }
     }
 
-    /// The range has its place among the requests: nobody else changes it from now on.
-    pub(super) fn start_copying(&mut self, position: usize, outputs: &mut Vec<Output>) {
-        let Some(copying) = &self.copying else { return };
-        let Some(source) = copying.source else { return self.read_range(position, outputs) };
-        let (operation, serial) = (self.operation(), self.serial());
-        let entry = self.admission.at(position);
-        entry.phase = Phase::Started(operation);
-        (entry.serial, entry.awaits) = (serial, Awaits::peer(source));
-        self.stage(Stage::Fetching);
-        self.send_prepares(position, None, outputs);
-    }
-
-    fn read_range(&mut self, position: usize, outputs: &mut Vec<Output>) {
-        let Some(range) = self.admission.entries()[position].request.range() else { return };
-        let (operation, serial) = (self.operation(), self.serial());
-        let entry = self.admission.at(position);
-        entry.phase = Phase::Started(operation);
-        (entry.serial, entry.awaits, entry.owed) = (serial, Awaits::LOCAL, 0);
-        self.stage(Stage::Reading);
-        outputs.push(Output::ReadRange { operation, range });
-    }
-
-    /// What the peers are asked for in this stage.
-    pub(super) fn copying_sends(&self, request: Request) -> (Request, Buffer) {
-        match (self.copying.as_ref().map(|copying| copying.stage), request.range()) {
-            (Some(Stage::Sending(read)), _) => (request, Buffer::Operation(read)),
-            (_, Some(range)) => (Request::Read(range), Buffer::None),
-            (_, None) => (request, Buffer::None),
-        }
-    }
-
-    /// This copy's disk has read or written the range.
-    pub(super) fn copied_here(&mut self, position: usize, result: Result<(), DiskError>, outputs: &mut Vec<Output>) {
-        let Some(copying) = &self.copying else { return };
-        let (stage, targets) = (copying.stage, copying.targets);
-        let Phase::Started(operation) = self.admission.entries()[position].phase else { return };
-        let entry = self.admission.at(position);
-        entry.awaits = Awaits::default();
-        if let Err(error) = result {
-            // Tried again with the next tick: by then there may be space, and a disk that fails at once is not asked without end.
-            self.copying_waits = true;
-            if error != DiskError::NoSpace {
-                self.health = Health::Failed;
-            }
-            return self.abandon_copying();
-        }
-        match stage {
-            Stage::Writing if targets.is_empty() => self.range_done(outputs),
-            Stage::Writing => self.read_range(position, outputs),
-            Stage::Reading => {
-                entry.awaits = targets;
-                self.stage(Stage::Sending(operation));
-                self.send_prepares(position, None, outputs);
-            }
-            Stage::Planning(_) | Stage::Queued | Stage::Fetching | Stage::Sending(_) | Stage::Flushing(_) => {}
-        }
-    }
-
-    /// All peers that were asked have answered.
-    pub(super) fn copied_there(&mut self, position: usize, outputs: &mut Vec<Output>) {
-        let Some(copying) = &self.copying else { return };
-        match (copying.stage, copying.source) {
-            (Stage::Fetching, Some(source)) => {
-                let operation = self.operation();
-                let from = self.peers[source].copy;
-                let entry = self.admission.at(position);
-                entry.phase = Phase::Started(operation);
-                entry.awaits = Awaits::LOCAL;
-                let (serial, request) = (entry.serial, entry.request);
-                self.stage(Stage::Writing);
-                outputs.push(Output::Apply { operation, from, serial, request });
-            }
-            (Stage::Sending(_), _) => self.range_done(outputs),
-            _ => {}
-        }
-    }
-
-    fn range_done(&mut self, outputs: &mut Vec<Output>) {
-        self.admission.remove_own(COPY);
-        let operation = self.operation();
-        self.stage(Stage::Planning(operation));
-        outputs.push(Output::NextRange { operation });
-        self.start_what_is_clear(outputs);
-    }
-
     /// Gives the work up; what the disk still does for it is waited for where it matters.
     pub(super) fn abandon_copying(&mut self) {
         if self.copying.take().is_none() {
             return;
         }
-        if let Some(position) = self.admission.own(COPY) {
-            self.orphans.extend(self.admission.entries()[position].running());
-            self.admission.remove_own(COPY);
+        if let Some(running) = self.admission.remove_copies() {
+            self.orphans.extend(running);
             self.released = true;
         }
         for peer in &mut self.peers {

@@ -6,6 +6,7 @@
 use super::configuration::{Configuration, Lacks, Stamp};
 use super::hot::Extent;
 use super::message::{Buffer, Incarnation, Message, SerialNumber};
+use super::piece::{BlockSet, Missing, Piece};
 use super::term::Outcome;
 use super::{DiskError, OperationId, Request, Tag};
 use crate::volume::{BlockRange, InstanceId};
@@ -37,12 +38,19 @@ pub enum Input {
     },
     /// The pool has space again: whatever waits for it is tried once more.
     SpaceFreed,
-    /// The next range of the plan, or that there is none.
+    /// What the plan has next, or that there is nothing.
     Planned {
         /// The `Plan` or `NextRange`.
         operation: OperationId,
-        /// At most [`MAX_REQUEST_BLOCKS`](crate::volume::MAX_REQUEST_BLOCKS) blocks within the volume.
-        range: Result<Option<BlockRange>, DiskError>,
+        /// Within the volume, behind all that the plan has had before.
+        missing: Result<Option<Missing>, DiskError>,
+    },
+    /// The blocks of a `Compare` that differ here.
+    Compared {
+        /// Which.
+        operation: OperationId,
+        /// Counted from the first of its range.
+        differs: Result<BlockSet, DiskError>,
     },
     /// A frame arrived.
     Received {
@@ -100,12 +108,35 @@ pub enum Output {
         /// What; for a read the bytes go out with `Prepared`.
         request: Request,
     },
-    /// Read into a buffer of the engine's; it is kept until the next `Plan`, `NextRange` or `ReadRange`.
-    ReadRange {
+    /// The same for some blocks of a range; the bytes are those of the frame, one block after the other.
+    ApplyPiece {
+        /// Names the completion.
+        operation: OperationId,
+        /// Whose frame.
+        from: InstanceId,
+        /// Which.
+        serial: SerialNumber,
+        /// What.
+        piece: Piece,
+    },
+    /// Read the range here and say which of its blocks have other digests than those of the frame: answered by `Compared`.
+    Compare {
+        /// Names the answer.
+        operation: OperationId,
+        /// Whose frame.
+        from: InstanceId,
+        /// Which.
+        serial: SerialNumber,
+        /// What.
+        range: BlockRange,
+    },
+    /// Read into a buffer of the engine's, which is kept for as long as
+    /// [`Replica::copies`](super::Replica::copies) says so.
+    ReadPiece {
         /// Names the completion and the buffer.
         operation: OperationId,
         /// Which blocks.
-        range: BlockRange,
+        piece: Piece,
     },
     /// Put everything that this copy has executed on stable media.
     FlushHere {
@@ -128,8 +159,8 @@ pub enum Output {
         /// The whole set, at most [`MAX_MARKS`](super::MAX_MARKS).
         extents: Box<[Extent]>,
     },
-    /// Make a plan of ranges, in place of any other, and answer with its first one as `Planned`. What was still to be
-    /// answered about another plan is void: it must not take a range from this one.
+    /// Make a plan of what is missing, in place of any other, and answer with the first of it as `Planned`. What was still to
+    /// be answered about another plan is void: it must not take anything from this one.
     Plan {
         /// Names the answer.
         operation: OperationId,
@@ -138,7 +169,7 @@ pub enum Output {
         /// Extents whose blocks belong to it too.
         hot: Box<[Extent]>,
     },
-    /// Answer with the plan's next range as `Planned`.
+    /// Answer with what the plan has next as `Planned`.
     NextRange {
         /// Names the answer.
         operation: OperationId,

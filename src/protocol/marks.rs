@@ -11,7 +11,7 @@
 //!   and those that nobody has written for [`MARK_AGE`], so that an idle volume has none.
 //! * Room is made before a write has to wait for it, and only by a flush that makes some.
 
-use super::admission::{COPY, Phase};
+use super::admission::Phase;
 use super::hot::{Marked, crowd};
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Message, SerialNumber};
@@ -49,7 +49,7 @@ impl Replica {
     /// Marks what a request changes, if there is anybody to differ from.
     pub(super) fn mark(&mut self, request: Request, tag: Tag) -> Marked {
         let range = request.range().filter(|_| request.is_mutation() && !self.peers.is_empty());
-        let limit = if tag == COPY { MAX_MARKS } else { self.hot_limit };
+        let limit = if tag.is_copy() { MAX_MARKS } else { self.hot_limit };
         range.map_or(Marked::Yes, |range| self.mark_range(range, self.next_serial, limit))
     }
 

@@ -6,7 +6,9 @@
 
 use super::configuration::{Configuration, Stamp};
 use super::hot::Extent;
+use super::piece::{BlockSet, Piece};
 use super::{DiskError, Now, OperationId, Request, Tag};
+use crate::volume::BlockRange;
 
 /// One start of one copy's core: the transport makes it (never the same twice for a copy).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,7 +41,7 @@ pub enum Buffer {
     None,
     /// The buffer of a device request.
     Request(Tag),
-    /// What this operation read; valid until the next message of the core that names it is sent.
+    /// What this operation read, or digests of that; valid until the next message of the core that names it is sent.
     Operation(OperationId),
 }
 
@@ -77,6 +79,37 @@ pub enum Message {
         serial: SerialNumber,
         /// How.
         result: Result<(), DiskError>,
+    },
+    /// Write these blocks, whose bytes come with it; without bytes they are zeros. Answered by [`Message::Prepared`].
+    Copy {
+        /// Session.
+        frame: Frame,
+        /// Its place.
+        serial: SerialNumber,
+        /// Everything below was answered by everybody.
+        floor: SerialNumber,
+        /// Which blocks.
+        piece: Piece,
+    },
+    /// Say which blocks of the range have other digests than those that come with it.
+    Compare {
+        /// Session.
+        frame: Frame,
+        /// Its place.
+        serial: SerialNumber,
+        /// Everything below was answered by everybody.
+        floor: SerialNumber,
+        /// Of at most [`COMPARED_BLOCKS`](super::COMPARED_BLOCKS).
+        range: BlockRange,
+    },
+    /// These differ, counted from the first of the range.
+    Compared {
+        /// Session.
+        frame: Frame,
+        /// Which.
+        serial: SerialNumber,
+        /// How.
+        differs: Result<BlockSet, DiskError>,
     },
     /// The primary asks for its lease.
     Renew {

@@ -53,6 +53,8 @@ mod message;
 #[cfg(test)]
 mod model;
 mod patience;
+mod piece;
+mod pieces;
 mod primary;
 mod replica;
 mod requests;
@@ -64,16 +66,17 @@ mod term;
 mod tests;
 mod view;
 
-pub use admission::MAX_TAGS;
+pub use admission::{MAX_PIECES, MAX_TAGS};
 pub use configuration::{Configuration, ConfigurationVersion, Generation, Lacks, MAX_COPIES, Stamp};
 pub use hot::{EXTENT_BLOCKS, Extent, MAX_HOT_EXTENTS, MAX_MARKS};
 pub use interface::{Input, Member, Memory, Output, Primary, Record, Role, Status, Wish};
 pub use message::{Buffer, Frame, Incarnation, Message, SerialNumber};
+pub use piece::{BlockSet, COMPARED_BLOCKS, Missing, Piece};
 pub use primary::{HEARTBEAT, LEASE, SILENCE};
 pub use replica::Replica;
 pub use secondary::MARGIN;
 pub use term::Outcome;
-pub use view::Standing;
+pub use view::{Progress, Standing};
 
 use crate::volume::BlockRange;
 use std::time::Duration;

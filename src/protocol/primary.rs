@@ -269,6 +269,21 @@ impl Replica {
         result: Result<(), DiskError>,
         outputs: &mut Vec<Output>,
     ) {
+        let entry = self.admission.serial(serial).map(|position| self.admission.entries()[position].tag);
+        if entry.is_some_and(|tag| !self.is_comparing(tag)) {
+            self.answered(from, frame, serial, result, outputs);
+        }
+    }
+
+    /// A copy has done what it was asked for.
+    pub(super) fn answered(
+        &mut self,
+        from: InstanceId,
+        frame: Frame,
+        serial: SerialNumber,
+        result: Result<(), DiskError>,
+        outputs: &mut Vec<Output>,
+    ) {
         let Some(peer) = self.session(from, frame) else { return };
         let Some(position) = self.admission.serial(serial) else { return };
         if !self.admission.entries()[position].awaits.contains(Awaits::peer(peer)) {

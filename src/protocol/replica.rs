@@ -24,9 +24,11 @@ use super::interface::{Input, Member, Memory, Output, Primary, Record, Role, Sta
 use super::marks::{Clearing, MARK_AGE};
 use super::message::{Frame, Incarnation, Message, SerialNumber};
 use super::patience::Rest;
+use super::pieces::PieceLimits;
 use super::primary::Peer;
-use super::secondary::{Apply, MARGIN};
+use super::secondary::{Apply, MARGIN, Order};
 use super::term::{Adoption, Guard, Persisting};
+use super::view::Progress;
 use super::{LEASE, Now, OperationId, Tag};
 use crate::volume::InstanceId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -67,6 +69,13 @@ pub struct Replica {
     /// Of a primary: every other copy, by the position that `Awaits` uses.
     pub(super) peers: Vec<Peer>,
     pub(super) copying: Option<Copying>,
+    /// Of what was begun last.
+    pub(super) progress: Progress,
+    /// Until when the application has the disks for itself.
+    pub(super) rests_until: Now,
+    /// Heartbeats since the application asked last.
+    pub(super) quiet: u8,
+    pub(super) piece_limits: PieceLimits,
     /// There was no space for what was copied, or the disk failed: nothing is copied before the next tick.
     pub(super) copying_waits: bool,
     /// A record or a flush of the core's own failed: neither is tried again before the next tick. A store that has failed
@@ -137,6 +146,10 @@ impl Replica {
             next_serial: SerialNumber(1),
             peers: Vec::new(),
             copying: None,
+            progress: Progress::default(),
+            rests_until: Now::default(),
+            quiet: 0,
+            piece_limits: PieceLimits::SHIPPED,
             copying_waits: false,
             disk_rests: false,
             released: false,
@@ -166,7 +179,10 @@ impl Replica {
     pub fn step(&mut self, now: Now, input: Input, outputs: &mut Vec<Output>) {
         self.now = now;
         match input {
-            Input::Request { tag, request } => self.requested(tag, request, outputs),
+            Input::Request { tag, request } => {
+                self.quiet = 0;
+                self.requested(tag, request, outputs);
+            }
             Input::Completed { operation, result } => self.completed(operation, result, outputs),
             Input::Replied { tag } => {
                 assert!(self.admission.remove_completed(tag), "{tag:?} was not completed");
@@ -176,7 +192,8 @@ impl Replica {
                 self.space_freed(outputs);
                 self.start_what_is_clear(outputs);
             }
-            Input::Planned { operation, range } => self.planned(operation, range, outputs),
+            Input::Planned { operation, missing } => self.planned(operation, missing, outputs),
+            Input::Compared { operation, differs } => self.compared_here(operation, differs, outputs),
             Input::Received { from, message } => self.received(from, message, outputs),
             Input::Connected(peer) => self.connected(peer, outputs),
             Input::Silent(peer) => self.peer_silent(peer),
@@ -192,6 +209,7 @@ impl Replica {
                 (self.copying_waits, self.disk_rests) = (false, false);
                 self.judge_patience();
                 self.age_marks();
+                self.judge_quiet();
                 self.tick(outputs);
             }
         }
@@ -204,10 +222,15 @@ impl Replica {
             Message::Invite(configuration) => self.invited(from, *configuration, outputs),
             Message::Joined { frame, intact, hot } => self.joined(from, frame, intact, hot, outputs),
             Message::Prepare { frame, serial, floor, request } => {
-                if self.accepts(from, frame, outputs) {
-                    self.prepare(from, serial, floor, request, outputs);
-                }
+                self.ordered(from, frame, (serial, floor), Order::Request(request), outputs);
             }
+            Message::Copy { frame, serial, floor, piece } => {
+                self.ordered(from, frame, (serial, floor), Order::Piece(piece), outputs);
+            }
+            Message::Compare { frame, serial, floor, range } => {
+                self.ordered(from, frame, (serial, floor), Order::Compare(range), outputs);
+            }
+            Message::Compared { frame, serial, differs } => self.compared(from, frame, serial, differs, outputs),
             Message::Prepared { frame, serial, result } => self.prepared(from, frame, serial, result, outputs),
             Message::Renew { frame, sent } => {
                 if self.accepts(from, frame, outputs) {

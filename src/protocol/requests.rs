@@ -10,7 +10,7 @@
 //! secondary; a write starts here only when the marks of its extents are durable, if anybody else has the volume too; a
 //! request that another primary's term has overtaken is never executed again.
 
-use super::admission::{Awaits, COPY, FLUSH, Phase};
+use super::admission::{Awaits, FLUSH, Phase};
 use super::hot::Marked;
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Message};
@@ -43,9 +43,9 @@ impl Replica {
         let (tag, request) = (self.admission.entries()[position].tag, self.admission.entries()[position].request);
         let marked = self.mark(request, tag);
         match marked {
-            Marked::Yes if tag == COPY => return self.start_copying(position, outputs),
+            Marked::Yes if tag.is_copy() => return self.start_copying(position, outputs),
             Marked::Yes => {}
-            Marked::Soon if tag != COPY => {}
+            Marked::Soon if !tag.is_copy() => {}
             Marked::Soon | Marked::Full(_) => return,
         }
         let (serial, covers, awaits) = (self.next_serial, self.lowest_unanswered(), self.awaits());
@@ -75,9 +75,9 @@ impl Replica {
     fn may_start(&self, position: usize) -> bool {
         let entry = self.admission.entries()[position];
         let serves = match (self.role, entry.tag) {
-            (Role::Primary(Primary::Serving), COPY | FLUSH) => true,
+            (Role::Primary(Primary::Serving), tag) if tag.is_own() => true,
             (Role::Primary(Primary::Serving), _) => self.health != Health::Failed && !self.leaves(),
-            (Role::Primary(Primary::Reconciling), COPY) => true,
+            (Role::Primary(Primary::Reconciling), tag) if tag.is_copy() => true,
             (Role::Primary(_) | Role::Secondary | Role::Candidate | Role::Outdated, _) => false,
         };
         serves && self.has_window() && self.is_clear(position) && self.may_read(entry.request)
@@ -98,7 +98,7 @@ impl Replica {
         if planted!(self, StartOverlapping) {
             return true;
         }
-        let copies = self.admission.entries()[position].tag == COPY;
+        let copies = self.admission.entries()[position].tag.is_copy();
         if copies && planted!(self, ResyncBesideWrites) {
             return true;
         }
@@ -128,7 +128,7 @@ impl Replica {
             self.admission.at(position).phase = Phase::Queued;
             return self.fence_what_waits(outputs);
         }
-        if entry.tag == COPY {
+        if entry.tag.is_copy() {
             return self.copied_here(position, result, outputs);
         }
         if result == Err(DiskError::NoSpace) && waits_for_space(entry.request) {
@@ -204,7 +204,7 @@ impl Replica {
         if !matches!(entry.phase, Phase::Started(_)) || !missing.is_empty() {
             return;
         }
-        if entry.tag == COPY {
+        if entry.tag.is_copy() {
             return self.copied_there(position, outputs);
         }
         if entry.tag != FLUSH && self.holds_answers() && !matches!(entry.request, Request::Read(_)) {
@@ -262,7 +262,7 @@ impl Replica {
     pub(super) fn fence_what_waits(&mut self, outputs: &mut Vec<Output>) {
         let here = self.may_serve_later();
         for entry in self.admission.iter_mut() {
-            if entry.phase == Phase::Queued && entry.tag != COPY && entry.tag != FLUSH && (entry.fenced || !here) {
+            if entry.phase == Phase::Queued && !entry.tag.is_own() && (entry.fenced || !here) {
                 entry.phase = Phase::Completed;
                 outputs.push(Output::Complete { tag: entry.tag, result: Err(DiskError::Fenced) });
             }
@@ -289,11 +289,13 @@ impl Replica {
             if !entry.awaits.contains(Awaits::peer(index)) {
                 continue;
             }
-            let (request, buffer) = match entry.tag {
-                COPY => self.copying_sends(entry.request),
-                tag => (entry.request, Self::buffer(entry.request, tag)),
+            let (message, buffer) = if entry.tag.is_copy() {
+                let Some(asked) = self.copying_sends(entry, frame, floor) else { continue };
+                asked
+            } else {
+                let (serial, request) = (entry.serial, entry.request);
+                (Message::Prepare { frame, serial, floor, request }, Self::buffer(request, entry.tag))
             };
-            let message = Message::Prepare { frame, serial: entry.serial, floor, request };
             outputs.push(Output::Send { to: peer.copy, message, buffer });
         }
     }

@@ -13,9 +13,10 @@ use super::configuration::Configuration;
 use super::hot::{Extent, Marked};
 use super::interface::{Output, Record, Role};
 use super::message::{Buffer, Frame, Message, SerialNumber};
+use super::piece::{BlockSet, Piece};
 use super::replica::Replica;
 use super::{DiskError, LEASE, MAX_MARKS, MAX_TAGS, Now, OperationId, Request};
-use crate::volume::InstanceId;
+use crate::volume::{BlockRange, InstanceId};
 use std::time::Duration;
 
 /// What a secondary waits beyond a lease: clocks that run at different speed, and a pause between look and act.
@@ -23,14 +24,48 @@ pub const MARGIN: Duration = Duration::from_secs(1);
 
 /// Most operations that a secondary remembers: those from the first one that not everybody has answered. A primary starts
 /// nothing that is further away from it, since later ones may be done long before a slow one.
-pub(super) const MAX_APPLIES: usize = 2 * (MAX_TAGS + super::admission::OWN.len());
+pub(super) const MAX_APPLIES: usize = 2 * (MAX_TAGS + super::admission::OWN);
 
 /// Something that the primary asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Apply {
     serial: SerialNumber,
-    request: Request,
+    order: Order,
     phase: Phase,
+}
+
+/// What it asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Order {
+    /// As the device or the operator asks.
+    Request(Request),
+    /// Write these blocks.
+    Piece(Piece),
+    /// Say which blocks differ.
+    Compare(BlockRange),
+}
+
+impl Order {
+    fn range(self) -> Option<BlockRange> {
+        match self {
+            Self::Request(request) => request.range(),
+            Self::Piece(piece) => Some(piece.range()),
+            Self::Compare(range) => Some(range),
+        }
+    }
+
+    fn is_mutation(self) -> bool {
+        match self {
+            Self::Request(request) => request.is_mutation(),
+            Self::Piece(_) => true,
+            Self::Compare(_) => false,
+        }
+    }
+
+    /// Its bytes are in the buffer only when it is done; if the answer is lost, it is done again.
+    fn is_read(self) -> bool {
+        matches!(self, Self::Request(Request::Read(_)))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,7 +98,7 @@ impl Apply {
     }
 
     fn overlaps(&self, other: &Self) -> bool {
-        let (Some(a), Some(b)) = (self.request.range(), other.request.range()) else { return false };
+        let (Some(a), Some(b)) = (self.order.range(), other.order.range()) else { return false };
         a.overlaps(b)
     }
 }
@@ -116,14 +151,18 @@ impl Replica {
         }
     }
 
-    pub(super) fn prepare(
+    /// The primary asks for something: in which place, and below which all have answered everything.
+    pub(super) fn ordered(
         &mut self,
         from: InstanceId,
-        serial: SerialNumber,
-        floor: SerialNumber,
-        request: Request,
+        frame: Frame,
+        (serial, floor): (SerialNumber, SerialNumber),
+        order: Order,
         outputs: &mut Vec<Output>,
     ) {
+        if !self.accepts(from, frame, outputs) {
+            return;
+        }
         self.floor = self.floor.max(floor);
         let floor = self.floor;
         self.applies.retain(|apply| apply.serial >= floor || apply.is_running());
@@ -137,7 +176,7 @@ impl Replica {
             return;
         }
         let at = self.applies.partition_point(|apply| apply.serial < serial);
-        self.applies.insert(at, Apply { serial, request, phase: Phase::Waiting });
+        self.applies.insert(at, Apply { serial, order, phase: Phase::Waiting });
         self.start_applies(outputs);
     }
 
@@ -152,13 +191,18 @@ impl Replica {
             if self.overlaps_earlier_or_running(at) {
                 continue;
             }
-            let marks = apply.request.range().filter(|_| apply.request.is_mutation());
+            let marks = apply.order.range().filter(|_| apply.order.is_mutation());
             if marks.is_some_and(|range| self.mark_range(range, apply.serial, MAX_MARKS) != Marked::Yes) {
                 continue;
             }
             let operation = self.operation();
             self.applies[at].phase = Phase::Running(operation);
-            outputs.push(Output::Apply { operation, from, serial: apply.serial, request: apply.request });
+            let serial = apply.serial;
+            outputs.push(match apply.order {
+                Order::Request(request) => Output::Apply { operation, from, serial, request },
+                Order::Piece(piece) => Output::ApplyPiece { operation, from, serial, piece },
+                Order::Compare(range) => Output::Compare { operation, from, serial, range },
+            });
         }
     }
 
@@ -172,23 +216,45 @@ impl Replica {
 
     /// The disk executed something for the primary.
     pub(super) fn applied(&mut self, operation: OperationId, result: Result<(), DiskError>, outputs: &mut Vec<Output>) {
-        let at = self.applies.iter().position(|apply| apply.phase == Phase::Running(operation));
-        let at = at.unwrap_or_else(|| panic!("{operation:?} is not running"));
-        let Apply { serial, request, .. } = self.applies[at];
+        let at = self.applying(operation);
+        let Apply { serial, order, .. } = self.applies[at];
         if self.adoption.is_some() {
             // It belongs to the configuration before; the primary says it again if it still matters.
             self.applies.remove(at);
             return;
         }
-        let read = matches!(request, Request::Read(_));
+        let read = order.is_read();
         if read {
-            // Its bytes are in the buffer only now; if the answer is lost, it is read again.
             self.applies.remove(at);
         } else {
             self.applies[at].phase = Phase::Done(result);
         }
         if let Some(primary) = self.record.configuration.primary {
             self.answer(primary, serial, result, read.then_some(operation), outputs);
+        }
+        self.start_applies(outputs);
+    }
+
+    fn applying(&self, operation: OperationId) -> usize {
+        let at = self.applies.iter().position(|apply| apply.phase == Phase::Running(operation));
+        at.unwrap_or_else(|| panic!("{operation:?} is not running"))
+    }
+
+    /// The disk has read what is compared. If the answer is lost, it is compared again: the question brings the digests.
+    pub(super) fn compared_here(
+        &mut self,
+        operation: OperationId,
+        differs: Result<BlockSet, DiskError>,
+        outputs: &mut Vec<Output>,
+    ) {
+        let at = self.applying(operation);
+        let serial = self.applies.remove(at).serial;
+        if self.adoption.is_some() {
+            return;
+        }
+        if let Some(to) = self.record.configuration.primary {
+            let message = Message::Compared { frame: self.frame(self.incarnation), serial, differs };
+            outputs.push(Output::Send { to, message, buffer: Buffer::None });
         }
         self.start_applies(outputs);
     }

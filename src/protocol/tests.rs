@@ -53,6 +53,10 @@ pub(super) enum Planted {
     SkipReconcile,
     /// Copied ranges are not ordered against the application's writes.
     ResyncBesideWrites,
+    /// The last flush of a resync begins while ranges are under way.
+    FlushBesidePieces,
+    /// Blocks are taken for equal whatever the comparison says.
+    TakeForEqual,
     /// Reads are served without a lease.
     ReadWithoutLease,
     /// A compare-and-swap that came second is taken for a committed one.
@@ -165,7 +169,9 @@ impl World {
                     self.completing.push(tag.0 as usize);
                 }
                 Output::Apply { .. }
-                | Output::ReadRange { .. }
+                | Output::ApplyPiece { .. }
+                | Output::Compare { .. }
+                | Output::ReadPiece { .. }
                 | Output::FlushHere { .. }
                 | Output::Persist { .. }
                 | Output::WriteHot { .. }

@@ -21,7 +21,23 @@ pub enum Standing {
     Outdated,
 }
 
+/// How far the last resync or reconcile of a primary is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Progress {
+    /// Blocks that were sent or fetched.
+    pub copied: u64,
+    /// Blocks that were compared and were equal there already.
+    pub equal: u64,
+    /// Blocks that are under way.
+    pub under_way: u64,
+}
+
 impl Replica {
+    /// How far the last resync or reconcile is.
+    pub fn progress(&self) -> Progress {
+        Progress { under_way: self.blocks_under_way(), ..self.progress }
+    }
+
     /// Whether the bytes of a frame are still needed: what it asks for waits for its turn.
     pub fn wants(&self, from: InstanceId, stamp: Stamp, serial: SerialNumber) -> bool {
         let configuration = &self.record.configuration;

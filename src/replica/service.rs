@@ -164,6 +164,7 @@ impl From<MirrorView> for rpc::Mirror {
             wished: m.wished,
             copies: m.copies.into_iter().map(Into::into).collect(),
             copied_bytes: m.copied,
+            equal_bytes: m.equal,
             hot_extents: m.hot_extents,
             requests: m.requests,
         }
@@ -172,12 +173,12 @@ impl From<MirrorView> for rpc::Mirror {
 
 impl From<CopyView> for rpc::Copy {
     fn from(c: CopyView) -> Self {
-        let (state, copied_bytes, left_bytes) = match c.state {
-            CopyState::UpToDate => (rpc::copy::State::UpToDate, 0, 0),
-            CopyState::SyncTarget { copied_bytes, left_bytes } => {
-                (rpc::copy::State::SyncTarget, copied_bytes, left_bytes)
+        let (state, [copied_bytes, equal_bytes, left_bytes]) = match c.state {
+            CopyState::UpToDate => (rpc::copy::State::UpToDate, [0; 3]),
+            CopyState::SyncTarget { copied_bytes, equal_bytes, left_bytes } => {
+                (rpc::copy::State::SyncTarget, [copied_bytes, equal_bytes, left_bytes])
             }
-            CopyState::Outdated => (rpc::copy::State::Outdated, 0, 0),
+            CopyState::Outdated => (rpc::copy::State::Outdated, [0; 3]),
         };
         Self {
             copy_id: c.copy.to_string(),
@@ -188,6 +189,7 @@ impl From<CopyView> for rpc::Copy {
             state: state.into(),
             connected: c.connected,
             copied_bytes,
+            equal_bytes,
             left_bytes,
         }
     }

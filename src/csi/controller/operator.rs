@@ -195,7 +195,7 @@ impl Controller {
             Some(_) | None => BTreeMap::new(),
         };
         let copy = |(copy, place): (&InstanceId, &CopySpec)| {
-            let (copied_bytes, left_bytes) = targets.get(&copy.to_string()).copied().unwrap_or_default();
+            let [copied_bytes, equal_bytes, left_bytes] = targets.get(&copy.to_string()).copied().unwrap_or_default();
             rpc::Copy {
                 copy_id: copy.to_string(),
                 node: place.node.to_string(),
@@ -205,20 +205,21 @@ impl Controller {
                 wished: mirror.primary == Some(*copy),
                 leaving: mirror.leaving.contains(copy),
                 copied_bytes,
+                equal_bytes,
                 left_bytes,
             }
         };
         Ok(mirror.copies.iter().map(copy).collect())
     }
 
-    /// What the primary knows of those that are brought up to date: bytes copied and left. A node that does not answer
+    /// What the primary knows of those that are brought up to date: bytes copied, equal before, and left. A node that does not answer
     /// says nothing.
-    async fn sync_targets(&self, id: VolumeId, node: &NodeName) -> BTreeMap<String, (u64, u64)> {
+    async fn sync_targets(&self, id: VolumeId, node: &NodeName) -> BTreeMap<String, [u64; 3]> {
         let Ok(Some(node)) = self.nodes.find(node).await else { return BTreeMap::new() };
         let asked = node.control.client().get_volume(GetVolumeRequest { volume_id: id.to_string() }).await;
         let copies = asked.ok().and_then(|answer| answer.into_inner().mirror).unwrap_or_default().copies;
         let targets = copies.into_iter().filter(|copy| copy.state() == State::SyncTarget);
-        targets.map(|copy| (copy.copy_id, (copy.copied_bytes, copy.left_bytes))).collect()
+        targets.map(|copy| (copy.copy_id, [copy.copied_bytes, copy.equal_bytes, copy.left_bytes])).collect()
     }
 }
 

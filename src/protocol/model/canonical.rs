@@ -5,7 +5,6 @@
 //! it. (It would still show that its sender is not silent: that is the state of one suspicion less.)
 
 use super::world::{Envelope, Node, Proposal, World};
-use crate::protocol::admission::OWN;
 use crate::protocol::tests::Planted;
 use crate::protocol::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,12 +47,14 @@ fn is_dead(envelope: &Envelope, to: &Node, now: Now) -> bool {
         Message::Invite(configuration) => configuration.stamp < durable,
         Message::Refused(_) => true,
         Message::Prepare { frame, .. }
+        | Message::Copy { frame, .. }
+        | Message::Compare { frame, .. }
         | Message::Renew { frame, .. }
         | Message::Reconciled(frame)
         | Message::Clear { frame, .. } => frame.stamp < durable,
         Message::Granted { frame, sent } => is_unheard(*frame, to) || now.0 >= sent.0 + LEASE,
         Message::Joined { frame, .. } | Message::Settled(frame) => is_unheard(*frame, to),
-        Message::Prepared { frame, serial, .. } => {
+        Message::Prepared { frame, serial, .. } | Message::Compared { frame, serial, .. } => {
             let replica = &to.replica;
             let started = replica.admission.serial(*serial).is_some();
             is_unheard(*frame, to) || (frame.stamp == durable && *serial < replica.next_serial && !started)
@@ -70,8 +71,7 @@ fn is_unheard(frame: Frame, to: &Node) -> bool {
 
 fn rename(node: &mut Node, now: Now) {
     let Node { replica, operations, read, slots, .. } = node;
-    let buffer = replica.copying.as_ref().and_then(|copying| copying.buffer());
-    read.retain(|operation, _| Some(*operation) == buffer);
+    read.retain(|operation, _| replica.copies(*operation));
     let live: BTreeSet<OperationId> = operations.keys().chain(read.keys()).copied().collect();
     let names: BTreeMap<OperationId, OperationId> = live.into_iter().zip((0..).map(OperationId)).collect();
     // What has ended is never asked for again, whatever its name.
@@ -83,17 +83,18 @@ fn rename(node: &mut Node, now: Now) {
     node.next_tag = tags.len() as u32;
     for entry in replica.admission.iter_mut() {
         (entry.arrived, entry.owed) = (Now::default(), 0);
-        if !OWN.contains(&entry.tag) {
+        if !entry.tag.is_own() {
             entry.tag = Tag(tags[&entry.tag.0]);
         }
     }
     replica.rename(name);
     replica.next_operation = OperationId(names.len() as u64);
-    replica.now = Now::default();
+    (replica.now, replica.progress, replica.quiet) = (Now::default(), Default::default(), 0);
     let passed = |time: &mut Now| *time = if *time <= now { Now::default() } else { *time };
     passed(&mut replica.granted_until);
     // Less than a mark's age ever passes here.
     replica.clearing.looked = Now::default();
+    passed(&mut replica.rests_until);
     replica.peers.iter_mut().for_each(|peer| {
         peer.owes = 0;
         passed(&mut peer.lease_until);

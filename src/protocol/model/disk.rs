@@ -39,6 +39,11 @@ pub(super) enum Operation {
     },
     Persist(Box<Record>),
     WriteHot(Box<[Extent]>),
+    /// With what another copy has.
+    Compare {
+        block: usize,
+        value: u8,
+    },
     NextRange,
 }
 
@@ -48,18 +53,27 @@ impl Disk {
         Self { cache, stable, record, boot: 0, hot: BTreeSet::new(), lacking: Lacking::new() }
     }
 
-    /// The store's plan: the blocks that the layers since a version and the extents name.
-    pub fn plan(&self, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<usize> {
-        let mut blocks: BTreeSet<usize> = hot.iter().map(|extent| extent.0 as usize).collect();
+    /// The store's plan: the blocks that the layers since a version name, and those of the extents, which may differ.
+    pub fn plan(&self, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<Missing> {
+        let mut suspected: BTreeSet<usize> = hot.iter().map(|extent| extent.0 as usize).collect();
+        let mut known = BTreeSet::new();
         match lacks {
             None => {}
-            Some(Lacks::Everything) => blocks.extend(0..self.cache.len()),
+            Some(Lacks::Everything) => suspected.extend(0..self.cache.len()),
             Some(Lacks::Since(since)) => match self.lacking.get(&since) {
-                Some((known, _)) => blocks.extend(known),
-                None => blocks.extend(0..self.cache.len()),
+                Some((blocks, _)) => known.extend(blocks),
+                None => suspected.extend(0..self.cache.len()),
             },
         }
-        blocks.into_iter().collect()
+        let missing = |block: &usize| {
+            let range = range_of(*block as u8);
+            if suspected.contains(block) {
+                Some(Missing::Suspected(range))
+            } else {
+                Piece::whole(range).map(Missing::Known)
+            }
+        };
+        known.union(&suspected).filter_map(missing).collect()
     }
 
     fn persist(&mut self, record: Record, boot: u8) {
@@ -95,9 +109,10 @@ impl World {
     /// Begins a disk operation; what is not looked at one by one is done at once.
     pub(super) fn run(&mut self, node: u8, operation: OperationId, what: Operation) {
         let conflict = |other: &Operation| match (other, &what) {
-            (Operation::Write { block: a, .. }, Operation::Write { block: b, .. } | Operation::Read { block: b }) => {
-                a == b
-            }
+            (
+                Operation::Write { block: a, .. },
+                Operation::Write { block: b, .. } | Operation::Read { block: b } | Operation::Compare { block: b, .. },
+            ) => a == b,
             _ => false,
         };
         if self.nodes[usize::from(node)].operations.values().any(conflict) {
@@ -119,8 +134,12 @@ impl World {
         let input = match what {
             Operation::NextRange => {
                 let n = self.at(node);
-                let block = (!n.plan.is_empty()).then(|| n.plan.remove(0));
-                Input::Planned { operation, range: Ok(block.map(|block| range_of(block as u8))) }
+                let missing = (!n.plan.is_empty()).then(|| n.plan.remove(0));
+                Input::Planned { operation, missing: Ok(missing) }
+            }
+            Operation::Compare { block, value } => {
+                let differs = BlockSet::first(u32::from(self.at(node).disk.cache[block] != value));
+                Input::Compared { operation, differs: Ok(differs) }
             }
             what => {
                 self.effect(node, operation, what);
@@ -162,7 +181,7 @@ impl World {
             }
             Operation::Persist(record) => disk.persist(*record, *boot),
             Operation::WriteHot(extents) => disk.hot = extents.iter().copied().collect(),
-            Operation::NextRange => {}
+            Operation::Compare { .. } | Operation::NextRange => {}
         }
     }
 }

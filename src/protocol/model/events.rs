@@ -157,7 +157,11 @@ impl World {
 
     fn deliver(&mut self, envelope: &Envelope) {
         let from = copy(envelope.from);
-        if let Message::Prepare { serial, .. } | Message::Prepared { serial, .. } = envelope.message {
+        if let Message::Prepare { serial, .. }
+        | Message::Copy { serial, .. }
+        | Message::Compare { serial, .. }
+        | Message::Prepared { serial, .. } = envelope.message
+        {
             // Bytes that still wait for their turn are not those of a later frame.
             self.at(envelope.to).brought.entry((from, serial)).or_insert(envelope.value);
         }

@@ -59,6 +59,10 @@ mistakes! {
         within ADMISSION;
     a_candidate_admitted_empty_breaks_i5: AdmitUnsynced breaks KnownDifferences
         within ADMISSION;
+    a_last_flush_beside_a_copied_range_breaks_i6: FlushBesidePieces breaks Marked
+        within Bounds { disk: Granularity::Every, ..ADMISSION };
+    blocks_taken_for_equal_that_differ_break_i1: TakeForEqual breaks Durable
+        within Bounds { reads: 1, ..HANDOVER };
     a_frame_of_an_older_version_executed_breaks_i1: AcceptOlderVersion breaks Durable
         within Bounds { writes: 2, ..HANDOVER };
     a_frame_for_a_former_life_executed_breaks_i8: AcceptOlderIncarnation breaks NeverOlder

@@ -3,6 +3,7 @@
 use super::disk::{Disk, Operation};
 use super::oracle::Oracle;
 use super::{Bounds, Invariant};
+use crate::protocol::pieces::PieceLimits;
 use crate::protocol::tests::Planted;
 use crate::protocol::*;
 use crate::volume::{BlockRange, InstanceId};
@@ -28,7 +29,7 @@ pub(super) struct Node {
     pub(super) boot: u8,
     /// Writes that this copy has executed at any time and nobody has answered.
     pub(super) executed: BTreeSet<u8>,
-    pub(super) plan: Vec<usize>,
+    pub(super) plan: Vec<Missing>,
     /// Bytes by operation that read them, and by frame that brought them.
     pub(super) read: BTreeMap<OperationId, u8>,
     pub(super) brought: BTreeMap<(InstanceId, SerialNumber), u8>,
@@ -206,6 +207,7 @@ impl World {
         n.replica = Replica::open(now, member);
         n.replica.planted = planted;
         n.replica.hot_limit = 1;
+        n.replica.piece_limits = PieceLimits { busy: 2, quiet: 2 };
         n.asked = false;
         // Those that are done get their reply again.
         n.slots.retain(|_, slot| !slot.done);
@@ -245,11 +247,19 @@ impl World {
                 self.request(node, operation, request, value);
             }
             Output::Apply { operation, from, serial, request } => {
-                let value = self.at(node).brought.get(&(from, serial)).copied().unwrap_or(0);
+                let value = self.brought(node, from, serial);
                 self.request(node, operation, request, value);
             }
-            Output::ReadRange { operation, range } => {
-                self.run(node, operation, Operation::Read { block: block_of(range) })
+            Output::ApplyPiece { operation, from, serial, piece } => {
+                let value = self.brought(node, from, serial);
+                self.request(node, operation, Request::Write(piece.range()), value);
+            }
+            Output::Compare { operation, from, serial, range } => {
+                let value = self.brought(node, from, serial);
+                self.run(node, operation, Operation::Compare { block: block_of(range), value });
+            }
+            Output::ReadPiece { operation, piece } => {
+                self.run(node, operation, Operation::Read { block: block_of(piece.range()) })
             }
             Output::FlushHere { operation } => self.request(node, operation, Request::Flush, 0),
             Output::Persist { operation, record } => self.run(node, operation, Operation::Persist(record)),
@@ -281,6 +291,10 @@ impl World {
             // Applications ask by another device from then on: what they ask is not known before.
             Output::FenceDevice => {}
         }
+    }
+
+    fn brought(&self, node: u8, from: InstanceId, serial: SerialNumber) -> u8 {
+        self.nodes[usize::from(node)].brought.get(&(from, serial)).copied().unwrap_or(0)
     }
 
     fn complete(&mut self, node: u8, tag: Tag, result: Result<(), DiskError>) {

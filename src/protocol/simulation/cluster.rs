@@ -5,6 +5,7 @@ use super::network::Network;
 use super::node::{Node, Operation, Process};
 use super::oracle::Oracle;
 use super::random::Random;
+use crate::protocol::pieces::PieceLimits;
 use crate::protocol::tests::Planted;
 use crate::protocol::*;
 use crate::volume::InstanceId;
@@ -221,6 +222,7 @@ impl Cluster {
         replica.planted = planted;
         // Three: writes wait for room. Four: it is made before. And marks age within the time that a seed runs.
         (replica.hot_limit, replica.mark_age) = (3 + life as usize % 2, Duration::from_millis(900));
+        replica.piece_limits = PieceLimits { busy: 1, quiet: 3 };
         n.process = Some(Process {
             life,
             replica,
@@ -284,12 +286,19 @@ impl Cluster {
                 self.run(node, life, operation, request, payload, Some(tag))
             }
             Output::Apply { operation, from, serial, request } => {
-                let stamp = process.replica.record().configuration.stamp;
-                let payload = process.brought.get(&(from, stamp, serial)).cloned().unwrap_or_default();
+                let payload = process.brought(from, serial);
                 self.run(node, life, operation, request, payload, None)
             }
-            Output::ReadRange { operation, range } => {
-                self.begin(node, life, operation, Operation::Read { range, tag: None })
+            Output::ApplyPiece { operation, from, serial, piece } => {
+                let payload = process.brought(from, serial);
+                self.begin(node, life, operation, Operation::WritePiece { piece, payload })
+            }
+            Output::Compare { operation, from, serial, range } => {
+                let payload = process.brought(from, serial);
+                self.begin(node, life, operation, Operation::Compare { range, payload })
+            }
+            Output::ReadPiece { operation, piece } => {
+                self.begin(node, life, operation, Operation::Read { range: piece.range(), tag: None })
             }
             Output::FlushHere { operation } => self.run(node, life, operation, Request::Flush, vec![], None),
             Output::Persist { operation, record } => self.begin(node, life, operation, Operation::Persist(record)),
@@ -317,7 +326,7 @@ impl Cluster {
                 let payload = match buffer {
                     Buffer::None => vec![],
                     Buffer::Request(tag) => self.payload_of(node, tag),
-                    Buffer::Operation(read) => self.nodes[node].read_by(life, read),
+                    Buffer::Operation(read) => self.nodes[node].read_for(life, &message, read),
                 };
                 self.send(node, to, message, payload);
                 Ok(())
@@ -392,8 +401,14 @@ impl Cluster {
         let n = &mut self.nodes[node];
         let Some(operation) = n.life(life).and_then(|process| process.operations.remove(&id)) else { return Ok(()) };
         if let Operation::NextRange = operation {
-            let range = n.life(life).and_then(|process| process.plan.pop_front());
-            return self.step(node, Input::Planned { operation: id, range: Ok(range) });
+            let missing = n.life(life).and_then(|process| process.plan.pop_front());
+            return self.step(node, Input::Planned { operation: id, missing: Ok(missing) });
+        }
+        if let Operation::Compare { range, payload } = operation {
+            let differs = failure.map_or_else(|| Ok(n.disk.compare(range, &payload)), Err);
+            self.tally.compared += u64::from(range.count());
+            self.tally.equal += differs.map_or(0, |differs| u64::from(range.count() - differs.count()));
+            return self.step(node, Input::Compared { operation: id, differs });
         }
         if failure != Some(DiskError::NoSpace)
             && (failure.is_none() || !matches!(operation, Operation::Persist(_) | Operation::WriteHot(_)))

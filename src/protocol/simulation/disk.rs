@@ -61,6 +61,10 @@ pub struct Disk {
     pub seals: BTreeMap<u32, Payload>,
 }
 
+fn extent_start(extent: &Extent) -> u64 {
+    u64::from(extent.0) * EXTENT_BLOCKS
+}
+
 impl Disk {
     /// An empty disk.
     pub fn blank(instance: InstanceId, configuration: Configuration) -> Self {
@@ -178,8 +182,19 @@ impl Disk {
         }
     }
 
-    /// The ranges that a copy lacks, each as long as a request may be.
-    pub fn plan(&self, lacks: Option<Lacks>, hot: &[Extent]) -> VecDeque<BlockRange> {
+    /// What of a range differs from another copy's.
+    pub fn compare(&self, range: BlockRange, theirs: &Payload) -> BlockSet {
+        let (ours, mut differs) = (self.read(range), BlockSet::default());
+        let found =
+            |payload: &Payload, block| payload.iter().find(|(b, _)| *b == block).map_or(0, |(_, content)| *content);
+        for block in (range.start()..range.end()).filter(|block| found(&ours, *block) != found(theirs, *block)) {
+            differs.insert((block - range.start()) as u32, 1);
+        }
+        differs
+    }
+
+    /// What a copy lacks: known blocks close to each other together, extents in parts that are compared at once.
+    pub fn plan(&self, lacks: Option<Lacks>, hot: &[Extent]) -> VecDeque<Missing> {
         let mut extents: BTreeSet<Extent> = hot.iter().copied().collect();
         let mut blocks = BTreeSet::new();
         match lacks {
@@ -195,16 +210,21 @@ impl Disk {
                 }
             }
         }
-        let of = |extent: Extent| u64::from(extent.0) * EXTENT_BLOCKS..u64::from(extent.0 + 1) * EXTENT_BLOCKS;
-        blocks.extend(extents.into_iter().flat_map(of));
-        let mut ranges: VecDeque<(u64, u32)> = VecDeque::new();
-        for block in blocks {
-            match ranges.back_mut() {
-                Some((at, count)) if *at + u64::from(*count) == block && *count < MAX_REQUEST_BLOCKS => *count += 1,
-                _ => ranges.push_back((block, 1)),
-            }
+        let part = u64::from(COMPARED_BLOCKS);
+        let starts = |extent: &Extent| {
+            (0..EXTENT_BLOCKS / part).map(move |at| extent_start(extent) + at * part).collect::<Vec<_>>()
+        };
+        let suspected = |at: u64| Some((at, Missing::Suspected(BlockRange::new(at, COMPARED_BLOCKS)?)));
+        let mut plan: BTreeMap<u64, Missing> = extents.iter().flat_map(starts).filter_map(suspected).collect();
+        let mut known: BTreeMap<u64, BlockSet> = BTreeMap::new();
+        for block in blocks.into_iter().filter(|block| !extents.contains(&Extent((block / EXTENT_BLOCKS) as u32))) {
+            let at = block - block % u64::from(MAX_REQUEST_BLOCKS);
+            known.entry(at).or_default().insert((block - at) as u32, 1);
         }
-        ranges.into_iter().filter_map(|(at, count)| BlockRange::new(at, count)).collect()
+        let piece =
+            |(at, blocks)| Some((at, Missing::Known(Piece::new(BlockRange::new(at, MAX_REQUEST_BLOCKS)?, blocks)?)));
+        plan.extend(known.into_iter().filter_map(piece));
+        plan.into_values().collect()
     }
 
     /// Everything that is not zero.

@@ -59,6 +59,8 @@ pub struct Tally {
     reconciles: u64,
     promotions: u64,
     outdated: u64,
+    compared: u64,
+    equal: u64,
     slow_copies: u64,
     forced: u64,
 }
@@ -73,7 +75,7 @@ impl Tally {
         }
     }
 
-    fn counts(&self) -> [(&'static str, u64); 21] {
+    fn counts(&self) -> [(&'static str, u64); 23] {
         [
             ("events", self.events),
             ("writes", self.writes),
@@ -94,6 +96,8 @@ impl Tally {
             ("reconciles", self.reconciles),
             ("promotions", self.promotions),
             ("outdated", self.outdated),
+            ("blocks compared", self.compared),
+            ("found equal", self.equal),
             ("slow copies given up", self.slow_copies),
             (FORCED, self.forced),
         ]
@@ -155,7 +159,7 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 /// What the seeds have seen together, and those that failed.
-fn run_all(seeds: impl Iterator<Item = u64>) -> ([(&'static str, u64); 21], Vec<String>) {
+fn run_all(seeds: impl Iterator<Item = u64>) -> ([(&'static str, u64); 23], Vec<String>) {
     let mut total = Tally::default().counts();
     let mut failures = vec![];
     for seed in seeds {
@@ -240,6 +244,8 @@ fn planted_mistakes_are_found() {
         Planted::WriteBeforeMark,
         Planted::SkipReconcile,
         Planted::ResyncBesideWrites,
+        Planted::FlushBesidePieces,
+        Planted::TakeForEqual,
         Planted::ReadWithoutLease,
     ];
     planted.into_iter().for_each(|planted| caught(planted, 6000));

@@ -124,7 +124,11 @@ impl Cluster {
         if receiver != here {
             return Ok(());
         }
-        if let Message::Prepare { frame, serial, .. } | Message::Prepared { frame, serial, .. } = &message {
+        if let Message::Prepare { frame, serial, .. }
+        | Message::Copy { frame, serial, .. }
+        | Message::Compare { frame, serial, .. }
+        | Message::Prepared { frame, serial, .. } = &message
+        {
             process.brought.insert((sender, frame.stamp, *serial), payload);
         }
         self.step(to, Input::Received { from: sender, message })

@@ -11,11 +11,30 @@ use std::time::Duration;
 /// A disk operation that is not done.
 #[derive(Debug)]
 pub enum Operation {
-    Write { range: BlockRange, payload: Payload },
+    Write {
+        range: BlockRange,
+        payload: Payload,
+    },
     Zero(BlockRange),
-    Read { range: BlockRange, tag: Option<Tag> },
+    Read {
+        range: BlockRange,
+        tag: Option<Tag>,
+    },
+    /// Blocks of a range get what another copy has there.
+    WritePiece {
+        piece: Piece,
+        payload: Payload,
+    },
+    /// With what another copy has.
+    Compare {
+        range: BlockRange,
+        payload: Payload,
+    },
     Flush(Captured),
-    Seal { name: u32, contents: Payload },
+    Seal {
+        name: u32,
+        contents: Payload,
+    },
     Persist(Box<Record>),
     WriteHot(Box<[Extent]>),
     NextRange,
@@ -23,12 +42,14 @@ pub enum Operation {
 
 impl Operation {
     pub fn is_mutation(&self) -> bool {
-        matches!(self, Self::Write { .. } | Self::Zero(_))
+        matches!(self, Self::Write { .. } | Self::WritePiece { .. } | Self::Zero(_))
     }
 
     pub fn range(&self) -> Option<BlockRange> {
         match self {
             Self::Write { range, .. } | Self::Zero(range) | Self::Read { range, .. } => Some(*range),
+            Self::Compare { range, .. } => Some(*range),
+            Self::WritePiece { piece, .. } => Some(piece.range()),
             Self::Flush(_) | Self::Seal { .. } | Self::Persist(_) | Self::WriteHot(_) | Self::NextRange => None,
         }
     }
@@ -51,7 +72,7 @@ pub struct Process {
     pub life: u64,
     pub replica: Replica,
     pub operations: BTreeMap<OperationId, Operation>,
-    pub plan: VecDeque<BlockRange>,
+    pub plan: VecDeque<Missing>,
     /// Bytes by the operation that read them, and by the frame that brought them.
     pub read: BTreeMap<OperationId, Payload>,
     pub brought: BTreeMap<(InstanceId, Stamp, SerialNumber), Payload>,
@@ -65,6 +86,23 @@ pub struct Process {
     pub heard: Vec<(Duration, bool)>,
     /// A disk operation failed.
     pub failed: bool,
+}
+
+impl Process {
+    /// What a frame has brought.
+    pub fn brought(&self, from: InstanceId, serial: SerialNumber) -> Payload {
+        let stamp = self.replica.record().configuration.stamp;
+        self.brought.get(&(from, stamp, serial)).cloned().unwrap_or_default()
+    }
+
+    /// What goes with a message of what was read: nothing but the blocks that it names.
+    pub fn read_for(&self, message: &Message, read: OperationId) -> Payload {
+        let mut payload = self.read.get(&read).cloned().unwrap_or_default();
+        if let Message::Copy { piece, .. } = message {
+            payload.retain(|(block, _)| piece.runs().any(|run| (run.start()..run.end()).contains(block)));
+        }
+        payload
+    }
 }
 
 /// See the module.
@@ -134,9 +172,9 @@ impl Node {
         self.process.as_mut().filter(|process| process.life == life)
     }
 
-    /// What an operation of this life has read for another copy.
-    pub fn read_by(&mut self, life: u64, read: OperationId) -> Payload {
-        self.life(life).and_then(|process| process.read.get(&read).cloned()).unwrap_or_default()
+    /// What goes with a message of what an operation of this life has read.
+    pub fn read_for(&mut self, life: u64, message: &Message, read: OperationId) -> Payload {
+        self.life(life).map(|process| process.read_for(message, read)).unwrap_or_default()
     }
 
     /// Its caches have everything that it ever acknowledged.
@@ -155,7 +193,13 @@ impl Node {
             Operation::Seal { name, contents } => _ = disk.seals.entry(name).or_insert(contents),
             Operation::Persist(record) => disk.persist(*record, self.boot),
             Operation::WriteHot(extents) => disk.hot = extents.iter().copied().collect(),
-            Operation::NextRange => {}
+            Operation::WritePiece { piece, payload } => {
+                for run in piece.runs() {
+                    let within = payload.iter().copied().filter(|(block, _)| (run.start()..run.end()).contains(block));
+                    disk.write(run, &within.collect());
+                }
+            }
+            Operation::Compare { .. } | Operation::NextRange => {}
         }
         None
     }

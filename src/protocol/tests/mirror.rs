@@ -5,6 +5,7 @@
 mod failures;
 mod marks;
 mod patience;
+mod pieces;
 
 use super::super::*;
 use crate::volume::{BlockRange, InstanceId};
@@ -206,7 +207,7 @@ fn a_raised_generation_that_names_the_running_primary_costs_a_term_and_no_reques
     let frame = Frame { stamp: next.stamp, incarnation: FIRST };
     script.hear(Message::Joined { frame, intact: true, hot: Box::default() });
     let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
-    script.give(Input::Planned { operation, range: Ok(None) });
+    script.give(Input::Planned { operation, missing: Ok(None) });
     script.hear(Message::Settled(frame));
     assert_eq!(script.replica.role(), Role::Primary(Primary::Serving));
     assert!(script.wants(|output| matches!(output, Output::Disk { tag: WRITER, .. })), "it is executed again");
@@ -222,7 +223,7 @@ fn a_candidate_that_restarts_during_its_admission_stays_awaited() {
     let mut script = Script::primary(false);
     script.hear(Script::joined(FIRST, &[]));
     let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
-    script.give(Input::Planned { operation, range: Ok(None) });
+    script.give(Input::Planned { operation, missing: Ok(None) });
     script.finish();
     script.hear_prepared(1);
     let admission = script.outputs.clone();
@@ -269,7 +270,7 @@ fn a_repeated_answer_does_not_restart_a_reconcile() {
     let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
     script.hear(Script::joined(FIRST, &[Extent(0)]));
     assert_eq!(script.outputs, []);
-    script.give(Input::Planned { operation, range: Ok(None) });
+    script.give(Input::Planned { operation, missing: Ok(None) });
     assert_eq!(script.replica.role(), Role::Primary(Primary::Settling));
     script.hear(Script::joined(FIRST, &[Extent(0)]));
     assert_eq!(script.replica.role(), Role::Primary(Primary::Settling));
@@ -285,8 +286,8 @@ fn a_request_that_waits_for_this_copy_to_serve_does_not_hold_up_the_reconcile() 
     script.commit();
     script.hear(Script::joined(FIRST, &[Extent(0)]));
     let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
-    script.give(Input::Planned { operation, range: Ok(Some(extent(0))) });
-    assert!(script.wants(|output| matches!(output, Output::ReadRange { .. })), "{:?}", script.outputs);
+    script.give(Input::Planned { operation, missing: Ok(Some(Missing::Suspected(extent(0)))) });
+    assert!(script.wants(|output| matches!(output, Output::ReadPiece { .. })), "{:?}", script.outputs);
 }
 
 /// A later flush cleared the mark of a write that the other copy had and this one had not: they differed for good.
@@ -324,7 +325,7 @@ fn a_candidate_that_has_what_failed_here_is_not_admitted() {
         let failed = Output::Complete { tag: WRITER, result: Err(DiskError::Failed) };
         assert!(script.outputs.contains(&failed), "there is nobody else: {:?}", script.outputs);
         script.give(Input::Replied { tag: WRITER });
-        script.give(Input::Planned { operation, range: Ok(None) });
+        script.give(Input::Planned { operation, missing: Ok(None) });
         script.finish();
         script.hear_prepared(2);
         assert_eq!(script.proposal().is_some(), planted.is_some());
@@ -387,7 +388,7 @@ fn a_member_that_was_silent_during_a_reconcile_is_asked_again() {
     script.commit();
     script.hear(Script::joined(FIRST, &[Extent(0)]));
     let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
-    script.give(Input::Planned { operation, range: Ok(Some(extent(0))) });
+    script.give(Input::Planned { operation, missing: Ok(Some(Missing::Suspected(extent(0)))) });
     script.give(Input::Silent(copy(2)));
     script.give(Input::Connected(copy(2)));
     assert!(script.wants(|output| matches!(output, Output::Send { message: Message::Invite(_), .. })));
@@ -467,7 +468,7 @@ fn a_primary_stays_and_serves_until_the_wished_copy_can_take_over() {
     script.outputs = read;
     script.finish();
     assert!(script.completes(OTHER));
-    script.give(Input::Planned { operation, range: Ok(None) });
+    script.give(Input::Planned { operation, missing: Ok(None) });
     script.finish();
     script.hear_prepared(script.replica.next_serial.0 - 1);
     assert!(script.proposal().is_some_and(|next| next.is_member(copy(2)) && next.primary == Some(copy(1))));

@@ -8,17 +8,18 @@
 use super::commands::Reply;
 use super::mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
+use super::pieces::Parts;
 use super::tree::TreeKey;
 use super::turn::Engine;
-use super::volume::{Volume, VolumeKey};
+use super::volume::VolumeKey;
 use super::{EngineError, SealReserve};
 use crate::protocol::{
-    Configuration, DiskError, HEARTBEAT, Input, Member, Memory, Message, OperationId, Replica, Role, SerialNumber,
-    Stamp, Standing,
+    Configuration, DiskError, HEARTBEAT, Input, Member, Memory, Message, OperationId, Piece, Replica, Role,
+    SerialNumber, Stamp, Standing,
 };
 use crate::replica::peer::{Event, Payload, Session};
 use crate::store::{Control, Reserve};
-use crate::volume::{BLOCK_SIZE, BlockRange, BootId, InstanceId, VolumeId, VolumeSize};
+use crate::volume::{BLOCK_SIZE, BootId, InstanceId, VolumeId, VolumeSize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -46,17 +47,18 @@ pub(super) struct Mirror {
     unproposed: Option<CatalogueRequest>,
     /// Of what waits for its turn in the core, which bounds it: a primary has so many requests in flight.
     pub brought: Brought,
-    /// What the last `ReadRange` has read.
-    pub range: Option<(OperationId, Payload)>,
+    /// Pieces that the store works on; the core bounds both.
+    pub pieces: BTreeMap<OperationId, Parts>,
+    /// What was read and is still to be sent.
+    pub ranges: BTreeMap<OperationId, (Piece, Payload)>,
     /// What was read for another copy, while the core is told so.
     pub answer: Option<(OperationId, Payload)>,
     pub refused: BTreeMap<InstanceId, Refused>,
     /// Something waits for the session's flush.
     pub unsent: bool,
     connected: BTreeSet<InstanceId>,
-    /// Of the plan.
-    pub copied_bytes: u64,
-    pub left_bytes: u64,
+    /// Of the volume, behind what the plan has given last.
+    pub behind_bytes: u64,
     /// Seals that found the store busy, tried again with each heartbeat; at most one for each ticket of the primary.
     pub busy: Vec<(OperationId, Control)>,
     pub role: Role,
@@ -86,13 +88,13 @@ impl Mirror {
             unread: false,
             unproposed: None,
             brought: BTreeMap::new(),
-            range: None,
+            pieces: BTreeMap::new(),
+            ranges: BTreeMap::new(),
             answer: None,
             refused: BTreeMap::new(),
             unsent: false,
             connected: BTreeSet::new(),
-            copied_bytes: 0,
-            left_bytes: 0,
+            behind_bytes: 0,
             busy: Vec::new(),
             role,
             resting: BTreeSet::new(),
@@ -319,10 +321,17 @@ impl Engine {
                     tracing::error!(volume = ?self.volume_mut(key).map(|v| v.id), %from, %damage, "damaged on its way");
                     return;
                 }
-                if let Message::Prepare { frame, serial, .. } | Message::Prepared { frame, serial, .. } = &message
-                    && payload != Payload::default()
-                {
-                    mirror.brought.insert((from, frame.stamp, *serial), payload);
+                match &message {
+                    Message::Prepare { frame, serial, .. } | Message::Prepared { frame, serial, .. }
+                        if payload != Payload::default() =>
+                    {
+                        mirror.brought.insert((from, frame.stamp, *serial), payload);
+                    }
+                    // Also without data: that it is not there is not the same.
+                    Message::Copy { frame, serial, .. } | Message::Compare { frame, serial, .. } => {
+                        mirror.brought.insert((from, frame.stamp, *serial), payload);
+                    }
+                    _ => {}
                 }
                 self.step(key, Input::Received { from, message });
             }
@@ -372,12 +381,15 @@ impl Engine {
         let record = replica.record();
         let standings: BTreeMap<_, _> = replica.standings().collect();
         let me = self.trees[volume.tree.0 as usize].as_ref()?.id;
+        let progress = replica.progress();
+        let [copied_bytes, equal_bytes, under_way] =
+            [progress.copied, progress.equal, progress.under_way].map(|blocks| blocks * BLOCK_SIZE);
         let status = |copy: InstanceId| {
             let member = record.configuration.is_member(copy);
             let state = match standings.get(&copy) {
                 Some(Standing::UpToDate) => CopyState::UpToDate,
                 Some(Standing::SyncTarget) => {
-                    CopyState::SyncTarget { copied_bytes: mirror.copied_bytes, left_bytes: mirror.left_bytes }
+                    CopyState::SyncTarget { copied_bytes, equal_bytes, left_bytes: mirror.behind_bytes + under_way }
                 }
                 None if member => CopyState::UpToDate,
                 Some(Standing::Outdated) | None => CopyState::Outdated,
@@ -396,22 +408,10 @@ impl Engine {
             intact: record.intact,
             disk_failed: replica.has_failed(),
             copies: others.map(|copy| (copy, status(copy))).collect(),
-            copied_bytes: mirror.copied_bytes,
+            copied_bytes,
+            equal_bytes,
             hot_extents: replica.hot_extents().len(),
             requests: replica.status(now).requests,
         })
-    }
-}
-
-impl Volume {
-    /// What of a range of the plan is within the volume: its copy here may be larger, and others may not.
-    pub fn within(&self, range: BlockRange) -> Option<BlockRange> {
-        let end = range.end().min(self.size.blocks());
-        BlockRange::new(range.start(), u32::try_from(end.saturating_sub(range.start())).ok()?)
-    }
-
-    /// Bytes behind the end of a range of the plan.
-    pub fn behind(&self, range: BlockRange) -> u64 {
-        self.size.blocks().saturating_sub(range.end()) * BLOCK_SIZE
     }
 }

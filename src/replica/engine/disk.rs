@@ -82,7 +82,9 @@ impl Engine {
                 // SAFETY: as above, and the store says that the data is there.
                 let block = unsafe { std::slice::from_raw_parts(memory, BLOCK_SIZE as usize) };
                 let is_damaged = crc32c::crc32c(block) != crc;
-                if let Some(Purpose::Core { corrupt, .. }) = self.operations.get(operation).map(|o| &mut o.purpose) {
+                if let Some(Purpose::Core { corrupt, .. } | Purpose::Part { corrupt, .. }) =
+                    self.operations.get(operation).map(|o| &mut o.purpose)
+                {
                     *corrupt |= is_damaged;
                 }
             }
@@ -102,7 +104,9 @@ impl Engine {
         assert!(offset as usize + length as usize <= MAX_PAYLOAD, "{length} bytes at {offset} of a request's buffer");
         match self.operations.get(operation).map(|o| &o.purpose) {
             // SAFETY: the payload of a slot is MAX_PAYLOAD long.
-            Some(Purpose::Core { memory, .. }) if !memory.is_null() => unsafe { memory.add(offset as usize) },
+            Some(Purpose::Core { memory, .. } | Purpose::Part { memory, .. }) if !memory.is_null() => unsafe {
+                memory.add(offset as usize)
+            },
             _ => panic!("{operation:?} has no buffer"),
         }
     }
@@ -161,10 +165,15 @@ impl Engine {
             Purpose::Core { volume, operation, corrupt, kept, .. } => {
                 self.ran(volume);
                 let result = if corrupt { result.and(Err(DiskError::Corrupt)) } else { result };
-                if let (Some(Kept::Read { blocks, stays }), true) = (kept.map(|kept| *kept), result.is_ok()) {
-                    self.keep_read(volume, operation, blocks, stays);
+                if let (Some(Kept::Read(blocks)), true) = (kept.map(|kept| *kept), result.is_ok()) {
+                    self.keep_read(volume, operation, blocks);
                 }
                 self.step(volume, Input::Completed { operation, result });
+                self.after_core(volume);
+            }
+            Purpose::Part { volume, operation, corrupt, .. } => {
+                self.ran(volume);
+                self.part_done(volume, operation, if corrupt { result.and(Err(DiskError::Corrupt)) } else { result });
                 self.after_core(volume);
             }
             Purpose::FirstRecord(volume) => {
@@ -207,7 +216,7 @@ impl Engine {
     ) {
         let seal = match kept.map(|kept| *kept) {
             Some(Kept::Seal(control)) => Some(control),
-            Some(Kept::Frame(_) | Kept::Read { .. }) | None => None,
+            Some(Kept::Frame(_) | Kept::Read(_)) | None => None,
         };
         if let (Some(control), Err(Refusal::Busy), Some(mirror)) = (seal, result, self.mirror_mut(key)) {
             // It must happen at this point of the stream of writes on every copy: not answered, but tried again.
@@ -246,7 +255,10 @@ impl Engine {
                 }
                 drop(reply.send(result.map(|()| Copies::new()).map_err(Into::into)));
             }
-            Purpose::LastFlushOfDevice(_) | Purpose::LastFlushOfTree | Purpose::FirstRecord(_) => {}
+            Purpose::LastFlushOfDevice(_)
+            | Purpose::LastFlushOfTree
+            | Purpose::FirstRecord(_)
+            | Purpose::Part { .. } => {}
         }
     }
 }

@@ -159,6 +159,8 @@ pub struct MirrorStatus {
     pub copies: BTreeMap<InstanceId, CopyStatus>,
     /// Copied by the resync or reconcile that was begun last.
     pub copied_bytes: u64,
+    /// Compared by it, and equal there already.
+    pub equal_bytes: u64,
     /// Extents of 4 MiB where the copies may differ after a crash.
     pub hot_extents: usize,
     /// Requests that are not answered yet.
@@ -183,6 +185,8 @@ pub enum CopyState {
     SyncTarget {
         /// Copied since it joined.
         copied_bytes: u64,
+        /// Compared since it joined, and equal there already.
+        equal_bytes: u64,
         /// Of the volume, behind the last range that was copied: at most so much is left.
         left_bytes: u64,
     },

@@ -24,6 +24,7 @@ mod jobs;
 mod mirror;
 mod operations;
 mod outputs;
+mod pieces;
 mod recover;
 mod requests;
 mod statistics;

@@ -20,6 +20,8 @@ const PLACE_BITS: u32 = 20;
 pub(super) enum Purpose {
     /// A volume's core goes on. `memory` is the payload of the request's slot, or inside of what is kept.
     Core { volume: VolumeKey, operation: OperationId, memory: *mut u8, corrupt: bool, kept: Option<Box<Kept>> },
+    /// A part of a piece that is copied or compared: `memory` is its place in the piece's.
+    Part { volume: VolumeKey, operation: OperationId, memory: *mut u8, corrupt: bool },
     /// A copy of a mirrored volume may begin.
     FirstRecord(VolumeKey),
     /// An operator gets an answer; a resize becomes visible before.
@@ -34,10 +36,17 @@ pub(super) enum Purpose {
 pub(super) enum Kept {
     /// The bytes that another copy has sent: `memory` is theirs.
     Frame(#[allow(dead_code, reason = "kept for as long as the disk reads them")] Bytes),
-    /// Where blocks for another copy are read to; `stays`: until the next range.
-    Read { blocks: Blocks, stays: bool },
+    /// Where blocks for another copy are read to.
+    Read(Blocks),
     /// A seal, which is tried again when the store is busy.
     Seal(Control),
+}
+
+impl Purpose {
+    /// One operation for a volume's core.
+    pub fn core(volume: VolumeKey, operation: OperationId, memory: *mut u8, kept: Option<Box<Kept>>) -> Self {
+        Self::Core { volume, operation, memory, corrupt: false, kept }
+    }
 }
 
 pub(super) struct Operation {

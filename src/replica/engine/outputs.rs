@@ -16,10 +16,9 @@ use super::volume::{Volume, VolumeKey};
 use crate::protocol::{
     Buffer, DiskError, Input, Lacks, Message, OperationId, Output, Record, Request, SealName, SerialNumber,
 };
-use crate::replica::peer::{Blocks, Payload, Sealed, SendError};
+use crate::replica::peer::{Blocks, Payload, Sealed, SendError, digests};
 use crate::store::{Action, Control};
 use crate::volume::{BlockRange, InstanceId};
-use std::borrow::Cow;
 
 impl Engine {
     /// Gives a core an input whose outputs may have to do with other copies.
@@ -41,35 +40,33 @@ impl Engine {
                 Output::Send { to, message, buffer } => self.send(key, to, &message, buffer),
                 Output::Apply { operation, from, serial, request } => self.apply(key, operation, from, serial, request),
                 Output::FenceDevice => self.fence_device(key),
+                Output::ApplyPiece { operation, from, serial, piece } => {
+                    self.apply_piece(key, operation, from, serial, piece);
+                }
+                Output::Compare { operation, from, serial, range } => self.compare(key, operation, from, serial, range),
                 other => self.work.push_back(Work::Output(key, other)),
             }
         }
         self.outputs = outputs;
         let Some(volume) = self.volume_mut(key) else { return };
         note_waiting(volume);
-        if let Some(mirror) = volume.mirror.as_mut()
-            && !mirror.brought.is_empty()
-        {
+        let replica = &volume.replica;
+        if let Some(mirror) = volume.mirror.as_mut() {
             // What the core has not kept for later is not needed: it was executed, or refused, or repeated.
-            mirror.brought.retain(|(from, stamp, serial), _| volume.replica.wants(*from, *stamp, *serial));
+            mirror.brought.retain(|(from, stamp, serial), _| replica.wants(*from, *stamp, *serial));
+            mirror.ranges.retain(|operation, _| replica.copies(*operation));
         }
     }
 
     /// An output that only a core with copies elsewhere has.
     pub fn mirror_output(&mut self, key: VolumeKey, output: Output) {
         match output {
-            Output::ReadRange { operation, range } => {
-                if let Some(mirror) = self.mirror_mut(key) {
-                    mirror.range = None;
-                }
-                self.read_blocks(key, operation, range, true);
-            }
+            Output::ReadPiece { operation, piece } => self.read_piece(key, operation, piece),
             Output::FlushHere { operation } => self.begin(key, operation, Request::Flush, std::ptr::null_mut(), None),
             Output::Persist { operation, record } => self.persist(key, operation, *record),
             Output::WriteHot { operation, extents } => {
-                let Some((id, volume)) = self.running_in_store(key, operation, std::ptr::null_mut(), None) else {
-                    return;
-                };
+                let purpose = Purpose::core(key, operation, std::ptr::null_mut(), None);
+                let Some((id, volume)) = self.running_in_store(key, purpose) else { return };
                 let (tree, volume) = (volume.tree, volume.id);
                 let Self { trees, actions, .. } = self;
                 let Some(found) = trees[tree.0 as usize].as_mut() else { return };
@@ -77,7 +74,7 @@ impl Engine {
                 self.collect_actions(tree);
             }
             Output::Plan { operation, lacks, hot } => self.plan(key, operation, lacks, &hot),
-            Output::NextRange { operation } => self.next_range(key, operation, Ok(())),
+            Output::NextRange { operation } => self.next_missing(key, operation, Ok(())),
             Output::Propose { expected, next } => {
                 if let Some(mirror) = self.mirror_mut(key) {
                     mirror.ask(CatalogueRequest::Propose { expected, next });
@@ -91,26 +88,19 @@ impl Engine {
             Output::Disk { .. }
             | Output::Complete { .. }
             | Output::Apply { .. }
+            | Output::ApplyPiece { .. }
+            | Output::Compare { .. }
             | Output::Send { .. }
-            | Output::FenceDevice => {
-                unreachable!("{output:?} is executed where it is found")
-            }
+            | Output::FenceDevice => unreachable!("{output:?} is executed where it is found"),
         }
     }
 
     /// Counts an operation of the core that the store is about to execute.
-    fn running_in_store(
-        &mut self,
-        key: VolumeKey,
-        operation: OperationId,
-        memory: *mut u8,
-        kept: Option<Box<Kept>>,
-    ) -> Option<(OperationId, &Volume)> {
+    pub fn running_in_store(&mut self, key: VolumeKey, purpose: Purpose) -> Option<(OperationId, &Volume)> {
         let Self { volumes, trees, operations, .. } = self;
         let volume = volumes.get_mut(key.0 as usize)?.as_deref_mut()?;
         trees[volume.tree.0 as usize].as_mut()?.under_way += 1;
         volume.running += 1;
-        let purpose = Purpose::Core { volume: key, operation, memory, corrupt: false, kept };
         Some((operations.add(volume.tree, purpose), volume))
     }
 
@@ -123,7 +113,8 @@ impl Engine {
         memory: *mut u8,
         kept: Option<Box<Kept>>,
     ) {
-        let Some((id, volume)) = self.running_in_store(key, operation, memory, kept) else { return };
+        let purpose = Purpose::core(key, operation, memory, kept);
+        let Some((id, volume)) = self.running_in_store(key, purpose) else { return };
         let (tree, volume) = (volume.tree, volume.id);
         let Self { trees, actions, .. } = self;
         let Some(found) = trees[tree.0 as usize].as_mut() else { return };
@@ -164,7 +155,7 @@ impl Engine {
                 tracing::error!(volume = %volume.id, %from, ?request, "what shall be executed came without its data");
                 self.refuse(key, operation, DiskError::Corrupt);
             }
-            Request::Read(range) => self.read_blocks(key, operation, range, false),
+            Request::Read(range) => self.read_blocks(key, operation, range),
             Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) => {
                 self.begin(key, operation, request, std::ptr::null_mut(), None);
             }
@@ -173,30 +164,31 @@ impl Engine {
 
     /// Ends an operation that was not begun, in its place among those that were.
     fn refuse(&mut self, key: VolumeKey, operation: OperationId, error: DiskError) {
-        let Some((id, volume)) = self.running_in_store(key, operation, std::ptr::null_mut(), None) else { return };
+        let purpose = Purpose::core(key, operation, std::ptr::null_mut(), None);
+        let Some((id, volume)) = self.running_in_store(key, purpose) else { return };
         let tree = volume.tree;
         self.work.push_back(Work::Action(tree, Action::Done { operation: id, result: Err(error) }));
     }
 
-    /// Reads into memory of its own; `stays`: until the next range.
-    fn read_blocks(&mut self, key: VolumeKey, operation: OperationId, range: BlockRange, stays: bool) {
+    /// Reads into memory of its own.
+    fn read_blocks(&mut self, key: VolumeKey, operation: OperationId, range: BlockRange) {
         let mut blocks = Blocks::zeros(range.bytes() as usize);
         let memory = blocks.bytes_mut().as_mut_ptr();
-        self.begin(key, operation, Request::Read(range), memory, Some(Box::new(Kept::Read { blocks, stays })));
+        self.begin(key, operation, Request::Read(range), memory, Some(Box::new(Kept::Read(blocks))));
     }
 
     /// What was read for another copy, for the message that follows.
-    pub fn keep_read(&mut self, key: VolumeKey, operation: OperationId, blocks: Blocks, stays: bool) {
+    pub fn keep_read(&mut self, key: VolumeKey, operation: OperationId, blocks: Blocks) {
         let Some(mirror) = self.mirror_mut(key) else { return };
         let Ok(payload) = Payload::new(blocks.freeze()) else { return };
-        let place = if stays { &mut mirror.range } else { &mut mirror.answer };
-        *place = Some((operation, payload));
+        mirror.answer = Some((operation, payload));
     }
 
     /// Starts a seal, also one that found the store busy before.
     pub fn seal_again(&mut self, key: VolumeKey, operation: OperationId, control: Control) {
         let kept = Some(Box::new(Kept::Seal(control)));
-        let Some((id, volume)) = self.running_in_store(key, operation, std::ptr::null_mut(), kept) else { return };
+        let purpose = Purpose::core(key, operation, std::ptr::null_mut(), kept);
+        let Some((id, volume)) = self.running_in_store(key, purpose) else { return };
         let tree = volume.tree;
         let Self { trees, actions, .. } = self;
         let Some(found) = trees[tree.0 as usize].as_mut() else { return };
@@ -205,7 +197,8 @@ impl Engine {
     }
 
     fn persist(&mut self, key: VolumeKey, operation: OperationId, record: Record) {
-        let Some((id, volume)) = self.running_in_store(key, operation, std::ptr::null_mut(), None) else { return };
+        let purpose = Purpose::core(key, operation, std::ptr::null_mut(), None);
+        let Some((id, volume)) = self.running_in_store(key, purpose) else { return };
         let tree = volume.tree;
         let Self { volumes, trees, actions, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
@@ -223,26 +216,9 @@ impl Engine {
     fn plan(&mut self, key: VolumeKey, operation: OperationId, lacks: Option<Lacks>, hot: &[crate::protocol::Extent]) {
         let Self { volumes, trees, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
-        let (Some(mirror), Some(tree)) = (volume.mirror.as_mut(), trees[volume.tree.0 as usize].as_mut()) else {
-            return;
-        };
-        (mirror.range, mirror.copied_bytes, mirror.left_bytes) = (None, 0, volume.size.bytes());
-        let planned = tree.store.plan(volume.id, lacks, hot);
-        self.next_range(key, operation, planned);
-    }
-
-    fn next_range(&mut self, key: VolumeKey, operation: OperationId, planned: Result<(), DiskError>) {
-        let Self { volumes, trees, .. } = self;
-        let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
-        let left = |range: Option<BlockRange>| range.map_or(0, |range| volume.behind(range) + range.bytes());
         let Some(tree) = trees[volume.tree.0 as usize].as_mut() else { return };
-        let range = planned.map(|()| tree.store.next_range(volume.id).and_then(|range| volume.within(range)));
-        let left = left(range.unwrap_or_default());
-        if let Some(mirror) = volume.mirror.as_mut() {
-            mirror.copied_bytes += mirror.range.take().map_or(0, |(_, payload)| payload.data().len() as u64);
-            mirror.left_bytes = left;
-        }
-        self.step(key, Input::Planned { operation, range });
+        let planned = tree.store.plan(volume.id, lacks, hot);
+        self.next_missing(key, operation, planned);
     }
 
     /// Sends with the bytes that the buffer names. Loss is allowed: what a full queue refuses is remembered.
@@ -261,20 +237,19 @@ impl Engine {
                 })
             }
             (Message::Prepared { result: Err(_), .. }, _) | (_, Buffer::None) => Some(Payload::default()),
-            (_, Buffer::Operation(read)) => read_by(mirror, read),
+            (_, Buffer::Operation(read)) => read_for(mirror, message, read),
             (_, Buffer::Request(_)) => None,
         };
-        let (message, payload) = without_zeros(message, buffer, payload);
         let Some(payload) = payload else {
             tracing::error!(volume = %volume.id, %to, ?message, "not sent: its data is not there");
             return;
         };
-        match mirror.session.send(to, &message, &payload) {
+        match mirror.session.send(to, message, &payload) {
             Ok(()) => self.note_unsent(key),
             // Without a connection everything is said again when there is one.
             Err(SendError::Disconnected | SendError::NoPeer) => {}
             Err(SendError::Full) => {
-                let lost = if is_answer(&message) { Refused::Answer } else { Refused::Question };
+                let lost = if is_answer(message) { Refused::Answer } else { Refused::Question };
                 if let Some(mirror) = volume.mirror.as_mut() {
                     let known = mirror.refused.entry(to).or_insert(lost);
                     *known = lost.max(*known);
@@ -308,7 +283,7 @@ impl Engine {
 }
 
 /// Bytes where direct I/O takes them: as they came, since the transport puts them there.
-fn aligned(payload: Payload) -> bytes::Bytes {
+pub(super) fn aligned(payload: Payload) -> bytes::Bytes {
     let data = payload.data();
     if Blocks::are_aligned(data) {
         return data.clone();
@@ -316,22 +291,6 @@ fn aligned(payload: Payload) -> bytes::Bytes {
     let mut blocks = Blocks::zeros(data.len());
     blocks.bytes_mut().copy_from_slice(data);
     blocks.freeze()
-}
-
-/// A copied range that has no data costs its target no space and the network nothing.
-fn without_zeros(message: &Message, buffer: Buffer, payload: Option<Payload>) -> (Cow<'_, Message>, Option<Payload>) {
-    match (message, buffer, payload) {
-        (
-            Message::Prepare { frame, serial, floor, request: Request::Write(range) },
-            Buffer::Operation(_),
-            Some(data),
-        ) if data.is_zero() => {
-            let request = Request::WriteZeroes(*range);
-            let zeros = Message::Prepare { frame: *frame, serial: *serial, floor: *floor, request };
-            (Cow::Owned(zeros), Some(Payload::default()))
-        }
-        (_, _, payload) => (Cow::Borrowed(message), payload),
-    }
 }
 
 /// What the operator's ticket says of a seal.
@@ -342,15 +301,26 @@ fn sealed(volume: &Volume, name: SealName) -> Option<Payload> {
     }
 }
 
-fn read_by(mirror: &Mirror, read: OperationId) -> Option<Payload> {
-    let mut both = mirror.range.iter().chain(&mirror.answer);
-    both.find(|(operation, _)| *operation == read).map(|(_, payload)| payload.clone())
+/// What goes with a message of what was read. A piece without data costs its target no space and the network nothing.
+fn read_for(mirror: &Mirror, message: &Message, read: OperationId) -> Option<Payload> {
+    let piece = |read| mirror.ranges.get(&read).map(|(piece, payload)| (piece.blocks(), payload));
+    match message {
+        Message::Copy { piece: sent, .. } => piece(read).map(|(blocks, payload)| match sent.blocks() == blocks {
+            _ if payload.is_zero() => Payload::default(),
+            true => payload.clone(),
+            false => payload.select(blocks, sent.blocks()),
+        }),
+        Message::Compare { .. } => piece(read).map(|(_, payload)| Payload::digests(digests(payload.data()))),
+        _ => mirror.answer.as_ref().filter(|(operation, _)| *operation == read).map(|(_, payload)| payload.clone()),
+    }
 }
 
 /// What only a repeated question brings back.
 fn is_answer(message: &Message) -> bool {
     match message {
-        Message::Prepared { .. } | Message::Settled(_) | Message::Joined { .. } | Message::Refused(_) => true,
+        Message::Prepared { .. } | Message::Compared { .. } | Message::Settled(_) => true,
+        Message::Joined { .. } | Message::Refused(_) => true,
+        Message::Copy { .. } | Message::Compare { .. } => false,
         Message::Granted { .. } | Message::Invite(_) | Message::Prepare { .. } | Message::Renew { .. } => false,
         Message::Reconciled(_) | Message::Clear { .. } => false,
     }

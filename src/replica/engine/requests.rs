@@ -192,7 +192,9 @@ impl Engine {
                 self.open_if_quiet(key);
             }
             Output::Apply { .. }
-            | Output::ReadRange { .. }
+            | Output::ApplyPiece { .. }
+            | Output::Compare { .. }
+            | Output::ReadPiece { .. }
             | Output::FlushHere { .. }
             | Output::Persist { .. }
             | Output::WriteHot { .. }

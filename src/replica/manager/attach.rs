@@ -58,8 +58,8 @@ impl Manager {
             let status = self.engine().mirror_status(volume).await;
             if let Some(status) = status.map_err(|error| Failure::Status { volume, error })? {
                 // One that still makes the copies equal is about to answer.
-                let before = copied.replace(status.copied_bytes);
-                let goes_on = before.is_some_and(|before| before != status.copied_bytes);
+                let done = status.copied_bytes + status.equal_bytes;
+                let goes_on = copied.replace(done).is_some_and(|before| before != done);
                 if status.answers || goes_on && status.role == Role::Primary(Primary::Reconciling) {
                     return Err(Failure::Served(volume));
                 }

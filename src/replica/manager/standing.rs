@@ -25,6 +25,8 @@ pub struct MirrorView {
     pub wished: bool,
     pub copies: Vec<CopyView>,
     pub copied: u64,
+    /// Compared by it, and equal there already.
+    pub equal: u64,
     pub hot_extents: u64,
     pub requests: u64,
 }
@@ -85,6 +87,7 @@ impl MirrorView {
             wished: status.wish.as_ref().is_some_and(|wish| wish.primary == Some(here)),
             copies: all.into_iter().map(view).collect(),
             copied: status.copied_bytes,
+            equal: status.equal_bytes,
             hot_extents: status.hot_extents as u64,
             requests: status.requests as u64,
         }
@@ -176,6 +179,7 @@ mod tests {
             disk_failed: false,
             copies: [(two, CopyStatus { state: CopyState::UpToDate, connected: true })].into(),
             copied_bytes: 0,
+            equal_bytes: 0,
             hot_extents: 0,
             requests: 0,
         }
@@ -195,7 +199,7 @@ mod tests {
     #[test]
     fn a_wanted_copy_that_lacks_writes_is_degraded_until_it_is_up_to_date() {
         let [_, two, three] = copies();
-        for state in [CopyState::Outdated, CopyState::SyncTarget { copied_bytes: 1, left_bytes: 0 }] {
+        for state in [CopyState::Outdated, CopyState::SyncTarget { copied_bytes: 1, equal_bytes: 0, left_bytes: 0 }] {
             let mut behind = status();
             behind.configuration.secondaries.clear();
             behind.configuration.candidates.insert(two, Lacks::Everything);

@@ -5,7 +5,7 @@
 
 use super::connection::{self, ConnectionError, HANDSHAKE_LIMIT, Stream, buffered, prepare};
 use super::header::MAGIC;
-use super::hello::{Cluster, Copies, ENCRYPTED, Hello, Party, Rejection};
+use super::hello::{Cluster, Copies, ENCRYPTED, Hello, PIECES, Party, Rejection};
 use super::volume::{Event, Session, Volume};
 use crate::protocol::{Generation, SILENCE};
 use crate::tls::{Credentials, Expected, HandshakeError, Identity, Name, Role, peer_identity};
@@ -115,7 +115,7 @@ pub(super) struct Identification {
 
 impl Identification {
     pub fn features(&self) -> u64 {
-        if self.encrypted { ENCRYPTED } else { 0 }
+        if self.encrypted { PIECES | ENCRYPTED } else { PIECES }
     }
 
     pub fn cluster<'a>(&self, certificate: Option<&'a Identity>) -> Cluster<'a> {

@@ -64,6 +64,12 @@ pub enum Kind {
     Clear = 24,
     /// A message.
     Refused = 25,
+    /// A message.
+    Copy = 26,
+    /// A message.
+    Compare = 27,
+    /// A message.
+    Compared = 28,
 }
 
 impl Kind {
@@ -71,7 +77,7 @@ impl Kind {
         use Kind::*;
         let handshake = [Hello, Welcome, Confirm, Refuse, Heartbeat];
         let messages = [Invite, Joined, Prepare, Prepared, Renew, Granted, Reconciled, Settled, Clear, Refused];
-        handshake.into_iter().chain(messages).find(|kind| *kind as u8 == number)
+        handshake.into_iter().chain(messages).chain([Copy, Compare, Compared]).find(|kind| *kind as u8 == number)
     }
 }
 

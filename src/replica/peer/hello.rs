@@ -21,8 +21,11 @@ use uuid::Uuid;
 
 /// Incompatible feature: the connection is encrypted. A setting of the whole cluster, so both sides must say the same.
 pub const ENCRYPTED: u64 = 1;
+/// Incompatible feature: pieces of ranges are copied, and compared before. Whoever does not know it refuses the connection:
+/// there is no other way to bring a copy up to date any more.
+pub const PIECES: u64 = 2;
 /// Incompatible features that are understood.
-const KNOWN: u64 = ENCRYPTED;
+const KNOWN: u64 = ENCRYPTED | PIECES;
 
 /// A number that is used once.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -4,10 +4,10 @@
 //! decoder accepts is encoded to the same bytes.
 
 use super::header::{FrameError, Header, Kind};
-use super::payload::{Payload, Sealed};
+use super::payload::{Attached, DIGEST, Payload, Sealed};
 use crate::protocol::{
-    Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Lacks, MAX_COPIES, MAX_MARKS, Message,
-    Now, Request, SealName, SerialNumber, Stamp,
+    BlockSet, COMPARED_BLOCKS, Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Lacks,
+    MAX_COPIES, MAX_MARKS, Message, Now, Piece, Request, SealName, SerialNumber, Stamp,
 };
 use crate::store::format::Input;
 use crate::volume::{BLOCK_SIZE, BlockRange, InstanceId, MAX_REQUEST_BLOCKS, SnapshotId, VolumeId};
@@ -15,10 +15,10 @@ use std::time::Duration;
 
 /// Header and body of a message with what goes with it; the header lacks the body's checksum.
 pub fn encode(volume: VolumeId, message: &Message, payload: &Payload) -> (Header, Vec<u8>) {
-    encode_parts(volume, message, payload.blocks(), payload.sealed())
+    encode_parts(volume, message, payload.blocks(), payload.attached())
 }
 
-fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, sealed: Option<Sealed>) -> (Header, Vec<u8>) {
+fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, attached: &Attached) -> (Header, Vec<u8>) {
     let mut header = Header { blocks, ..Header::new(kind(message), volume) };
     let mut body = Vec::new();
     match message {
@@ -36,10 +36,29 @@ fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, sealed: Option
             (header.serial, header.value) = (*serial, floor.0);
             request_into(*request, &mut header);
             // snapshot (16), created (8)
-            if let Some(Sealed { snapshot, created_ms }) = sealed {
+            if let Attached::Sealed(Sealed { snapshot, created_ms }) = attached {
                 body.extend(snapshot.to_bytes());
                 body.extend(created_ms.to_le_bytes());
             }
+        }
+        Message::Copy { frame, serial, floor, piece } => {
+            frame_into(*frame, &mut header);
+            (header.serial, header.value) = (*serial, floor.0);
+            (header.offset, header.count) = (piece.range().offset(), piece.range().count());
+            body.extend(piece.blocks().to_bytes());
+        }
+        Message::Compare { frame, serial, floor, range } => {
+            frame_into(*frame, &mut header);
+            (header.serial, header.value) = (*serial, floor.0);
+            (header.offset, header.count) = (range.offset(), range.count());
+            if let Attached::Digests(digests) = attached {
+                body.extend_from_slice(digests);
+            }
+        }
+        Message::Compared { frame, serial, differs } => {
+            frame_into(*frame, &mut header);
+            (header.serial, header.operation) = (*serial, result_number(differs.map(drop)));
+            differs.iter().for_each(|blocks| body.extend(blocks.to_bytes()));
         }
         Message::Prepared { frame, serial, result } => {
             frame_into(*frame, &mut header);
@@ -72,11 +91,14 @@ fn kind(message: &Message) -> Kind {
         Message::Settled(_) => Kind::Settled,
         Message::Clear { .. } => Kind::Clear,
         Message::Refused(_) => Kind::Refused,
+        Message::Copy { .. } => Kind::Copy,
+        Message::Compare { .. } => Kind::Compare,
+        Message::Compared { .. } => Kind::Compared,
     }
 }
 
-/// The message of a frame whose checksums are right, and what it seals.
-pub fn decode(header: &Header, body: &[u8]) -> Result<(Message, Option<Sealed>), FrameError> {
+/// The message of a frame whose checksums are right, and what goes with it.
+pub fn decode(header: &Header, body: &[u8]) -> Result<(Message, Attached), FrameError> {
     let frame = Frame { stamp: header.stamp, incarnation: header.incarnation };
     let serial = header.serial;
     let message = match header.kind {
@@ -93,29 +115,48 @@ pub fn decode(header: &Header, body: &[u8]) -> Result<(Message, Option<Sealed>),
         Kind::Settled => Message::Settled(frame),
         Kind::Clear => Message::Clear { frame, below: serial },
         Kind::Refused => Message::Refused(header.stamp),
+        Kind::Copy => {
+            Message::Copy { frame, serial, floor: SerialNumber(header.value), piece: read_piece(header, body)? }
+        }
+        Kind::Compare => {
+            Message::Compare { frame, serial, floor: SerialNumber(header.value), range: read_compared(header, body)? }
+        }
+        Kind::Compared => {
+            let differs =
+                read_result(header.operation)?.map_or_else(|error| Ok(Err(error)), |()| read_set(body).map(Ok));
+            Message::Compared { frame, serial, differs: differs? }
+        }
         Kind::Hello | Kind::Welcome | Kind::Confirm | Kind::Refuse | Kind::Heartbeat => {
             return Err(FrameError::Field("kind"));
         }
     };
-    let sealed = match message {
-        Message::Prepare { request: Request::Seal(_), .. } => Some(read_sealed(body)?),
-        _ => None,
+    let attached = match message {
+        Message::Prepare { request: Request::Seal(_), .. } => Attached::Sealed(read_sealed(body)?),
+        Message::Compare { .. } => Attached::Digests(body.to_vec().into()),
+        _ => Attached::Nothing,
     };
     if !may_carry(&message, header.blocks) {
         return Err(FrameError::Field("blocks"));
     }
     // What the kind does not use is 0, and a body that says the same in other bytes is none of ours.
-    let (again, bytes) = encode_parts(header.volume, &message, header.blocks, sealed);
+    let (again, bytes) = encode_parts(header.volume, &message, header.blocks, &attached);
     if bytes != body || (Header { body_crc: header.body_crc, ..again }) != *header {
         return Err(FrameError::Field("unused"));
     }
-    Ok((message, sealed))
+    Ok((message, attached))
 }
 
 /// Whether a payload goes with a message.
 pub fn may_have(message: &Message, payload: &Payload) -> bool {
-    let seals = matches!(message, Message::Prepare { request: Request::Seal(_), .. });
-    may_carry(message, payload.blocks()) && payload.sealed().is_some() == seals
+    may_carry(message, payload.blocks())
+        && match (message, payload.attached()) {
+            (Message::Prepare { request: Request::Seal(_), .. }, attached) => matches!(attached, Attached::Sealed(_)),
+            (Message::Compare { range, .. }, Attached::Digests(digests)) => {
+                digests.len() == DIGEST * range.count() as usize
+            }
+            (Message::Compare { .. }, _) => false,
+            (_, attached) => *attached == Attached::Nothing,
+        }
 }
 
 /// Whether a message may have a payload of so many blocks: a write, and the answer to a read.
@@ -123,6 +164,9 @@ fn may_carry(message: &Message, blocks: u32) -> bool {
     match message {
         Message::Prepare { request: Request::Write(range), .. } => range.count() == blocks,
         Message::Prepared { result: Ok(()), .. } => blocks <= MAX_REQUEST_BLOCKS,
+        // Without data they are zeros.
+        Message::Copy { piece, .. } => piece.count() == blocks || blocks == 0,
+        Message::Compare { .. } | Message::Compared { .. } => blocks == 0,
         Message::Prepare { .. } | Message::Prepared { .. } | Message::Invite(_) | Message::Joined { .. } => blocks == 0,
         Message::Renew { .. } | Message::Granted { .. } | Message::Reconciled(_) | Message::Settled(_) => blocks == 0,
         Message::Clear { .. } | Message::Refused(_) => blocks == 0,
@@ -150,11 +194,28 @@ fn request_into(request: Request, header: &mut Header) {
     }
 }
 
+fn read_range(header: &Header) -> Result<BlockRange, FrameError> {
+    let start = header.offset.is_multiple_of(BLOCK_SIZE).then_some(header.offset / BLOCK_SIZE);
+    start.and_then(|start| BlockRange::new(start, header.count)).ok_or(FrameError::Field("range"))
+}
+
+fn read_set(body: &[u8]) -> Result<BlockSet, FrameError> {
+    body.try_into().map(BlockSet::from_bytes).map_err(|_| FrameError::Field("blocks"))
+}
+
+fn read_piece(header: &Header, body: &[u8]) -> Result<Piece, FrameError> {
+    Piece::new(read_range(header)?, read_set(body)?).ok_or(FrameError::Field("blocks"))
+}
+
+/// A range of which the body has all digests.
+fn read_compared(header: &Header, body: &[u8]) -> Result<BlockRange, FrameError> {
+    let range = read_range(header)?;
+    let fits = range.count() <= COMPARED_BLOCKS && body.len() == DIGEST * range.count() as usize;
+    if fits { Ok(range) } else { Err(FrameError::Field("digests")) }
+}
+
 fn read_request(header: &Header) -> Result<Request, FrameError> {
-    let range = || {
-        let start = header.offset.is_multiple_of(BLOCK_SIZE).then_some(header.offset / BLOCK_SIZE);
-        start.and_then(|start| BlockRange::new(start, header.count)).ok_or(FrameError::Field("range"))
-    };
+    let range = || read_range(header);
     // One frame carries the data of one request.
     let small = || {
         range().and_then(|range| match range.count() {

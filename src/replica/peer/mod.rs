@@ -26,6 +26,6 @@ mod volume;
 
 pub use endpoint::{AlreadyOpen, Endpoint, Security};
 pub use hello::Party;
-pub use payload::{Blocks, Payload, Sealed};
+pub use payload::{Attached, Blocks, DIGEST, Payload, Sealed, digests, is_zero};
 pub use queue::{MAX_IN_FLIGHT, SendError};
 pub use volume::{Event, Session};

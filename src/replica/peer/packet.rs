@@ -89,8 +89,8 @@ impl Packet {
             Kind::Refuse => Self::Refuse(Reason::from_number(header.operation).ok_or(FrameError::Field("reason"))?),
             Kind::Heartbeat => Self::Heartbeat,
             _ => {
-                let (message, sealed) = message::decode(header, &body)?;
-                return Ok(Self::Message(message, Payload::received(data, crcs, sealed)));
+                let (message, attached) = message::decode(header, &body)?;
+                return Ok(Self::Message(message, Payload::received(data, crcs, attached)));
             }
         };
         // Nothing else is in these.

@@ -1,8 +1,9 @@
-//! What goes with a message of the core: blocks with the checksum of each, or what a seal names.
+//! What goes with a message of the core: blocks with the checksum of each, digests of blocks, or what a seal names.
 //!
 //! Invariants: a checksum is made where the data enters, by [`Payload::new`], and checked where it is written, by
 //! [`Payload::check`]; nothing in between makes it anew. At most [`MAX_REQUEST_BLOCKS`] whole blocks. What arrived lies where direct I/O takes it.
 
+use crate::protocol::BlockSet;
 use crate::volume::{BLOCK_SIZE, MAX_REQUEST_BLOCKS, SnapshotId};
 use bytes::Bytes;
 
@@ -12,7 +13,45 @@ pub struct Payload {
     data: Bytes,
     /// Four bytes for each block, as they travel.
     crcs: Bytes,
-    sealed: Option<Sealed>,
+    attached: Attached,
+}
+
+/// What goes with a message that has no blocks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Attached {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// With a seal.
+    Sealed(Sealed),
+    /// With a comparison: [`DIGEST`] bytes for each block.
+    Digests(Bytes),
+}
+
+/// Bytes of the digest of a block.
+pub const DIGEST: usize = 32;
+
+/// SHA-256 of a block: two that differ never look equal, whoever wrote them and whatever for. With the instructions that
+/// processors have for it, it keeps up with a disk; a shorter or faster sum would let a database's user make two copies
+/// differ for ever.
+fn digest(block: &[u8]) -> [u8; DIGEST] {
+    let mut digest = [0; DIGEST];
+    // What was never written need not be computed each time; nobody can make a block whose SHA-256 is this.
+    if !is_zero(block) {
+        digest.copy_from_slice(ring::digest::digest(&ring::digest::SHA256, block).as_ref());
+    }
+    digest
+}
+
+/// Whether a block is all zeros.
+pub fn is_zero(block: &[u8]) -> bool {
+    const ZEROS: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
+    *block == ZEROS
+}
+
+/// The digest of each block, one behind the other.
+pub fn digests(data: &[u8]) -> Bytes {
+    data.chunks(BLOCK_SIZE as usize).flat_map(digest).collect::<Vec<_>>().into()
 }
 
 /// What a seal names: every copy makes the same snapshot, at the same point of the stream of writes.
@@ -81,22 +120,46 @@ impl Payload {
             return Err(BadLength(data.len()));
         }
         let crcs = data.chunks(block).flat_map(|block| crc32c::crc32c(block).to_le_bytes()).collect::<Vec<_>>();
-        Ok(Self { data, crcs: crcs.into(), sealed: None })
+        Ok(Self { data, crcs: crcs.into(), attached: Attached::Nothing })
     }
 
     /// What goes with a seal.
     pub fn seal(sealed: Sealed) -> Self {
-        Self { sealed: Some(sealed), ..Self::default() }
+        Self { attached: Attached::Sealed(sealed), ..Self::default() }
+    }
+
+    /// What goes with a comparison.
+    pub fn digests(digests: Bytes) -> Self {
+        Self { attached: Attached::Digests(digests), ..Self::default() }
+    }
+
+    /// What goes with it beside its blocks.
+    pub fn attached(&self) -> &Attached {
+        &self.attached
     }
 
     /// What a seal names.
     pub fn sealed(&self) -> Option<Sealed> {
-        self.sealed
+        match self.attached {
+            Attached::Sealed(sealed) => Some(sealed),
+            Attached::Nothing | Attached::Digests(_) => None,
+        }
+    }
+
+    /// Some of its blocks, which are those of `from`, with the checksums that they have.
+    pub fn select(&self, from: BlockSet, blocks: BlockSet) -> Self {
+        let (mut data, mut crcs) = (Vec::with_capacity(self.data.len()), Vec::new());
+        let pairs = self.data.chunks(BLOCK_SIZE as usize).zip(self.crcs.chunks(4));
+        for (_, (block, crc)) in from.blocks().zip(pairs).filter(|(number, _)| blocks.contains(*number)) {
+            data.extend_from_slice(block);
+            crcs.extend_from_slice(crc);
+        }
+        Self { data: data.into(), crcs: crcs.into(), attached: Attached::Nothing }
     }
 
     /// What arrived: as many crcs as the header has announced blocks.
-    pub(super) fn received(data: Bytes, crcs: Bytes, sealed: Option<Sealed>) -> Self {
-        Self { data, crcs, sealed }
+    pub(super) fn received(data: Bytes, crcs: Bytes, attached: Attached) -> Self {
+        Self { data, crcs, attached }
     }
 
     /// The blocks.
@@ -121,8 +184,7 @@ impl Payload {
 
     /// Whether there are blocks and all of them are zeros.
     pub fn is_zero(&self) -> bool {
-        const ZEROS: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
-        !self.data.is_empty() && self.data.chunks(ZEROS.len()).all(|block| block == ZEROS)
+        !self.data.is_empty() && self.data.chunks(BLOCK_SIZE as usize).all(is_zero)
     }
 
     /// Whether each block is what entered at the other end.

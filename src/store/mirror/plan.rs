@@ -1,13 +1,26 @@
-//! The ranges that a copy lacks: blocks of the layers since it left, and of hot extents.
+//! What a copy lacks: the blocks of the layers since it left, which are known to differ, and those of hot extents or of the
+//! whole volume, which may.
 //!
-//! Invariants: ranges ascend, are within the volume and of at most [`MAX_REQUEST_BLOCKS`] blocks, and two that touch are
-//! one unless it would be too long; a plan holds the maps as they were when it was made, and finds one range at a time.
+//! Invariants: what is found ascends, never overlaps and is within the volume; blocks that are known and close to each other are
+//! one piece, since what is between them costs nothing and another piece a message; a plan holds the maps as they were when it was
+//! made, and finds one thing at a time.
 
 use super::super::Store;
 use super::super::extents::{limit, resolve};
 use super::super::map::{Entry, Map};
-use crate::protocol::{DiskError, EXTENT_BLOCKS, Extent, Lacks};
+use crate::protocol::{BlockSet, COMPARED_BLOCKS, DiskError, EXTENT_BLOCKS, Extent, Lacks, Missing, Piece};
 use crate::volume::{BlockRange, MAX_REQUEST_BLOCKS, VolumeId};
+
+/// Most runs of one piece: each is an operation here and on the other disk, and several pieces are under way.
+const MAX_RUNS: usize = 32;
+
+/// What the plan says of a run of blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Equal,
+    Known,
+    Suspected,
+}
 
 /// What belongs to a plan by the layers.
 #[derive(Clone, Debug)]
@@ -59,15 +72,15 @@ impl Store {
         Ok(())
     }
 
-    /// The next range of the plan; `None` at its end.
-    pub fn next_range(&mut self, volume: VolumeId) -> Option<BlockRange> {
+    /// What the plan has next; `None` at its end.
+    pub fn next_missing(&mut self, volume: VolumeId) -> Option<Missing> {
         let plan = &mut self.mirrors.volumes.get_mut(&volume)?.plan;
-        let range = plan.as_mut()?.next();
-        if range.is_none() {
+        let missing = plan.as_mut()?.next();
+        if missing.is_none() {
             // Its maps hold memory.
             *plan = None;
         }
-        range
+        missing
     }
 }
 
@@ -79,46 +92,65 @@ impl MirrorPlan {
         Self { layers, hot: hot.into_iter().peekable(), next: 0, end: blocks }
     }
 
-    /// Whether the block at `next` belongs to the plan, and for how many, at most `most`, it is the same.
-    fn run(&mut self, most: u64) -> (bool, u64) {
+    /// What the plan says of the block at `next`, and for how many, at most `most`, it is the same.
+    fn run(&mut self, most: u64) -> (Kind, u64) {
         let start = |extent: &Extent| u64::from(extent.0) * EXTENT_BLOCKS;
         while self.hot.next_if(|extent| start(extent) + EXTENT_BLOCKS <= self.next).is_some() {}
         let most = match self.hot.peek().map(start) {
-            Some(start) if start <= self.next => return (true, most.min(start + EXTENT_BLOCKS - self.next)),
+            Some(start) if start <= self.next => {
+                return (Kind::Suspected, most.min(start + EXTENT_BLOCKS - self.next));
+            }
             Some(start) => most.min(start - self.next),
             None => most,
         };
         match &self.layers {
-            Layers::Whole => (true, most),
+            Layers::Whole => (Kind::Suspected, most),
             Layers::Some(layers) => {
                 let (entry, count) = resolve(layers, self.next, limit(most));
-                (entry != Entry::Absent, u64::from(count))
+                (if entry == Entry::Absent { Kind::Equal } else { Kind::Known }, u64::from(count))
             }
         }
+    }
+
+    /// What is known from `next` on, as much as one piece may have.
+    fn piece(&mut self) -> Option<Piece> {
+        let (start, mut end, mut runs) = (self.next, self.next, 0);
+        let last = self.end.min(start + u64::from(MAX_REQUEST_BLOCKS));
+        let mut blocks = BlockSet::default();
+        while self.next < last {
+            let (kind, count) = self.run(last - self.next);
+            match kind {
+                Kind::Equal => {}
+                Kind::Known if self.next > end && runs == MAX_RUNS => break,
+                Kind::Known => {
+                    runs += usize::from(self.next > end || runs == 0);
+                    blocks.insert((self.next - start) as u32, count as u32);
+                    end = self.next + count;
+                }
+                Kind::Suspected => break,
+            }
+            self.next += count;
+        }
+        Piece::new(BlockRange::new(start, (end - start) as u32)?, blocks)
     }
 }
 
 impl Iterator for MirrorPlan {
-    type Item = BlockRange;
+    type Item = Missing;
 
-    fn next(&mut self) -> Option<BlockRange> {
-        let (mut start, mut count) = (self.next, 0);
-        while self.next < self.end && count < u64::from(MAX_REQUEST_BLOCKS) {
-            let left = self.end - self.next;
-            let (lacks, found) =
-                self.run(if count > 0 { left.min(u64::from(MAX_REQUEST_BLOCKS) - count) } else { left });
-            match (lacks, count) {
-                (true, _) => {
-                    let found = found.min(u64::from(MAX_REQUEST_BLOCKS) - count);
-                    (count, self.next) = (count + found, self.next + found);
+    fn next(&mut self) -> Option<Missing> {
+        while self.next < self.end {
+            let (kind, count) = self.run(self.end - self.next);
+            match kind {
+                Kind::Equal => self.next += count,
+                Kind::Known => return self.piece().map(Missing::Known),
+                Kind::Suspected => {
+                    let range = BlockRange::new(self.next, count.min(u64::from(COMPARED_BLOCKS)) as u32)?;
+                    self.next = range.end();
+                    return Some(Missing::Suspected(range));
                 }
-                (false, 0) => {
-                    self.next += found;
-                    start = self.next;
-                }
-                (false, _) => break,
             }
         }
-        BlockRange::new(start, count as u32)
+        None
     }
 }

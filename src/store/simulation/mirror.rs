@@ -7,8 +7,8 @@
 use super::oracle::{Content, ZEROS};
 use super::world::{Kind, Operation, Outcome, World};
 use crate::protocol::{
-    Configuration, ConfigurationVersion, DiskError, EXTENT_BLOCKS, Extent, Generation, Lacks, OperationId, Record,
-    Stamp,
+    COMPARED_BLOCKS, Configuration, ConfigurationVersion, DiskError, EXTENT_BLOCKS, Extent, Generation, Lacks, Missing,
+    OperationId, Record, Stamp,
 };
 use crate::store::Reserve;
 use crate::volume::{BlockRange, BootId, InstanceId, MAX_REQUEST_BLOCKS, VolumeId};
@@ -279,15 +279,18 @@ impl World {
     fn planned(&mut self, id: VolumeId, lacks: Lacks) -> Result<(BTreeSet<u64>, u64), String> {
         let known = self.store().volumes().into_iter().find(|info| info.volume == id).ok_or("the volume is gone")?;
         self.store().plan(id, Some(lacks), &[]).map_err(|error| error.to_string())?;
-        let (mut planned, mut end, mut full) = (BTreeSet::new(), 0, true);
-        while let Some(range) = self.store().next_range(id) {
-            let count = range.end() - range.start();
-            let apart = range.start() > end || full && range.start() == end;
-            if !apart || range.end() > known.size.blocks() || count > u64::from(MAX_REQUEST_BLOCKS) {
-                return Err(format!("{range:?} follows a range that ends with {end}"));
+        let (mut planned, mut end) = (BTreeSet::new(), 0);
+        while let Some(missing) = self.store().next_missing(id) {
+            let range = missing.range();
+            let (most, blocks) = match missing {
+                Missing::Known(piece) => (MAX_REQUEST_BLOCKS, piece.runs().collect()),
+                Missing::Suspected(range) => (COMPARED_BLOCKS, vec![range]),
+            };
+            if range.start() < end || range.end() > known.size.blocks() || range.count() > most {
+                return Err(format!("{missing:?} follows a range that ends with {end}"));
             }
-            planned.extend(range.start()..range.end());
-            (end, full) = (range.end(), count == u64::from(MAX_REQUEST_BLOCKS));
+            planned.extend(blocks.into_iter().flat_map(|run| run.start()..run.end()));
+            end = range.end();
         }
         Ok((planned, known.size.blocks()))
     }

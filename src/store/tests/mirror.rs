@@ -2,9 +2,10 @@
 
 use super::*;
 use crate::protocol::{
-    Configuration, ConfigurationVersion, EXTENT_BLOCKS, Extent, Generation, Lacks, MAX_MARKS, Record, Stamp,
+    BlockSet, COMPARED_BLOCKS, Configuration, ConfigurationVersion, EXTENT_BLOCKS, Extent, Generation, Lacks,
+    MAX_MARKS, Missing, Piece, Record, Stamp,
 };
-use crate::volume::{BootId, MAX_REQUEST_BLOCKS};
+use crate::volume::BootId;
 
 fn stamp(version: u64) -> Stamp {
     Stamp { generation: Generation(1), version: ConfigurationVersion(version) }
@@ -50,10 +51,9 @@ impl Bench {
         self.run(out, &mut Memory::zeros(4096).expect("memory")).expect("it ends")
     }
 
-    fn plan(&mut self, id: VolumeId, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<(u64, u32)> {
+    fn plan(&mut self, id: VolumeId, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<Missing> {
         self.store().plan(id, lacks, hot).expect("a plan");
-        let next = || self.store().next_range(id).map(|range| (range.start(), (range.end() - range.start()) as u32));
-        std::iter::from_fn(next).collect()
+        std::iter::from_fn(|| self.store().next_missing(id)).collect()
     }
 }
 
@@ -65,6 +65,23 @@ fn mirrored() -> (Bench, VolumeId) {
     assert_eq!(bench.store().mirrored(id), None);
     bench.persist(id, 1, &[]);
     (bench, id)
+}
+
+/// Known blocks, in runs from `start` on.
+fn known(start: u64, runs: &[(u32, u32)]) -> Missing {
+    let (mut blocks, mut end) = (BlockSet::default(), 0);
+    for (first, count) in runs {
+        blocks.insert(*first, *count);
+        end = first + count;
+    }
+    Missing::Known(Piece::new(range(start, end), blocks).expect("a block"))
+}
+
+/// The parts in which so many blocks are compared.
+fn compared(start: u64, count: u64) -> Vec<Missing> {
+    let part = u64::from(COMPARED_BLOCKS);
+    let parts = (0..count.div_ceil(part)).map(|at| (at * part, part.min(count - at * part)));
+    parts.map(|(at, count)| Missing::Suspected(range(start + at, count as u32))).collect()
 }
 
 const SINCE_TWO: Option<Lacks> =
@@ -82,17 +99,14 @@ fn a_copy_lacks_what_was_written_since_it_left_and_what_was_hot_then() {
     assert_eq!(bench.control(Control::Seal { volume: id, snapshot: snapshot(1), created_ms: 5 }), Ok(()));
     bench.write(id, 103, &[3]);
     bench.simple(id, Request::Discard(range(10, 2)));
-    let hot = (0..4).map(|part| (2 * EXTENT_BLOCKS + 256 * part, MAX_REQUEST_BLOCKS));
-    let all = [vec![(10, 2), (100, 4)], hot.collect(), vec![(8 * EXTENT_BLOCKS, 10)]].concat();
+    let first = [known(10, &[(0, 2), (90, 4)])];
+    let hot = [compared(2 * EXTENT_BLOCKS, EXTENT_BLOCKS), compared(8 * EXTENT_BLOCKS, 10)];
+    let all = [&first[..], &hot.concat()].concat();
     for _ in 0..2 {
         assert_eq!(bench.plan(id, SINCE_TWO, &[]), all);
-        assert_eq!(bench.plan(id, None, &[Extent(8)]), [(8 * EXTENT_BLOCKS, 10)]);
+        assert_eq!(bench.plan(id, None, &[Extent(8)]), compared(8 * EXTENT_BLOCKS, 10));
         let whole = bench.plan(id, Some(Lacks::Everything), &[]);
-        assert_eq!(
-            (whole.len(), whole[0], whole[32]),
-            (33, (0, 256), (8192, 10)),
-            "it may hold what reads as zeros here"
-        );
+        assert_eq!(whole, compared(0, 8 * EXTENT_BLOCKS + 10), "it may hold what reads as zeros here");
         assert_eq!(bench.store().snapshots().len(), 1, "a base is nobody's snapshot");
         bench.kill();
         bench.idle();
@@ -106,13 +120,28 @@ fn a_copy_lacks_what_was_written_since_it_left_and_what_was_hot_then() {
     assert_eq!(bench.plan(id, SINCE_TWO, &[]), all, "merging and opening change nothing");
 }
 
+/// Each of them was a message of its own, and half a minute of a resync went by with waiting for answers.
+#[test]
+fn scattered_blocks_are_few_pieces() {
+    let (mut bench, id) = mirrored();
+    bench.persist(id, 2, &[(2, 2)]);
+    for block in (0..600).step_by(6) {
+        bench.write(id, block, &[1]);
+    }
+    let runs = |count: u32| (0..count).map(|run| (6 * run, 1)).collect::<Vec<_>>();
+    let expected = [known(0, &runs(32)), known(192, &runs(32)), known(384, &runs(32)), known(576, &runs(4))];
+    assert_eq!(bench.plan(id, SINCE_TWO, &[]), expected, "no piece has more runs");
+    let hot = bench.plan(id, SINCE_TWO, &[Extent(0)]);
+    assert_eq!(hot, compared(0, EXTENT_BLOCKS), "what is hot is compared, also where it was written since");
+}
+
 #[test]
 fn a_new_plan_is_in_place_of_the_one_before() {
     let (mut bench, id) = mirrored();
     bench.store().plan(id, None, &[Extent(0)]).expect("a plan");
-    assert_eq!(bench.store().next_range(id), BlockRange::new(0, 256));
+    assert_eq!(bench.store().next_missing(id), compared(0, 64).pop());
     assert_eq!(bench.plan(id, None, &[]), []);
-    assert_eq!(bench.store().next_range(id), None);
+    assert_eq!(bench.store().next_missing(id), None);
     assert_eq!(bench.store().plan(volume(2), None, &[]), Err(DiskError::Failed), "it is not mirrored");
 }
 
@@ -120,7 +149,7 @@ fn a_new_plan_is_in_place_of_the_one_before() {
 fn who_left_unseen_or_without_a_reserve_lacks_the_whole_volume() {
     let (mut bench, id) = mirrored();
     let whole = 8 * EXTENT_BLOCKS + 10;
-    let blocks = |plan: Vec<(u64, u32)>| plan.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
+    let blocks = |plan: Vec<Missing>| plan.iter().map(|missing| u64::from(missing.range().count())).sum::<u64>();
     assert_eq!(bench.persist_with(id, record(2, &[(2, 2)]), Reserve::Refused), Ok(()));
     assert_eq!(blocks(bench.plan(id, SINCE_TWO, &[])), whole);
     bench.persist(id, 5, &[(2, 2), (3, 4), (4, 1)]);
@@ -146,7 +175,7 @@ fn a_base_goes_when_no_record_names_it() {
     }
     bench.write(id, 2, &[2]);
     bench.persist(id, 6, &[(2, 5)]);
-    assert_eq!(bench.plan(id, Some(Lacks::Since(stamp(5))), &[]), [(2, 1)]);
+    assert_eq!(bench.plan(id, Some(Lacks::Since(stamp(5))), &[]), [known(2, &[(0, 1)])]);
     bench.idle();
     assert_eq!(bench.store().volumes()[0].layers, 2, "the others are merged");
     bench.persist(id, 7, &[]);

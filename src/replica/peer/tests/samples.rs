@@ -1,12 +1,12 @@
 //! One frame of each kind, and any message at all.
 
 use crate::protocol::{
-    Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Incarnation, Lacks, MAX_COPIES, Message,
-    Now, Request, SealName, SerialNumber, Stamp,
+    BlockSet, Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Incarnation, Lacks,
+    MAX_COPIES, Message, Now, Piece, Request, SealName, SerialNumber, Stamp,
 };
 use crate::replica::peer::hello::{ENCRYPTED, Hello, Nonce, Party, Reason};
 use crate::replica::peer::packet::Packet;
-use crate::replica::peer::payload::{Payload, Sealed};
+use crate::replica::peer::payload::{Payload, Sealed, digests};
 use crate::tls::Name;
 use crate::volume::{BLOCK_SIZE, BlockRange, ClusterId, InstanceId, SnapshotId, VolumeId};
 use proptest::collection::{btree_map, vec};
@@ -53,6 +53,13 @@ pub fn seal(serial: u64) -> Message {
     Message::Prepare { frame: frame(), serial: SerialNumber(serial), floor: SerialNumber(3), request }
 }
 
+/// Every other block of a range.
+pub fn piece(range: BlockRange) -> Piece {
+    let mut blocks = BlockSet::default();
+    (0..range.count()).step_by(2).for_each(|block| blocks.insert(block, 1));
+    Piece::new(range, blocks).expect("a block")
+}
+
 pub fn sealed(number: u8) -> Payload {
     Payload::seal(Sealed { snapshot: SnapshotId::from_bytes([number; 16]), created_ms: 0x0102_0304 })
 }
@@ -84,7 +91,7 @@ pub fn configuration() -> Configuration {
 /// With the names of their golden files.
 pub fn frames() -> Vec<(&'static str, Packet)> {
     let message = |message| Packet::Message(message, Payload::default());
-    let (serial, sent) = (SerialNumber(12), Now(Duration::new(5, 6)));
+    let (serial, floor, sent) = (SerialNumber(12), SerialNumber(3), Now(Duration::new(5, 6)));
     let hot = [Extent(0), Extent(5), Extent(u32::MAX)].into();
     vec![
         ("hello", Packet::Hello(hello())),
@@ -103,6 +110,18 @@ pub fn frames() -> Vec<(&'static str, Packet)> {
         ("settled", message(Message::Settled(frame()))),
         ("clear", message(Message::Clear { frame: frame(), below: serial })),
         ("refused", message(Message::Refused(stamp(3, 1)))),
+        (
+            "copy",
+            Packet::Message(Message::Copy { frame: frame(), serial, floor, piece: piece(range(9, 3)) }, payload(2)),
+        ),
+        (
+            "compare",
+            Packet::Message(
+                Message::Compare { frame: frame(), serial, floor, range: range(9, 2) },
+                Payload::digests(digests(payload(2).data())),
+            ),
+        ),
+        ("compared", message(Message::Compared { frame: frame(), serial, differs: Ok(BlockSet::first(2)) })),
     ]
 }
 
@@ -147,7 +166,7 @@ pub fn any_message() -> impl Strategy<Value = Packet> {
         (any_stamp(), any::<u64>()).prop_map(|(stamp, number)| Frame { stamp, incarnation: Incarnation(number) });
     let numbers = (any::<u64>(), any::<u64>(), 0..1_000_000_000u32, 0..5u8);
     let hot = vec(any::<u32>().prop_map(Extent), 0..9);
-    (0..10, frame, numbers, any_request(), any_configuration(), hot).prop_map(
+    (0..13, frame, numbers, any_request(), any_configuration(), hot).prop_map(
         |(kind, frame, (one, other, nanoseconds, small), request, configuration, hot)| {
             let (serial, sent) = (SerialNumber(one), Now(Duration::new(other, nanoseconds)));
             let errors = [DiskError::NoSpace, DiskError::Failed, DiskError::Corrupt, DiskError::Fenced];
@@ -161,15 +180,35 @@ pub fn any_message() -> impl Strategy<Value = Packet> {
                 6 => Message::Granted { frame, sent },
                 7 => Message::Reconciled(frame),
                 8 => Message::Clear { frame, below: serial },
+                9 => Message::Copy {
+                    frame,
+                    serial,
+                    floor: SerialNumber(other),
+                    piece: piece(range(one >> 40, 1 + u32::from(small))),
+                },
+                10 => Message::Compare {
+                    frame,
+                    serial,
+                    floor: SerialNumber(other),
+                    range: range(one >> 40, 1 + u32::from(small)),
+                },
+                11 => Message::Compared { frame, serial, differs: result.map(|()| BlockSet::first(nanoseconds % 300)) },
                 _ => Message::Refused(frame.stamp),
             };
             let blocks = match &message {
                 Message::Prepare { request: Request::Write(range), .. } => range.count() as u8,
                 Message::Prepared { result: Ok(()), .. } => small,
+                Message::Copy { piece, .. } if other % 2 == 0 => piece.count() as u8,
                 _ => 0,
             };
             let seals = matches!(message, Message::Prepare { request: Request::Seal(_), .. });
-            Packet::Message(message, if seals { sealed(small) } else { payload(blocks) })
+            let compared = match &message {
+                Message::Compare { range, .. } => Some(digests(payload(range.count() as u8).data())),
+                _ => None,
+            };
+            let plain = || if seals { sealed(small) } else { payload(blocks) };
+            let payload = compared.map_or_else(plain, Payload::digests);
+            Packet::Message(message, payload)
         },
     )
 }
