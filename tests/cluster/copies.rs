@@ -48,6 +48,8 @@ async fn a_lost_copy_is_made_anew_without_a_person_also_that_of_the_primary() {
     write(&staging);
     cluster.run(&["kill", "all", "2"]);
     until_copies_are_on(&cluster, &id, ["node-1", "node-3"]);
+    // What was filled has other layers, and reads the same.
+    tandem(&cluster, "controller", &["verify", &id, "--copies", "--rate", "1Gi"]);
     // It comes back, and gives its space back.
     cluster.run(&["start", "all", "2"]);
     let trees = cluster.dir().join("node-2/pool/trees");
