@@ -1,5 +1,7 @@
 //! A cluster of real processes in network namespaces: volumes are made, used and lost where they are; mirrored ones outlive that.
 
+#[path = "cluster/copies.rs"]
+mod copies;
 #[path = "cluster/rig.rs"]
 mod rig;
 
@@ -204,12 +206,16 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
 
 /// What a command of a person at this host says, with the controller's socket as the cluster has it.
 fn tandem(cluster: &Cluster, host: &str, arguments: &[&str]) -> String {
+    let output = command(cluster, host, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn command(cluster: &Cluster, host: &str, arguments: &[&str]) -> std::process::Output {
     let controller = format!("unix://{}", cluster.dir().join("controller/csi.sock").display());
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tandem"));
     command.args(arguments).arg("--dir").arg(cluster.dir().join(host)).args(["--controller-endpoint", &controller]);
-    let output = command.output().expect("started");
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
+    command.output().expect("started")
 }
 
 #[test]

@@ -4,6 +4,8 @@
 
 #[path = "csi_controller/changes.rs"]
 mod changes;
+#[path = "csi_controller/compare.rs"]
+mod compare;
 #[path = "csi_controller/copies.rs"]
 mod copies;
 #[path = "csi_controller/crashes.rs"]
@@ -22,6 +24,8 @@ mod mirrors;
 mod nodes;
 #[path = "csi_controller/publish.rs"]
 mod publish;
+#[path = "csi_controller/rebuild.rs"]
+mod rebuild;
 #[path = "csi_controller/recover.rs"]
 mod recover;
 #[path = "csi_controller/recovery.rs"]

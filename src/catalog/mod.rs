@@ -27,8 +27,8 @@ pub use configuration::ConfigurationError;
 pub use embedded::Embedded;
 pub use objects::{
     Access, AccessMode, BadConfiguration, Base, CopyReport, CopySpec, Descriptor, FsType, GroupMember, GroupSnapshot,
-    GroupStatus, MirrorSpec, Node, NodeName, Publication, Replication, Snapshot, SnapshotStatus, Source, Volume,
-    VolumeConfiguration, VolumePhase, VolumeRequest, VolumeSpec, VolumeStatus,
+    GroupStatus, MirrorSpec, Missed, Node, NodeName, Publication, Rebuild, RebuildAfter, Replication, Snapshot,
+    SnapshotStatus, Source, Volume, VolumeConfiguration, VolumePhase, VolumeRequest, VolumeSpec, VolumeStatus,
 };
 
 pub use remote::{CALL_LIMIT, Remote};

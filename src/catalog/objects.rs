@@ -6,7 +6,9 @@
 mod mirror;
 mod node;
 
-pub use mirror::{BadConfiguration, CopyReport, CopySpec, MirrorSpec, Replication, VolumeConfiguration};
+pub use mirror::{
+    BadConfiguration, CopyReport, CopySpec, MirrorSpec, Missed, Rebuild, RebuildAfter, Replication, VolumeConfiguration,
+};
 pub use node::Node;
 
 use super::Object;
@@ -123,6 +125,9 @@ pub struct VolumeRequest {
     /// The parameter.
     #[serde(default)]
     pub replication: Replication,
+    /// The parameter.
+    #[serde(default)]
+    pub rebuild_after: RebuildAfter,
 }
 
 /// What is wanted of a volume.
@@ -147,6 +152,9 @@ pub struct VolumeSpec {
     /// [`VolumeRequest::source`].
     #[serde(default)]
     pub base: Option<Base>,
+    /// When a copy that is missed is made anew elsewhere.
+    #[serde(default)]
+    pub rebuild_after: RebuildAfter,
 }
 
 /// The snapshot that copies of a volume are clones of.
@@ -185,6 +193,9 @@ pub struct VolumeStatus {
     /// What their nodes say of them.
     #[serde(default)]
     pub reports: BTreeMap<InstanceId, CopyReport>,
+    /// Wanted copies that the controller misses.
+    #[serde(default)]
+    pub missed: BTreeMap<InstanceId, Missed>,
 }
 
 /// A volume.
@@ -204,12 +215,12 @@ pub struct Volume {
 impl Volume {
     /// A volume that is to be made.
     pub fn wanted(id: VolumeId, request: VolumeRequest) -> Self {
-        let (size, verify_reads) = (request.size, request.verify_reads);
+        let (size, verify_reads, rebuild_after) = (request.size, request.verify_reads, request.rebuild_after);
         let publications = BTreeMap::new();
         let (mirror, node, base) = Default::default();
-        let spec = VolumeSpec { size, verify_reads, publications, mirror, deleted: false, node, base };
-        let (copies, reports) = (BTreeSet::new(), BTreeMap::new());
-        let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies, reports };
+        let spec = VolumeSpec { size, verify_reads, publications, mirror, deleted: false, node, base, rebuild_after };
+        let (copies, reports, missed) = Default::default();
+        let status = VolumeStatus { phase: VolumePhase::Creating, size, verify_reads, copies, reports, missed };
         Self { id, request, spec, status }
     }
     /// Whether a caller may know its id: it is there and shall stay.

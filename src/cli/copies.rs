@@ -89,14 +89,26 @@ struct Line {
     copied_bytes: u64,
     equal_bytes: u64,
     left_bytes: u64,
+    missed_seconds: u64,
+    waits: String,
 }
 
 impl From<Copy> for Line {
     fn from(copy: Copy) -> Self {
-        let Copy { copy_id, node, pool, member, primary, wished, leaving, copied_bytes, left_bytes, equal_bytes } =
-            copy;
-        let (id, up_to_date) = (copy_id, member);
-        Self { node, pool, id, up_to_date, primary, wished, leaving, copied_bytes, equal_bytes, left_bytes }
+        Self {
+            node: copy.node,
+            pool: copy.pool,
+            id: copy.copy_id,
+            up_to_date: copy.member,
+            primary: copy.primary,
+            wished: copy.wished,
+            leaving: copy.leaving,
+            copied_bytes: copy.copied_bytes,
+            equal_bytes: copy.equal_bytes,
+            left_bytes: copy.left_bytes,
+            missed_seconds: copy.missed_seconds,
+            waits: copy.waits,
+        }
     }
 }
 
@@ -107,6 +119,12 @@ impl Row for Line {
         if !self.up_to_date && self.left_bytes > 0 {
             let [copied, equal, left] = [self.copied_bytes, self.equal_bytes, self.left_bytes].map(units::bytes);
             state = format!("SyncTarget, {copied} copied, {equal} equal already, at most {left} left");
+        }
+        if self.missed_seconds > 0 {
+            state += &format!(", missed for {} s", self.missed_seconds);
+        }
+        if !self.waits.is_empty() {
+            state += &format!(", not made anew elsewhere: {}", self.waits);
         }
         if self.leaving {
             state += ", to be replaced";
@@ -216,6 +234,8 @@ mod tests {
         assert_eq!(state(|copy| (copy.member, copy.leaving) = (true, true)), "UpToDate, to be replaced; Secondary");
         assert_eq!(state(|_| {}), "Outdated; Candidate");
         assert_eq!(state(|copy| (copy.member, copy.wished) = (true, true)), "UpToDate; shall be primary");
+        let lost = state(|copy| (copy.missed_seconds, copy.waits) = (60, "no room".into()));
+        assert_eq!(lost, "Outdated, missed for 60 s, not made anew elsewhere: no room; Candidate");
         let copied = state(|copy| (copy.copied_bytes, copy.left_bytes) = (4096, 1 << 20));
         assert_eq!(copied, "SyncTarget, 4 KiB copied, 0 B equal already, at most 1 MiB left; Candidate");
     }

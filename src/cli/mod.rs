@@ -119,6 +119,12 @@ pub enum CliError {
     /// Verify found damage. What it found has been printed.
     #[error("{0} problems found: restore what is damaged from a snapshot or a backup")]
     Damaged(u64),
+    /// Copies are not the same. Where has been printed.
+    #[error(
+        "{0} differ between the copies: `tandem snapshot create` and then `tandem verify` on each of the nodes names blocks that \
+         have changed on disk; give up the copy that is wrong, or restore the volume"
+    )]
+    Differ(String),
     /// A directory that must exist could not be made.
     #[error("cannot make the directory {path}: {source}")]
     Directory {

@@ -33,6 +33,14 @@ pub enum ArgumentError {
         /// Its code point.
         character: u32,
     },
+    /// Less than makes sense.
+    #[error("{field} is less than {limit}")]
+    TooLow {
+        /// Name of the field.
+        field: &'static str,
+        /// The least.
+        limit: u64,
+    },
     /// Below zero.
     #[error("{0} is negative")]
     Negative(&'static str),
@@ -327,6 +335,17 @@ rpc_errors! {
         /// No place for another copy.
         #[error("no place for the copy: {0}")]
         NoPlace(String),
+        /// The reserve for a snapshot cannot be had.
+        #[error("no room for the snapshot by which the copies are compared: {0}")]
+        NoRoom(String),
+        /// Nothing to compare it with.
+        #[error("only the copy of volume {id} on {node} is up to date: there is nothing to compare it with; see `tandem volume copies {id}`")]
+        Alone {
+            /// The volume.
+            id: VolumeId,
+            /// Where.
+            node: String,
+        },
     }
     /// CreateSnapshot.
     CreateSnapshotError {

@@ -5,7 +5,7 @@
 //! all on one node: nobody else can stop the writes of all volumes at one moment.
 
 use super::controller::request::{name, present};
-use super::controller::seal::{SealError, Sealed, ready};
+use super::controller::seal::{Erased, SealError, Sealed, ready};
 use super::controller::snapshot::transient;
 use super::controller::{Controller, response};
 use super::errors::{ArgumentError, CreateGroupError, DeleteGroupError, DeleteSnapshotError, GetGroupError, Transient};
@@ -109,7 +109,7 @@ impl Controller {
         self.same(&stored).await?;
         let group = match stored.object.status {
             GroupStatus::Ready { .. } => stored.object,
-            GroupStatus::Creating if is_found && !stored.object.strays.is_empty() => {
+            GroupStatus::Creating if is_found && self.may_be_elsewhere(&stored.object).await? => {
                 let again = self.plan_again(stored).await?;
                 self.take_group(again).await?
             }
@@ -146,23 +146,42 @@ impl Controller {
         Ok(Plan { members, node, strays })
     }
 
+    /// Whether its attempts may have left something on other nodes: also those that were begun while its volumes had one copy.
+    async fn may_be_elsewhere(&self, group: &GroupSnapshot) -> Result<bool, Transient> {
+        let mut copies = group.strays.len();
+        for member in &group.members {
+            copies += self.mirrored_on(member.volume).await?.len();
+        }
+        Ok(copies > 0)
+    }
+
     /// Needs the group's operation. Some copies may have executed the seals of an earlier attempt, and others not: each of
     /// those snapshots is given up, and there are others in their place.
     async fn plan_again(&self, mut stored: Stored<GroupSnapshot>) -> Result<Stored<GroupSnapshot>, CreateGroupError> {
         let group = &stored.object;
         let volumes = group.members.iter().map(|member| member.volume.to_string()).collect();
         let Plan { members, node, strays } = self.plan(&volumes).await?;
+        let anywhere: BTreeSet<_> = group.strays.union(&strays).cloned().collect();
         for GroupMember { snapshot, volume } in &group.members {
             match self.get::<Snapshot>(*snapshot).await? {
-                Some(stored) => self.give_up(stored).await?,
-                None => {
-                    let given_up = Snapshot::wanted(*snapshot, *volume, group.node.clone());
-                    self.create(Snapshot { strays: group.strays.clone(), deleted: true, ..given_up }).await?;
-                }
+                Some(stored) => self.give_up(stored, &anywhere).await?,
+                None => self.given_up(group, GroupMember { snapshot: *snapshot, volume: *volume }, &anywhere).await?,
             }
         }
         (stored.object.members, stored.object.node, stored.object.strays) = (members, node, strays);
         Ok(self.update(stored).await?)
+    }
+
+    /// A member that was never ready is written down as one that whoever has the time deletes.
+    async fn given_up(
+        &self,
+        group: &GroupSnapshot,
+        member: GroupMember,
+        strays: &BTreeSet<NodeName>,
+    ) -> Result<(), Transient> {
+        let given_up = Snapshot::wanted(member.snapshot, member.volume, group.node.clone());
+        self.create(Snapshot { strays: strays.clone(), deleted: true, ..given_up }).await?;
+        Ok(())
     }
 
     async fn take_group(&self, mut stored: Stored<GroupSnapshot>) -> Result<GroupSnapshot, CreateGroupError> {
@@ -172,6 +191,10 @@ impl Controller {
         let mut missing = None;
         for member in &group.members {
             match self.get::<Volume>(member.volume).await? {
+                // Who may have something of it is not written down.
+                Some(volume) if volume.object.spec.mirror.is_some() && group.strays.is_empty() => {
+                    return Err(Transient::Conflict(format!("volume {}", member.volume)).into());
+                }
                 Some(volume) => wanted.push((member.snapshot, volume.object)),
                 None => missing = Some(SealError::NotFound(member.volume.to_string())),
             }
@@ -266,7 +289,11 @@ impl Controller {
                 Some(snapshot) => self.erase_snapshot(snapshot).await?,
                 None => {
                     let GroupSnapshot { node, strays, .. } = &stored.object;
-                    self.erase_sealed(member.snapshot, node.as_ref(), strays).await?;
+                    match self.erase_sealed(member.snapshot, node.as_ref(), strays).await? {
+                        Erased::Everywhere => {}
+                        Erased::Partly(error) if strays.is_empty() => return Err(error.into()),
+                        Erased::Partly(_) => self.given_up(&stored.object, *member, strays).await?,
+                    }
                 }
             }
         }

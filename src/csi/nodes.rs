@@ -8,12 +8,18 @@ use super::errors::Transient;
 use crate::catalog::{self, Catalog, NodeName};
 use crate::placement;
 use crate::rpc::control::ensure_snapshots_request::Item;
-use crate::rpc::control::{self, EnsureSnapshotsRequest, ListPoolsRequest, ListSnapshotsRequest, ListVolumesRequest};
+use crate::rpc::control::{
+    self, EnsureSnapshotsRequest, GetStatusRequest, ListPoolsRequest, ListSnapshotsRequest, ListVolumesRequest,
+};
 use crate::tls::Credentials;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::task::JoinSet;
+
+/// How long a node may take to say that it is there: as long as a connection may take, and some more.
+const ANSWER_SOON: Duration = Duration::from_secs(4);
 
 /// A node, and the way to its replica.
 #[derive(Clone, Debug)]
@@ -139,6 +145,20 @@ impl Nodes {
             tracing::warn!(node = %node.name, "it has --encryption {theirs} and this cluster {ours}: it gets no copies");
         }
         Ok(fit.into_iter().map(|(node, _)| node).collect())
+    }
+
+    /// How many nodes there are, and who of them does not answer now; all are asked at once.
+    pub async fn silent(&self) -> Result<(usize, BTreeSet<NodeName>), Transient> {
+        let all = self.all().await?;
+        let (count, mut asked) = (all.len(), JoinSet::new());
+        for Node { name, control } in all {
+            asked.spawn(async move {
+                let answer = tokio::time::timeout(ANSWER_SOON, control.client().get_status(GetStatusRequest {})).await;
+                (name, matches!(answer, Ok(Ok(_))))
+            });
+        }
+        let answers = asked.join_all().await.into_iter();
+        Ok((count, answers.filter(|(_, answers)| !answers).map(|(name, _)| name).collect()))
     }
 
     /// What can be promised where; all nodes are asked at once.

@@ -3,7 +3,7 @@
 //! Invariants: [`PARAMETERS`] is the one list of keys: the parser, its messages and `docs/parameters.md` follow it;
 //! `mutable_parameters` win over `parameters` and may only hold keys that can change on a volume in use.
 
-use crate::catalog::{FsType, Replication};
+use crate::catalog::{FsType, RebuildAfter, Replication};
 use std::collections::{BTreeMap, HashMap};
 
 /// One key of a StorageClass.
@@ -23,6 +23,7 @@ pub struct Parameter {
 
 const REPLICATION: &str = "replication";
 const REPLICAS: &str = "replicas";
+const REBUILD_AFTER: &str = "rebuildAfter";
 const POOL: &str = "pool";
 const FSTYPE: &str = "csi.storage.k8s.io/fstype";
 const VERIFY_READS: &str = "verifyReads";
@@ -30,7 +31,7 @@ const VERIFY_READS: &str = "verifyReads";
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
 /// Every key that Tandem knows.
-pub const PARAMETERS: [Parameter; 5] = [
+pub const PARAMETERS: [Parameter; 6] = [
     Parameter {
         key: REPLICATION,
         values: "none, sync",
@@ -44,6 +45,13 @@ pub const PARAMETERS: [Parameter; 5] = [
         default: "2",
         mutable: true,
         meaning: "How many nodes hold the data of a volume with `replication: sync`; refused without that.",
+    },
+    Parameter {
+        key: REBUILD_AFTER,
+        values: "1s to 30d (a number with s, m, h or d), never",
+        default: "1h",
+        mutable: true,
+        meaning: "How long a copy of a volume with `replication: sync` may be missed before another node gets one in its place; refused without that.",
     },
     Parameter {
         key: POOL,
@@ -77,6 +85,9 @@ const DEFAULT_REPLICAS: u8 = 2;
 /// Longest name of a pool, in bytes: it becomes a part of paths and labels.
 const POOL_NAME_BYTES: usize = 63;
 
+/// The longest `rebuildAfter`: who waits longer decides by hand.
+const LONGEST_REBUILD_AFTER: u32 = 30 * 24 * 60 * 60;
+
 /// How much of a wrong value a message repeats.
 const ECHO_CHARACTERS: usize = 64;
 
@@ -85,6 +96,8 @@ const ECHO_CHARACTERS: usize = 64;
 pub struct Parameters {
     /// How many copies, and how they are kept.
     pub replication: Replication,
+    /// When a copy that is missed is made anew elsewhere.
+    pub rebuild_after: RebuildAfter,
     /// Name of the pool.
     pub pool: String,
     /// `None`: not given.
@@ -98,6 +111,8 @@ pub struct Parameters {
 pub struct Changes {
     /// Check reads of sealed layers.
     pub verify_reads: Option<bool>,
+    /// When a copy that is missed is made anew elsewhere.
+    pub rebuild_after: Option<RebuildAfter>,
     replication: Option<Replication>,
     replicas: Option<u8>,
 }
@@ -135,6 +150,11 @@ pub enum ParameterError {
     /// A number of copies without replication.
     #[error("parameter replicas: it goes with \"replication: sync\" only, and without replication there is one copy")]
     ReplicasAlone,
+    /// A rebuild without replication.
+    #[error(
+        "parameter rebuildAfter: it goes with \"replication: sync\" only; without replication there is no other copy to make one from"
+    )]
+    RebuildAlone,
     /// A key that a volume in use cannot change.
     #[error("parameter {key} cannot be changed: it is no mutable parameter; mutable are: {}", mutable())]
     Immutable {
@@ -156,7 +176,8 @@ impl Parameters {
         mutable: &HashMap<String, String>,
     ) -> Result<Self, ParameterError> {
         let (replication, pool) = (Replication::None, DEFAULT_POOL.to_owned());
-        let mut parsed = Self { replication, pool, fs_type: None, verify_reads: false };
+        let rebuild_after = RebuildAfter::default();
+        let mut parsed = Self { replication, rebuild_after, pool, fs_type: None, verify_reads: false };
         // Sorted: which of two mistakes is named must not be luck. `replicas` comes before `replication`.
         for (key, value) in parameters.iter().collect::<BTreeMap<_, _>>() {
             parsed.set(key, value)?;
@@ -166,8 +187,12 @@ impl Parameters {
             (Some(value), Replication::Sync { replicas }) => *replicas = self::replicas(value)?,
             (None, _) => {}
         }
+        if parameters.contains_key(REBUILD_AFTER) && parsed.replication == Replication::None {
+            return Err(ParameterError::RebuildAlone);
+        }
         let changes = Changes::parse(mutable)?;
         parsed.replication = changes.replication(parsed.replication)?;
+        parsed.rebuild_after = changes.rebuild_after.unwrap_or(parsed.rebuild_after);
         parsed.verify_reads = changes.verify_reads.unwrap_or(parsed.verify_reads);
         Ok(parsed)
     }
@@ -176,6 +201,7 @@ impl Parameters {
         match known_key(key)? {
             Some(REPLICATION) => self.replication = replication(value)?,
             Some(REPLICAS) => drop(replicas(value)?),
+            Some(REBUILD_AFTER) => self.rebuild_after = rebuild_after(value)?,
             Some(POOL) => self.pool = pool(value)?,
             Some(FSTYPE) => self.fs_type = Some(fs_type(value)?),
             Some(VERIFY_READS) => self.verify_reads = boolean(VERIFY_READS, value)?,
@@ -194,6 +220,7 @@ impl Changes {
                 Some(VERIFY_READS) => changes.verify_reads = Some(boolean(VERIFY_READS, value)?),
                 Some(REPLICATION) => changes.replication = Some(replication(value)?),
                 Some(REPLICAS) => changes.replicas = Some(replicas(value)?),
+                Some(REBUILD_AFTER) => changes.rebuild_after = Some(rebuild_after(value)?),
                 Some(key) => return Err(ParameterError::Immutable { key }),
                 None => {}
             }
@@ -205,6 +232,7 @@ impl Changes {
     pub fn replication(&self, now: Replication) -> Result<Replication, ParameterError> {
         match (self.replication.unwrap_or(now), now, self.replicas) {
             (Replication::None, _, Some(_)) => Err(ParameterError::ReplicasAlone),
+            (Replication::None, _, None) if self.rebuild_after.is_some() => Err(ParameterError::RebuildAlone),
             (Replication::None, _, None) => Ok(Replication::None),
             (Replication::Sync { .. }, _, Some(replicas))
             | (Replication::Sync { .. }, Replication::Sync { replicas }, None) => Ok(Replication::Sync { replicas }),
@@ -243,6 +271,27 @@ fn replicas(value: &str) -> Result<u8, ParameterError> {
         "3" => Ok(3),
         _ => Err(refused(REPLICAS, value)),
     }
+}
+
+/// A whole number with its unit.
+fn rebuild_after(value: &str) -> Result<RebuildAfter, ParameterError> {
+    if value == "never" {
+        return Ok(RebuildAfter::Never);
+    }
+    let wrong = || refused(REBUILD_AFTER, value);
+    let unit = match value.chars().last() {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 60 * 60,
+        Some('d') => 24 * 60 * 60,
+        Some(_) | None => return Err(wrong()),
+    };
+    let number = &value[..value.len() - 1];
+    if !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(wrong());
+    }
+    let seconds = number.parse::<u32>().ok().and_then(|number| number.checked_mul(unit)).ok_or_else(wrong)?;
+    if (1..=LONGEST_REBUILD_AFTER).contains(&seconds) { Ok(RebuildAfter::Seconds(seconds)) } else { Err(wrong()) }
 }
 
 fn pool(value: &str) -> Result<String, ParameterError> {
@@ -318,8 +367,9 @@ mod tests {
     #[test]
     fn nothing_given_is_the_defaults() {
         let parsed = Parameters::parse(&map(&[]), &map(&[])).expect("defaults");
-        let replication = Replication::None;
-        assert_eq!(parsed, Parameters { replication, pool: "default".into(), fs_type: None, verify_reads: false });
+        let (replication, rebuild_after) = (Replication::None, RebuildAfter::Seconds(3600));
+        let pool = "default".into();
+        assert_eq!(parsed, Parameters { replication, rebuild_after, pool, fs_type: None, verify_reads: false });
     }
 
     #[test]
@@ -333,7 +383,8 @@ mod tests {
         ]);
         let parsed = Parameters::parse(&fixed, &map(&[("verifyReads", "true")])).expect("parses");
         let (replication, fs_type) = (Replication::None, Some(FsType::Xfs));
-        assert_eq!(parsed, Parameters { replication, pool: "fast".into(), fs_type, verify_reads: true });
+        let (rebuild_after, pool) = (RebuildAfter::default(), "fast".into());
+        assert_eq!(parsed, Parameters { replication, rebuild_after, pool, fs_type, verify_reads: true });
     }
 
     #[test]
@@ -351,13 +402,39 @@ mod tests {
     }
 
     #[test]
+    fn a_time_has_a_unit_and_goes_with_copies() {
+        let parse = |value: &str| {
+            let given = map(&[("replication", "sync"), ("rebuildAfter", value)]);
+            Parameters::parse(&given, &map(&[])).map(|parsed| parsed.rebuild_after)
+        };
+        for (value, seconds) in [("1s", 1), ("90s", 90), ("5m", 300), ("1h", 3600), ("30d", 2_592_000)] {
+            assert_eq!(parse(value), Ok(RebuildAfter::Seconds(seconds)));
+        }
+        assert_eq!(parse("never"), Ok(RebuildAfter::Never));
+        for wrong in
+            ["", "0s", "1", "h", "-1h", "+1h", "1.5h", "31d", "1 h", "1µ", "99999999999s", "4294967295d", "Never"]
+        {
+            let refused = parse(wrong).expect_err("refused").to_string();
+            assert!(refused.contains("parameter rebuildAfter") && refused.contains("30d"), "{refused}");
+        }
+        let alone = Parameters::parse(&map(&[("rebuildAfter", "1h")]), &map(&[]));
+        assert_eq!(alone, Err(ParameterError::RebuildAlone));
+        let change = |now| Changes::parse(&map(&[("rebuildAfter", "never")])).and_then(|c| c.replication(now));
+        assert_eq!(change(Replication::None), Err(ParameterError::RebuildAlone));
+        assert_eq!(change(Replication::Sync { replicas: 3 }), Ok(Replication::Sync { replicas: 3 }));
+        for (time, text) in [(90, "90s"), (300, "5m"), (7200, "2h"), (0, "0s")] {
+            assert_eq!(RebuildAfter::Seconds(time).to_string(), text);
+        }
+    }
+
+    #[test]
     fn what_is_refused_is_named_with_what_is_possible() {
         let refuse = |key: &str, value: &str| {
             Parameters::parse(&map(&[(key, value)]), &map(&[])).expect_err("refused").to_string()
         };
         assert_eq!(
             refuse("replica", "2"),
-            "unknown parameter \"replica\"; known are: replication, replicas, pool, csi.storage.k8s.io/fstype, verifyReads"
+            "unknown parameter \"replica\"; known are: replication, replicas, rebuildAfter, pool, csi.storage.k8s.io/fstype, verifyReads"
         );
         assert!(refuse("replication", "async").contains("not available in this version"));
         assert!(refuse("replication", "raid0").contains("it takes: none, sync"));

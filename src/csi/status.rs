@@ -97,6 +97,8 @@ codes! {
         NoCopy => FailedPrecondition,
         NotUpToDate => FailedPrecondition,
         NoPlace => ResourceExhausted,
+        NoRoom => ResourceExhausted,
+        Alone => FailedPrecondition,
     }
     CreateSnapshotError {
         SourceNotFound => NotFound,

@@ -7,6 +7,7 @@
 pub mod announce;
 pub mod cluster;
 pub mod device;
+pub mod digest;
 pub mod engine;
 pub mod executor;
 mod fatal;

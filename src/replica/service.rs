@@ -6,7 +6,7 @@ use super::manager::{
     SnapshotView, Source, VolumeFailure, VolumeView,
 };
 use super::pool::PoolName;
-use super::verify;
+use super::{digest, verify};
 use crate::catalog::{NodeName, VolumeConfiguration};
 use crate::protocol::{Primary, Role};
 use crate::rpc::control as rpc;
@@ -243,6 +243,7 @@ fn new_snapshots(request: rpc::EnsureSnapshotsRequest) -> Result<Vec<NewSnapshot
 impl Replica for ReplicaService {
     type GetExtentsStream = ReceiverStream<Result<rpc::GetExtentsResponse, Status>>;
     type VerifyVolumeStream = ReceiverStream<Result<rpc::VerifyVolumeResponse, Status>>;
+    type DigestSnapshotStream = ReceiverStream<Result<rpc::DigestSnapshotResponse, Status>>;
 
     async fn get_status(&self, _: Request<rpc::GetStatusRequest>) -> Result<Response<rpc::GetStatusResponse>, Status> {
         let engine = self.manager.engine_status();
@@ -420,6 +421,18 @@ impl Replica for ReplicaService {
         let volume = volume_id(&r.into_inner().volume_id)?;
         let (send, receive) = mpsc::channel(STREAM_DEPTH);
         let job = verify::prepare(&self.manager, volume).await?;
+        tokio::task::spawn_blocking(move || job.run(&send));
+        Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
+    async fn digest_snapshot(
+        &self,
+        r: Request<rpc::DigestSnapshotRequest>,
+    ) -> Result<Response<Self::DigestSnapshotStream>, Status> {
+        let r = r.into_inner();
+        let (snapshot, bytes) = (snapshot_id(&r.snapshot_id)?, size(r.length_bytes)?.bytes());
+        let job = digest::prepare(&self.manager, snapshot, bytes, r.bytes_per_second).await?;
+        let (send, receive) = mpsc::channel(STREAM_DEPTH);
         tokio::task::spawn_blocking(move || job.run(&send));
         Ok(Response::new(ReceiverStream::new(receive)))
     }

@@ -15,7 +15,7 @@ use tandem::volume::InstanceId;
 use tonic::{Code, Request, Status};
 
 /// What the primary would commit.
-async fn commit(driver: &Driver, id: &str, change: impl Fn(&mut Configuration)) {
+pub async fn commit(driver: &Driver, id: &str, change: impl Fn(&mut Configuration)) {
     let stored = driver.catalog.get::<VolumeConfiguration>(id).await.expect("readable").expect("there");
     let mut next = Configuration::try_from(&stored.object).expect("a configuration");
     change(&mut next);
@@ -39,13 +39,13 @@ async fn replace(driver: &Driver, id: &str, from: &str, to: &str) -> Result<(), 
     OperatorService(driver.controller.clone()).move_copy(Request::new(request)).await.map(drop)
 }
 
-async fn copies(driver: &Driver, id: &str) -> Vec<Copy> {
+pub async fn copies(driver: &Driver, id: &str) -> Vec<Copy> {
     let request = Request::new(ListCopiesRequest { volume_id: id.into() });
     let answer = OperatorService(driver.controller.clone()).list_copies(request).await;
     answer.expect("a list").into_inner().copies
 }
 
-async fn copy_on(driver: &Driver, id: &str, node: &str) -> InstanceId {
+pub async fn copy_on(driver: &Driver, id: &str, node: &str) -> InstanceId {
     let found = copies(driver, id).await.into_iter().find(|copy| copy.node == node).expect("a copy");
     found.copy_id.parse().expect("an id")
 }

@@ -36,6 +36,8 @@ pub struct State {
     /// What the extent stream answers.
     pub extents: Vec<Result<GetExtentsResponse, Status>>,
     pub extents_asked: Option<GetExtentsRequest>,
+    /// What is not all zeros, by extents of 4 MiB.
+    pub digests: BTreeMap<u64, Vec<u8>>,
     /// Copies of a mirrored volume that follow a seal here, by volume.
     pub members: BTreeMap<String, Vec<String>>,
     /// The name of this node's only tree.
@@ -176,6 +178,7 @@ type Answer<T> = Result<Response<T>, Status>;
 impl Replica for Fake {
     type GetExtentsStream = ReceiverStream<Result<GetExtentsResponse, Status>>;
     type VerifyVolumeStream = ReceiverStream<Result<VerifyVolumeResponse, Status>>;
+    type DigestSnapshotStream = ReceiverStream<Result<DigestSnapshotResponse, Status>>;
 
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Answer<GetStatusResponse> {
         self.call("GetStatus", |_| Ok(GetStatusResponse::default())).await
@@ -305,6 +308,28 @@ impl Replica for Fake {
         tokio::spawn(async move {
             for message in messages {
                 if sender.send(message).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn digest_snapshot(&self, request: Request<DigestSnapshotRequest>) -> Answer<Self::DigestSnapshotStream> {
+        let digests = self.call("DigestSnapshot", |state| {
+            let DigestSnapshotRequest { snapshot_id, length_bytes, .. } = request.into_inner();
+            if !state.snapshots.contains_key(&snapshot_id) {
+                return Err(Status::not_found("no such snapshot"));
+            }
+            let extents = 0..length_bytes.div_ceil(4 << 20);
+            let digest = |extent| state.digests.get(&extent).cloned().unwrap_or_default();
+            Ok(extents.map(digest).collect::<Vec<_>>())
+        });
+        let digests = digests.await?.into_inner();
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(async move {
+            for some in digests.chunks(7) {
+                if sender.send(Ok(DigestSnapshotResponse { digests: some.to_vec() })).await.is_err() {
                     return;
                 }
             }

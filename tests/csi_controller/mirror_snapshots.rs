@@ -15,7 +15,7 @@ use tandem::volume::InstanceId;
 use tonic::Code;
 
 /// A mirrored volume with a copy on nodes 1 and 2, whose replicas know it; its primary shall be on node 1.
-async fn volume(nodes: &Cluster, driver: &Driver, name: &str) -> String {
+pub async fn volume(nodes: &Cluster, driver: &Driver, name: &str) -> String {
     let id = driver.create(mirrored(name, &[1], "2")).await.expect("created").volume_id;
     follow(nodes, driver, &id).await;
     id
@@ -40,7 +40,7 @@ async fn follow(nodes: &Cluster, driver: &Driver, id: &str) {
     }
 }
 
-async fn snapshots(driver: &Driver) -> Vec<Object> {
+pub async fn snapshots(driver: &Driver) -> Vec<Object> {
     driver.catalog.list::<Object>().await.expect("readable").into_iter().map(|stored| stored.object).collect()
 }
 
@@ -48,7 +48,7 @@ fn held(nodes: &Cluster, number: usize) -> Vec<String> {
     nodes.fakes[number - 1].state().snapshots.keys().cloned().collect()
 }
 
-fn called(nodes: &Cluster, number: usize, name: &str) -> usize {
+pub fn called(nodes: &Cluster, number: usize, name: &str) -> usize {
     nodes.fakes[number - 1].state().calls.iter().filter(|call| **call == name).count()
 }
 
@@ -69,7 +69,7 @@ async fn drop_node_2(driver: &Driver, id: &str) {
     driver.catalog.update(catalog::Stored { object, ..stored }).await.expect("committed");
 }
 
-const ALL: [&str; 3] = ["node-1", "node-2", "node-3"];
+pub const ALL: [&str; 3] = ["node-1", "node-2", "node-3"];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_is_on_every_member_and_goes_from_each() {
@@ -136,10 +136,12 @@ async fn a_node_that_is_down_is_named_and_is_no_holder_when_it_has_left() {
     let taken = driver.snapshot("snap", &id).await.expect("taken").snapshot_id;
     let found = driver.catalog.get::<Object>(&taken).await.expect("readable").expect("there").object;
     assert_eq!((found.holders(), found.strays), (names(&["node-1"]), names(&["node-2"])));
-    // It may have something under that id: somebody has to look.
-    let status = driver.delete_snapshot(&taken).await.expect_err("it cannot be asked");
-    assert!(status.code() == Code::Unavailable && status.message().contains("node-2"), "{status:?}");
-    assert!(driver.snapshots().await.is_empty());
+    // It may have something under that id: that goes when the node answers, which it may never do again.
+    driver.delete_snapshot(&taken).await.expect("deleted to the end");
+    assert!(driver.snapshots().await.is_empty() && held(&nodes, 1).is_empty());
+    let left = driver.catalog.get::<Object>(&taken).await.expect("readable").expect("there").object;
+    assert!(left.deleted && left.name.is_none() && left.strays == names(&["node-2"]));
+    driver.delete_snapshot(&taken).await.expect("and again");
     // The name is free all the same.
     let another = driver.snapshot("snap", &id).await.expect("taken").snapshot_id;
     assert_ne!(another, taken);
@@ -149,6 +151,69 @@ async fn a_node_that_is_down_is_named_and_is_no_holder_when_it_has_left() {
     nodes.stop(1);
     let status = driver.snapshot("later", &id).await.expect_err("its primary is down");
     assert!(status.code() == Code::Unavailable && status.message().contains("node-1"), "{status:?}");
+}
+
+/// Whoever restored it then would find it on some nodes and not on others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_is_not_taken_back_once_a_node_has_erased_it() {
+    let (nodes, driver) = cluster(&[100, 50]).await;
+    let _work = make_copies(&driver.catalog, &ALL);
+    let id = volume(&nodes, &driver, "pvc").await;
+    let snapshot = driver.snapshot("snap", &id).await.expect("taken").snapshot_id;
+    let refuse = |node: usize| nodes.fakes[node - 1].fail_call(0, When::Before, Code::FailedPrecondition);
+    let away = |node: usize| nodes.fakes[node - 1].fail_call(0, When::After, Code::Unavailable);
+    // Nobody has erased anything: it is as it was.
+    refuse(1);
+    assert_eq!(refused(driver.delete_snapshot(&snapshot).await), Code::FailedPrecondition);
+    assert_eq!((driver.snapshots().await.len(), held(&nodes, 2).len()), (1, 1));
+    // The other one may have: it has no answer.
+    away(1);
+    refuse(2);
+    assert_eq!(refused(driver.delete_snapshot(&snapshot).await), Code::Unavailable);
+    assert!(driver.snapshots().await.is_empty() && held(&nodes, 1).is_empty());
+    refuse(1);
+    assert_eq!(refused(driver.delete_snapshot(&snapshot).await), Code::FailedPrecondition);
+    assert!(driver.snapshots().await.is_empty(), "an earlier call has begun it");
+    // It has: the rest goes later.
+    refuse(2);
+    driver.delete_snapshot(&snapshot).await.expect("deleted");
+    assert_eq!((driver.snapshots().await.len(), held(&nodes, 2)), (0, vec![snapshot.clone()]));
+    assert_eq!(refused(driver.create(from_snapshot("restored", &snapshot)).await), Code::NotFound);
+    driver.controller.sweep_given_up().await.expect("swept");
+    assert!(snapshots(&driver).await.is_empty() && held(&nodes, 2).is_empty());
+}
+
+/// The first attempt has no answer, and the volume is mirrored before the second.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_from_before_a_volume_was_mirrored_is_given_up() {
+    let (nodes, driver) = cluster(&[100, 50]).await;
+    let mut ids = Vec::new();
+    for name in ["one", "two"] {
+        ids.push(driver.create(at(name, &[1])).await.expect("created").volume_id);
+    }
+    let group = || {
+        let source_volume_ids = ids.clone();
+        let request = CreateVolumeGroupSnapshotRequest { name: "all".into(), source_volume_ids, ..Default::default() };
+        driver.controller.create_group(request.try_into().expect("a request"))
+    };
+    let no_answer = || nodes.fakes[0].fail_call(0, When::After, Code::Unavailable);
+    no_answer();
+    assert_eq!(refused(driver.snapshot("snap", &ids[0]).await), Code::Unavailable);
+    no_answer();
+    group().await.expect_err("no answer");
+    driver.modify(&ids[0], &[("replication", "sync")]).await.expect("recorded");
+    let _work = make_copies(&driver.catalog, &ALL);
+    follow(&nodes, &driver, &ids[0]).await;
+    let taken = driver.snapshot("snap", &ids[0]).await.expect("another attempt").snapshot_id;
+    let found = driver.catalog.get::<Object>(&taken).await.expect("readable").expect("there").object;
+    assert_eq!(found.holders(), names(&["node-1", "node-2"]));
+    let all = group().await.expect("another attempt");
+    driver.controller.sweep_given_up().await.expect("swept");
+    let mut wanted: Vec<_> = all.snapshots.iter().map(|snapshot| snapshot.snapshot_id.clone()).collect();
+    wanted.push(taken);
+    wanted.sort();
+    assert_eq!(held(&nodes, 1), wanted, "nothing of the first attempts");
+    assert_eq!(held(&nodes, 2).len(), 2, "of the mirrored one");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -46,6 +46,7 @@ fn request(name: &str) -> VolumeRequest {
         access: [tandem::catalog::Access::Mount(None)].into(),
         source: None,
         replication: Replication::Sync { replicas: 2 },
+        rebuild_after: Default::default(),
     }
 }
 
@@ -272,6 +273,12 @@ async fn what_nobody_may_bring_back_is_told() {
         |id: VolumeId, what: &str| report.problems.iter().any(|t| t.contains(&id.to_string()) && t.contains(what));
     assert!(told(going, "deleted") && told(made, "never been used") && told(broken, "can be used"), "{report:?}");
     assert!(driver.volumes().await.is_empty());
+    // Of a volume whose copy has moved, the one that was kept may be on a node that is away.
+    let _away = forget(&driver, "node-1").await;
+    let report = recover(&driver).await;
+    let left = report.rows.iter().find(|row| row.volume == going).expect("a row");
+    assert_eq!((left.state, &left.missing), (State::Left, &vec!["node-1".to_owned()]), "{report:?}");
+    assert!(report.problems.iter().any(|text| text.contains("on node-1 may be kept")), "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

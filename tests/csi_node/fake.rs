@@ -90,6 +90,7 @@ impl Node {
             access: [Access::Mount(None)].into(),
             source,
             replication: Replication::None,
+            rebuild_after: Default::default(),
         };
         let descriptor = Descriptor::Volume { request }.encode();
         let volume = FakeVolume { file, size: bytes, descriptor, ready: true, device: None };
@@ -185,6 +186,7 @@ macro_rules! not_asked {
         impl Replica for Fake {
             type GetExtentsStream = ReceiverStream<Result<GetExtentsResponse, Status>>;
             type VerifyVolumeStream = ReceiverStream<Result<VerifyVolumeResponse, Status>>;
+            type DigestSnapshotStream = ReceiverStream<Result<DigestSnapshotResponse, Status>>;
 
             async fn get_volume(&self, request: Request<GetVolumeRequest>) -> Result<Response<Volume>, Status> {
                 self.describe(&request.into_inner().volume_id).map(Response::new)
@@ -253,4 +255,5 @@ not_asked! {
     list_snapshots: ListSnapshotsRequest => ListSnapshotsResponse,
     get_extents: GetExtentsRequest => Self::GetExtentsStream,
     verify_volume: VerifyVolumeRequest => Self::VerifyVolumeStream,
+    digest_snapshot: DigestSnapshotRequest => Self::DigestSnapshotStream,
 }

@@ -9,6 +9,7 @@ use crate::protocol::{Configuration, ConfigurationVersion, Generation, Lacks, MA
 use crate::volume::{InstanceId, VolumeId, VolumeSize};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 /// How many copies a volume has, and how they are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,55 @@ pub enum Replication {
         /// Copies in all.
         replicas: u8,
     },
+}
+
+/// How long a copy may be missed before another node gets one in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum RebuildAfter {
+    /// Only a person says so.
+    Never,
+    /// So many seconds.
+    Seconds(u32),
+}
+
+impl Default for RebuildAfter {
+    /// Longer than a node takes to be started again, or a person to look; one more failure is not likely meanwhile.
+    fn default() -> Self {
+        Self::Seconds(60 * 60)
+    }
+}
+
+impl fmt::Display for RebuildAfter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("never"),
+            Self::Seconds(seconds) if *seconds > 0 && seconds.is_multiple_of(3600) => write!(f, "{}h", seconds / 3600),
+            Self::Seconds(seconds) if *seconds > 0 && seconds.is_multiple_of(60) => write!(f, "{}m", seconds / 60),
+            Self::Seconds(seconds) => write!(f, "{seconds}s"),
+        }
+    }
+}
+
+/// A copy that is wanted and does not follow.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Missed {
+    /// Counted while a controller saw it.
+    pub seconds: u64,
+    /// Why no other node has got one in its place, though it is time.
+    #[serde(default)]
+    pub waits: Option<String>,
+}
+
+/// A copy that is made because another one was missed for too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rebuild {
+    /// It is leaving.
+    pub lost: InstanceId,
+    /// It goes again if the lost one has every acknowledged write before it.
+    pub new: InstanceId,
 }
 
 /// Where one copy shall be.
@@ -45,6 +95,9 @@ pub struct MirrorSpec {
     /// Those of them that go as soon as all others have every acknowledged write.
     #[serde(default)]
     pub leaving: BTreeSet<InstanceId>,
+    /// The controller has decided that one is replaced, not a person.
+    #[serde(default)]
+    pub rebuild: Option<Rebuild>,
 }
 
 /// What a node says of its copy, beside that it is there.
@@ -63,7 +116,7 @@ pub struct CopyReport {
 impl MirrorSpec {
     /// These copies, and no wish.
     pub fn new(copies: BTreeMap<InstanceId, CopySpec>) -> Self {
-        Self { primary: None, copies, leaving: BTreeSet::new() }
+        Self { primary: None, copies, leaving: BTreeSet::new(), rebuild: None }
     }
 
     /// The copies that shall stay.

@@ -12,6 +12,7 @@ use crate::catalog::{Access, MirrorSpec, Stored, Volume};
 use crate::csi::control::ControlError;
 use crate::csi::errors::{ArgumentError, ExpandError, ModifyError, RangeError, Transient};
 use crate::csi::operations::Subject;
+use crate::csi::parameters::Changes;
 use crate::rpc::control::{ExpandVolumeRequest, ModifyVolumeRequest};
 use crate::volume::{VolumeId, VolumeSize};
 
@@ -126,7 +127,7 @@ impl Controller {
             Some(self.plan_copies(volume, replication).await?)
         };
         match (copies, wanted.changes.verify_reads) {
-            (Some(copies), verify_reads) => self.change_copies(stored, copies, verify_reads).await,
+            (Some(copies), _) => self.change_copies(stored, copies, wanted.changes).await,
             (None, Some(verify_reads)) => self.set_verify_reads(stored, verify_reads).await,
             (None, None) => Ok(()),
         }
@@ -137,11 +138,13 @@ impl Controller {
         &self,
         stored: Stored<Volume>,
         copies: MirrorSpec,
-        verify_reads: Option<bool>,
+        changes: Changes,
     ) -> Result<(), ModifyError> {
+        let verify_reads = changes.verify_reads;
         let (id, had_one) = (stored.object.id, stored.object.spec.mirror.is_none());
         let wish = |volume: &mut Volume| {
             volume.spec.verify_reads = verify_reads.unwrap_or(volume.spec.verify_reads);
+            volume.spec.rebuild_after = changes.rebuild_after.unwrap_or(volume.spec.rebuild_after);
             if had_one {
                 // Its node has just named it: it is there, and the volume is not deleted before it is gone.
                 volume.status.copies.extend(copies.primary);

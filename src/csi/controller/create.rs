@@ -45,8 +45,15 @@ impl Controller {
             return Ok(stored.object);
         }
         let _volume = self.start(Subject::Volume(stored.object.id))?;
-        self.same(&stored).await?;
+        let stored = self.same_wish(stored).await?;
         self.make_volume(stored).await
+    }
+
+    /// The volume as it is now that its operation has been started, if only its nodes have changed it since it was read.
+    async fn same_wish(&self, stored: Stored<Volume>) -> Result<Stored<Volume>, Transient> {
+        let id = stored.object.id;
+        let now = self.get::<Volume>(id).await?.filter(|now| now.object.spec == stored.object.spec);
+        now.ok_or_else(|| Transient::Conflict(format!("volume {id}")))
     }
 
     /// Whether the volume is what the request asks for; it is compared with what was asked for when it was made, because
@@ -65,6 +72,7 @@ impl Controller {
             (request.fs_type != wanted.parameters.fs_type, "parameter csi.storage.k8s.io/fstype"),
             (request.verify_reads != wanted.parameters.verify_reads, "parameter verifyReads"),
             (request.replication != wanted.parameters.replication, "parameter replication or replicas"),
+            (request.rebuild_after != wanted.parameters.rebuild_after, "parameter rebuildAfter"),
             (source != wanted.source, "volume_content_source"),
             (!self.holders(volume).iter().any(|node| wanted.places.include(node)), "accessibility_requirements"),
         ];
@@ -120,6 +128,7 @@ impl Controller {
             access: wanted.access.clone(),
             source: found.map(|found| found.source),
             replication,
+            rebuild_after: wanted.parameters.rebuild_after,
         };
         let mut volume = Volume::wanted(id, request);
         (volume.spec.node, volume.spec.mirror, volume.spec.base) = (node, mirror, base);

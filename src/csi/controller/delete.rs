@@ -1,16 +1,18 @@
 //! DeleteVolume and DeleteSnapshot.
 //!
 //! Invariants: unknown ids of any shape are deleted already; "deleted" is written down before the replica is told, so a
-//! crash in between is finished by the next call or the sweep; what is in use stays as it was.
+//! crash in between is finished by the next call or the sweep; what is in use stays as it was. A snapshot that some node has
+//! erased is deleted to the end: a node that is away erases it when it answers the sweep, and nobody waits for that.
 
 use super::Controller;
-use super::seal::forget;
+use super::seal::{Erased, forget};
 use crate::catalog::{Snapshot, Stored, Volume};
 use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::{DeleteSnapshotError, DeleteVolumeError, Transient};
 use crate::csi::operations::Subject;
 use crate::rpc::control::DeleteVolumeRequest;
 use crate::volume::{SnapshotId, VolumeId};
+use std::collections::BTreeSet;
 
 impl Controller {
     /// The volume is not, afterwards. Its snapshots and clones live on.
@@ -89,7 +91,9 @@ impl Controller {
     /// Needs the snapshot's operation (or that nobody knows its id).
     pub(in crate::csi) async fn erase_snapshot(&self, mut stored: Stored<Snapshot>) -> Result<(), DeleteSnapshotError> {
         let id = stored.object.id;
-        if !stored.object.deleted {
+        // Only the call that begins a deletion takes it back: an earlier one may have erased it on some nodes.
+        let begins = !stored.object.deleted;
+        if begins {
             stored.object.deleted = true;
             stored = self.update(stored).await?;
         }
@@ -103,8 +107,13 @@ impl Controller {
             None => self.erase_sealed(id, stored.object.node.as_ref(), &others).await,
         };
         match erased {
-            Ok(()) => Ok(self.remove(&stored).await?),
-            Err(error @ DeleteSnapshotError::InUse { .. }) => {
+            Ok(Erased::Everywhere) => Ok(self.remove(&stored).await?),
+            Ok(Erased::Partly(error)) if stored.object.is_mirrored() => {
+                tracing::warn!(snapshot = %id, %error, "a deleted snapshot goes from this node when it answers");
+                Ok(self.write_given_up(stored, &BTreeSet::new()).await?)
+            }
+            Ok(Erased::Partly(error)) => Err(error.into()),
+            Err(error @ DeleteSnapshotError::InUse { .. }) if begins => {
                 stored.object.deleted = false;
                 self.update(stored).await?;
                 Err(error)

@@ -148,8 +148,9 @@ impl Controller {
             let status = if good == 0 { VolumeHealthErrorType::Inaccessible } else { VolumeHealthErrorType::Degraded };
             let message = format!(
                 "{good} of {wanted} copies have every acknowledged write; not the ones on {}: they are brought up to date \
-                 as soon as their nodes are reached",
-                names(&behind)
+                 as soon as their nodes are reached{}",
+                names(&behind),
+                lost(volume)
             );
             let (reason, message) = match configuration {
                 Some(_) => ("CopyOutdated".to_owned(), message),
@@ -162,6 +163,27 @@ impl Controller {
         }
         Ok(csi::VolumeHealth { volume_id: volume.id.to_string(), health_statuses })
     }
+}
+
+/// What is done about copies that may be lost for good.
+fn lost(volume: &Volume) -> String {
+    let Some(mirror) = &volume.spec.mirror else { return String::new() };
+    let node = |copy: &InstanceId| mirror.copies.get(copy).map_or_else(String::new, |of| of.node.to_string());
+    let mut text = String::new();
+    if let Some(rebuild) = mirror.rebuild {
+        text += &format!("; {} gets a copy in place of the one on {}", node(&rebuild.new), node(&rebuild.lost));
+    }
+    for (copy, missed) in volume.status.missed.iter().filter(|(copy, _)| !mirror.leaving.contains(copy)) {
+        let (node, after) = (node(copy), volume.spec.rebuild_after);
+        text += &match &missed.waits {
+            Some(waits) => format!("; another node gets none in place of the one on {node} yet: {waits}"),
+            None => format!(
+                "; the one on {node} is missed for {} s, and another node gets one in its place after {after}",
+                missed.seconds
+            ),
+        };
+    }
+    text
 }
 
 /// The nodes whose copies are like that. A copy that nobody wants any more has no node, and counts by its id.

@@ -13,6 +13,7 @@
 //! * A final error leaves nothing behind; where that cannot be made sure the answer is UNAVAILABLE and the call is repeated.
 
 mod change;
+mod compare;
 mod create;
 mod delete;
 mod list;
@@ -20,6 +21,7 @@ pub(in crate::csi) mod mirror;
 mod operator;
 mod place;
 mod publish;
+mod rebuild;
 mod recover;
 mod replicas;
 pub mod request;

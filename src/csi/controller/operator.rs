@@ -13,6 +13,7 @@ use crate::catalog::{CopySpec, MirrorSpec, NodeName, Stored, Volume};
 use crate::csi::errors::{ArgumentError, OperatorError, Transient};
 use crate::csi::handler::answer;
 use crate::csi::operations::Subject;
+use crate::csi::status::failed;
 use crate::protocol::{Configuration, MAX_COPIES};
 use crate::rpc::control::{GetVolumeRequest, copy::State};
 use crate::rpc::operator::{self as rpc, operator_server};
@@ -20,12 +21,27 @@ use crate::volume::{InstanceId, VolumeId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 /// Promote: the volume, and the node of the copy.
 pub struct Promote(String, NodeName);
 /// Demote and ListCopies: the volume.
 pub struct Of(String);
+/// CompareCopies.
+pub struct Compare {
+    pub volume: String,
+    pub bytes_per_second: u64,
+}
+/// Where a comparison is told.
+pub type Progress = mpsc::Sender<Result<rpc::CompareCopiesResponse, Status>>;
+
+/// The slowest comparison: a slower one would hold its snapshot for weeks.
+const MIN_BYTES_PER_SECOND: u64 = 1 << 20;
+/// Messages that wait for a slow reader.
+const WAITING_MESSAGES: usize = 4;
+
 /// MoveCopy: the volume, from where, and to where.
 pub struct Move(String, NodeName, NodeName);
 
@@ -50,6 +66,17 @@ impl TryFrom<rpc::ListCopiesRequest> for Of {
     }
 }
 
+impl TryFrom<rpc::CompareCopiesRequest> for Compare {
+    type Error = ArgumentError;
+    fn try_from(request: rpc::CompareCopiesRequest) -> Result<Self, ArgumentError> {
+        let bytes_per_second = request.bytes_per_second;
+        if bytes_per_second < MIN_BYTES_PER_SECOND {
+            return Err(ArgumentError::TooLow { field: "bytes_per_second", limit: MIN_BYTES_PER_SECOND });
+        }
+        Ok(Self { volume: present("volume_id", request.volume_id)?, bytes_per_second })
+    }
+}
+
 impl TryFrom<rpc::MoveCopyRequest> for Move {
     type Error = ArgumentError;
     fn try_from(request: rpc::MoveCopyRequest) -> Result<Self, ArgumentError> {
@@ -60,7 +87,7 @@ impl TryFrom<rpc::MoveCopyRequest> for Move {
 
 impl Controller {
     /// A volume with several copies, by the text of its id.
-    async fn with_copies(&self, id: &str) -> Result<(Stored<Volume>, MirrorSpec), OperatorError> {
+    pub(super) async fn with_copies(&self, id: &str) -> Result<(Stored<Volume>, MirrorSpec), OperatorError> {
         let missing = || OperatorError::NotFound(short(id));
         let key: VolumeId = id.parse().map_err(|_| missing())?;
         let stored = self.get::<Volume>(key).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
@@ -194,6 +221,7 @@ impl Controller {
             Some(place) if !all => self.sync_targets(stored.object.id, &place.node).await,
             Some(_) | None => BTreeMap::new(),
         };
+        let missed = &stored.object.status.missed;
         let copy = |(copy, place): (&InstanceId, &CopySpec)| {
             let [copied_bytes, equal_bytes, left_bytes] = targets.get(&copy.to_string()).copied().unwrap_or_default();
             rpc::Copy {
@@ -204,6 +232,8 @@ impl Controller {
                 primary: primary == Some(*copy),
                 wished: mirror.primary == Some(*copy),
                 leaving: mirror.leaving.contains(copy),
+                missed_seconds: missed.get(copy).map_or(0, |missed| missed.seconds),
+                waits: missed.get(copy).and_then(|missed| missed.waits.clone()).unwrap_or_default(),
                 copied_bytes,
                 equal_bytes,
                 left_bytes,
@@ -236,6 +266,23 @@ pub struct OperatorService(pub Arc<Controller>);
 
 #[tonic::async_trait]
 impl operator_server::Operator for OperatorService {
+    type CompareCopiesStream = ReceiverStream<Result<rpc::CompareCopiesResponse, Status>>;
+
+    async fn compare_copies(
+        &self,
+        r: Request<rpc::CompareCopiesRequest>,
+    ) -> Result<Response<Self::CompareCopiesStream>, Status> {
+        let wanted = Compare::try_from(r.into_inner()).map_err(|error| failed("CompareCopies", &error))?;
+        let (controller, (send, receive)) = (self.0.clone(), mpsc::channel(WAITING_MESSAGES));
+        // To its end also when the caller goes away: the snapshot is taken away by it.
+        tokio::spawn(async move {
+            if let Err(error) = controller.compare_copies(&wanted, &send).await {
+                let _ = send.send(Err(failed("CompareCopies", &error))).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
     async fn list_copies(
         &self,
         r: Request<rpc::ListCopiesRequest>,

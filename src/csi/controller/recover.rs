@@ -193,6 +193,7 @@ fn wanted(id: VolumeId, copy: &control::Volume, replication: Replication, report
                 access: BTreeSet::from([Access::Block, Access::Mount(None)]),
                 source: None,
                 replication,
+                rebuild_after: Default::default(),
             }
         }
     };

@@ -144,6 +144,7 @@ fn keep_best(
     };
     mirror.copies.retain(|copy, _| best.contains(copy));
     mirror.leaving.clear();
+    mirror.rebuild = None;
     if !mirror.primary.is_some_and(|copy| best.contains(&copy)) {
         mirror.primary = Some(first);
     }

@@ -10,15 +10,17 @@
 //!   being brought up to date may have followed the seal half way: it is no holder.
 //! * An id is sealed at most once: what an attempt without an answer may have left is deleted everywhere, under its own
 //!   id, and the next attempt has another one.
-//! * A snapshot is deleted on holders and strays, on the node that takes it first: what that one still does ends before.
+//! * A snapshot is deleted on holders and strays, on the node that takes it first: what that one still does ends before. From
+//!   the first node on that has erased it, or may have, it is not taken back: whoever restored it would find it on some only.
 
+use super::snapshot::transient;
 use super::{Controller, names};
 use crate::catalog::{NodeName, Snapshot, SnapshotStatus, Stored, Volume};
 use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::{DeleteSnapshotError, Transient};
 use crate::csi::operations::Subject;
 use crate::rpc::control::{self, DeleteSnapshotRequest, ensure_snapshots_request::Item};
-use crate::volume::{InstanceId, SnapshotId, VolumeSize};
+use crate::volume::{InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Where a snapshot is taken.
@@ -34,6 +36,14 @@ pub(in crate::csi) struct Sealed {
     pub status: SnapshotStatus,
     /// Of a mirrored volume: who has it.
     pub copies: BTreeMap<InstanceId, NodeName>,
+}
+
+/// What became of a deletion.
+pub(in crate::csi) enum Erased {
+    /// No node has it any more.
+    Everywhere,
+    /// Some have erased it, and others did not: the first of them says why.
+    Partly(Transient),
 }
 
 /// Why snapshots were not taken.
@@ -125,32 +135,60 @@ impl Controller {
         Ok(members.filter(|node| Some(node) != but).collect())
     }
 
-    /// The object gives up its name, and is deleted by whoever has the time. Needs the name's operation.
-    pub(in crate::csi) async fn give_up(&self, stored: Stored<Snapshot>) -> Result<(), Transient> {
+    /// The nodes that the volume's copies are on now, if it is mirrored.
+    pub(in crate::csi) async fn mirrored_on(&self, volume: VolumeId) -> Result<BTreeSet<NodeName>, Transient> {
+        let mirror = self.get::<Volume>(volume).await?.and_then(|stored| stored.object.spec.mirror);
+        Ok(mirror.iter().flat_map(|mirror| mirror.copies.values()).map(|copy| copy.node.clone()).collect())
+    }
+
+    /// The object gives up its name, and is deleted by whoever has the time, on these nodes, too. Needs the name's operation.
+    pub(in crate::csi) async fn give_up(
+        &self,
+        stored: Stored<Snapshot>,
+        strays: &BTreeSet<NodeName>,
+    ) -> Result<(), Transient> {
         let _snapshot = self.start(Subject::Snapshot(stored.object.id))?;
         self.same(&stored).await?;
-        let object = Snapshot { name: None, group: None, deleted: true, ..stored.object };
-        self.update(Stored { object, ..stored }).await?;
+        self.write_given_up(stored, strays).await
+    }
+
+    /// Needs the snapshot's operation (or that nobody knows its id).
+    pub(super) async fn write_given_up(
+        &self,
+        stored: Stored<Snapshot>,
+        strays: &BTreeSet<NodeName>,
+    ) -> Result<(), Transient> {
+        let mut object = Snapshot { name: None, group: None, deleted: true, ..stored.object.clone() };
+        object.strays.extend(strays.iter().cloned());
+        if object != stored.object {
+            self.update(Stored { object, ..stored }).await?;
+        }
         Ok(())
     }
 
-    /// The nodes forget the snapshot: the one that takes it, and the others that hold it or may have something of it.
+    /// The nodes forget the snapshot: the one that takes it, and the others that hold it or may have something of it. An error
+    /// that says that it is in use means that no node has forgotten it.
     pub(in crate::csi) async fn erase_sealed(
         &self,
         id: SnapshotId,
         node: Option<&NodeName>,
         others: &BTreeSet<NodeName>,
-    ) -> Result<(), DeleteSnapshotError> {
+    ) -> Result<Erased, DeleteSnapshotError> {
         let others = others.iter().map(Some).filter(|other| *other != node);
-        let mut result = Ok(());
+        let (mut erased, mut left) = (false, None);
         for holder in std::iter::once(node).chain(others) {
             match self.erase_on(id, holder).await {
-                // A node that is away does not keep the others from freeing their space.
-                Err(DeleteSnapshotError::Transient(error)) => result = Err(error.into()),
-                erased => erased?,
+                Ok(()) => erased = true,
+                Err(error @ DeleteSnapshotError::InUse { .. }) if !erased && left.is_none() => return Err(error),
+                // A node that is away, or refuses, does not keep the others from freeing their space.
+                Err(error) => left = left.or(Some(transient(error))),
             }
         }
-        result
+        match left {
+            None => Ok(Erased::Everywhere),
+            Some(error) if erased => Ok(Erased::Partly(error)),
+            Some(error) => Err(error.into()),
+        }
     }
 
     async fn erase_on(&self, id: SnapshotId, node: Option<&NodeName>) -> Result<(), DeleteSnapshotError> {

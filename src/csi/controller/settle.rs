@@ -7,14 +7,15 @@
 //! # Invariants
 //! * The size of a volume is one that each copy can hold, so no write lies beyond the end of any. A copy that has grown
 //!   while another one was refused keeps what it has, and a device shows nothing of it.
-//! * A copy that is replaced stays until all others have every acknowledged write.
+//! * A copy that is replaced stays until all others have every acknowledged write. One that was missed and has them first stays
+//!   for good, and the one that was to replace it goes.
 //! * Level-triggered: each step follows from what is in the catalogue, whoever looks: a call that waits, or [`Controller::tend`].
 
 use super::mirror::{COPIES_LIMIT, LOOK_EVERY};
 use super::{Controller, names};
 use crate::catalog::{
-    CopyReport, CopySpec, MirrorSpec, NodeName, Object, Publication, Seen, Stored, Volume, VolumeConfiguration,
-    VolumePhase,
+    CopyReport, CopySpec, MirrorSpec, NodeName, Object, Publication, Rebuild, Seen, Stored, Volume,
+    VolumeConfiguration, VolumePhase,
 };
 use crate::csi::errors::Transient;
 use crate::csi::operations::Subject;
@@ -43,7 +44,7 @@ pub(super) fn settle(volume: &mut Volume, configuration: Option<&Configuration>)
         return settled;
     };
     let is_member = |copy: &InstanceId| configuration.is_some_and(|now| now.is_member(*copy));
-    settled.changed = let_go(mirror, &spec.publications, &is_member);
+    settled.changed = take_back(mirror, &is_member) || let_go(mirror, &spec.publications, &is_member);
     // One that leaves counts for as long as writes go to it.
     let counts = |copy: &InstanceId| !mirror.leaving.contains(copy) || is_member(copy);
     let counted = || mirror.copies.iter().filter(|(copy, _)| counts(copy));
@@ -71,6 +72,22 @@ pub(super) fn settle(volume: &mut Volume, configuration: Option<&Configuration>)
     settled
 }
 
+/// A copy that was missed has everything again before the one that was to replace it. That one is none of the members, so
+/// nothing is lost with it.
+fn take_back(mirror: &mut MirrorSpec, is_member: &impl Fn(&InstanceId) -> bool) -> bool {
+    let Some(Rebuild { lost, new }) = mirror.rebuild else { return false };
+    if !is_member(&lost) || is_member(&new) {
+        return false;
+    }
+    mirror.rebuild = None;
+    mirror.leaving.remove(&lost);
+    mirror.copies.remove(&new);
+    if mirror.primary == Some(new) {
+        mirror.primary = Some(lost);
+    }
+    true
+}
+
 /// What leaves is not wanted any more, if everything is on all others and nobody uses it.
 fn let_go(
     mirror: &mut MirrorSpec,
@@ -83,6 +100,7 @@ fn let_go(
         return false;
     }
     let leaving = std::mem::take(&mut mirror.leaving);
+    mirror.rebuild = None;
     mirror.copies.retain(|copy, _| !leaving.contains(copy));
     if mirror.primary.is_some_and(|copy| leaving.contains(&copy)) {
         mirror.primary = mirror.copies.keys().next().copied();

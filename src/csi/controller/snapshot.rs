@@ -12,12 +12,18 @@ use crate::catalog::{Descriptor, Snapshot, SnapshotStatus, Stored, Volume};
 use crate::csi::errors::{CreateSnapshotError, DeleteSnapshotError, GetSnapshotError, Transient};
 use crate::csi::operations::Subject;
 use crate::volume::{SnapshotId, VolumeId};
+use std::collections::BTreeSet;
 
 impl Controller {
     /// The snapshot of that name: found, finished or taken.
     pub async fn create_snapshot(&self, wanted: NewSnapshot) -> Result<Snapshot, CreateSnapshotError> {
         let _name = self.start(Subject::SnapshotName(wanted.name.clone()))?;
-        let stored = match self.find::<Snapshot>(&wanted.name).await? {
+        let found = self.find::<Snapshot>(&wanted.name).await?;
+        let copies = match &found {
+            Some(stored) if !stored.object.is_visible() => self.mirrored_on(stored.object.volume).await?,
+            Some(_) | None => BTreeSet::new(),
+        };
+        let stored = match found {
             Some(stored) if stored.object.deleted && !stored.object.is_mirrored() => {
                 let _snapshot = self.start(Subject::Snapshot(stored.object.id))?;
                 self.same(&stored).await?;
@@ -28,9 +34,10 @@ impl Controller {
                 let (id, volume) = (stored.object.id, stored.object.volume);
                 return Err(CreateSnapshotError::Incompatible { name: wanted.name, id, volume });
             }
-            // Some copies may have executed the seal and others not: another one is taken.
-            Some(stored) if stored.object.is_mirrored() && !stored.object.is_visible() => {
-                self.give_up(stored).await?;
+            // Some copies may have executed the seal and others not, also one that was begun while there was one copy: another
+            // one is taken.
+            Some(stored) if !stored.object.is_visible() && (stored.object.is_mirrored() || !copies.is_empty()) => {
+                self.give_up(stored, &copies).await?;
                 self.record_snapshot(&wanted).await?
             }
             Some(stored) => stored,
@@ -63,6 +70,10 @@ impl Controller {
         let Snapshot { id, name, volume, node, .. } = stored.object.clone();
         let descriptor = Descriptor::Snapshot { name, group: None }.encode();
         let taken = match self.get::<Volume>(volume).await? {
+            // It was begun while there was one copy: who may have something of it is not written down.
+            Some(source) if source.object.spec.mirror.is_some() && !stored.object.is_mirrored() => {
+                return Err(Transient::Conflict(format!("volume {volume}")).into());
+            }
             Some(source) => self.seal(node.as_ref(), &[(id, source.object)], &descriptor).await,
             None => Err(SealError::NotFound(volume.to_string())),
         };

@@ -89,19 +89,27 @@ impl Controller {
 
     /// A snapshot for one clone alone.
     async fn take_for(&self, clone: VolumeId, volume: &Volume) -> Result<(Snapshot, Operation), CreateVolumeError> {
-        let sealing = self.sealing(volume)?;
-        let wanted = Snapshot::wanted(SnapshotId::random(), volume.id, sealing.node);
-        let stored = self.create(Snapshot { strays: sealing.strays, made_for: Some(clone), ..wanted }).await?;
-        let operation = self.start(Subject::Snapshot(stored.object.id))?;
-        let taken = self.take_snapshot(stored).await.map_err(|error| match error {
+        self.take_hidden(clone, volume).await.map_err(|error| match error {
             CreateSnapshotError::NoRoom(text) => CreateVolumeError::NoRoom(text),
             CreateSnapshotError::SourceNotFound(text) => CreateVolumeError::SourceNotFound(format!("volume {text}")),
             CreateSnapshotError::Transient(error) => error.into(),
             CreateSnapshotError::Argument(error) => error.into(),
             CreateSnapshotError::NotHere(text) => CreateVolumeError::NotHere(text),
             CreateSnapshotError::Incompatible { .. } => CreateVolumeError::Refused(error.to_string()),
-        });
-        Ok((taken?, operation))
+        })
+    }
+
+    /// A snapshot that nobody sees, and that the sweep takes away when no volume with that id is being made.
+    pub(super) async fn take_hidden(
+        &self,
+        made_for: VolumeId,
+        volume: &Volume,
+    ) -> Result<(Snapshot, Operation), CreateSnapshotError> {
+        let sealing = self.sealing(volume)?;
+        let wanted = Snapshot::wanted(SnapshotId::random(), volume.id, sealing.node);
+        let stored = self.create(Snapshot { strays: sealing.strays, made_for: Some(made_for), ..wanted }).await?;
+        let operation = self.start(Subject::Snapshot(stored.object.id))?;
+        Ok((self.take_snapshot(stored).await?, operation))
     }
 
     /// Whether the snapshot that the volume begins with is still there. Asked when the volume is written down: from then on

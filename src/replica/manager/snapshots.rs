@@ -8,14 +8,17 @@ use crate::protocol::Role;
 use crate::replica::engine::EngineError;
 use crate::replica::pool::{PoolName, Promise};
 use crate::replica::records::Record;
-use crate::store::{Control, ExtentsError, ExtentsPlan, SnapshotInfo};
+use crate::store::{Control, ExtentsError, ExtentsPlan, ReadPlan, SnapshotInfo};
 use crate::volume::{InstanceId, SnapshotId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 /// How long a primary is waited for: until a lease and its margin are over, silent copies are dropped, and some more.
 const PRIMARY_LIMIT: Duration = Duration::from_secs(10);
+/// How long the writes are waited for that were in flight when a snapshot was taken: a copy that crawls is given up then.
+const SETTLED_LIMIT: Duration = Duration::from_secs(10);
 /// How often it is looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -258,6 +261,22 @@ impl Manager {
             infos.remove(&id).map(|info| SnapshotView { info, pool, tree, descriptor })
         };
         listed.filter_map(view).collect()
+    }
+
+    /// Where the snapshot's tree is, and its blocks in there, to be read without holding anything up. A write that is in flight
+    /// since before its seal is waited for.
+    pub async fn reader(&self, snapshot: SnapshotId) -> Result<(PathBuf, ReadPlan), Failure> {
+        let place = self.snapshot_place(snapshot).ok_or(Failure::NoSnapshot(snapshot))?;
+        let pool = self.pool(&place.pool).ok_or(Failure::NoSnapshot(snapshot))?;
+        let until = Instant::now() + SETTLED_LIMIT;
+        loop {
+            match self.engine().inspect(place.tree, move |store| store.reader(snapshot)).await? {
+                Ok(plan) => return Ok((pool.pool.tree(place.tree), plan)),
+                Err(ExtentsError::Inconsistent(what)) => return Err(Failure::Damaged { snapshot, what }),
+                Err(_) if Instant::now() < until => sleep(LOOK_EVERY).await,
+                Err(_) => return Err(Failure::NoSnapshot(snapshot)),
+            }
+        }
     }
 
     /// What is allocated in `target`, or may differ between `base` and `target`.

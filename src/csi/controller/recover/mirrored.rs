@@ -133,10 +133,9 @@ impl Case<'_> {
                 self.row(catalog, State::Waits, there.map(|stored| stored.object.stamp()), Vec::new()).await
             }
             Choice::Going => {
-                report
-                    .problems
-                    .push(format!("volume {} was being deleted: what is left of it stays on its nodes", self.id));
-                Ok(Row::left(self.id))
+                let missing = self.unread();
+                report.problems.push(self.going(&missing));
+                Ok(Row { missing, ..Row::left(self.id) })
             }
             Choice::Unused => {
                 report.problems.push(format!(
@@ -263,6 +262,28 @@ impl Case<'_> {
             Some(node) => node.0,
             None => format!("an unknown node (copy {copy})"),
         }
+    }
+
+    /// Where copies are that the ones that were read know of, and whose nodes were not read.
+    fn unread(&self) -> Vec<String> {
+        let named = choice::newest(&self.found).into_iter().flat_map(Configuration::copies);
+        let peers = self.found.values().flat_map(|found| found.peers.keys().copied());
+        let was_read = |copy: &InstanceId| self.node_of(copy).is_some_and(|node| self.inventory.read.contains(&node));
+        let unread: BTreeSet<_> =
+            named.chain(peers).filter(|copy| !self.found.contains_key(copy) && !was_read(copy)).collect();
+        unread.iter().map(|copy| self.place(copy)).collect()
+    }
+
+    fn going(&self, missing: &[String]) -> String {
+        if missing.is_empty() {
+            return format!("volume {} was being deleted: what is left of it stays on its nodes", self.id);
+        }
+        format!(
+            "volume {} is not put back: each copy of it that was read was being removed, and those on {} may be kept: bring them \
+             back and repeat this",
+            self.id,
+            missing.join(", ")
+        )
     }
 
     fn advice(&self, missing: &[String]) -> String {
