@@ -3,8 +3,16 @@
 
 #[path = "faults/discards.rs"]
 mod discards;
+#[path = "faults/changes.rs"]
+mod changes;
+#[path = "faults/clocks.rs"]
+mod clocks;
+#[path = "faults/kills.rs"]
+mod kills;
 #[path = "faults/load.rs"]
 mod load;
+#[path = "support/points.rs"]
+mod points;
 #[path = "faults/pools.rs"]
 mod pools;
 #[path = "faults/recovery.rs"]
@@ -12,6 +20,8 @@ mod recovery;
 #[allow(dead_code, reason = "tests/cluster.rs uses the rest")]
 #[path = "cluster/rig.rs"]
 mod rig;
+#[path = "faults/rot.rs"]
+mod rot;
 #[path = "faults/site.rs"]
 mod site;
 #[allow(dead_code, reason = "tests/full_pool.rs uses the rest")]

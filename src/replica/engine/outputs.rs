@@ -13,6 +13,7 @@ use super::operations::{Kept, Purpose};
 use super::requests::{note_waiting, slot_of};
 use super::turn::{Engine, Work};
 use super::volume::{Volume, VolumeKey};
+use crate::crash::crash_point;
 use crate::protocol::{
     Buffer, DiskError, Input, Lacks, Message, OperationId, Output, Record, Request, SealName, SerialNumber,
 };
@@ -30,7 +31,12 @@ impl Engine {
         let mut outputs = std::mem::take(&mut self.outputs);
         let Some(volume) = self.volume_mut(key) else { return };
         let Some(mirror) = volume.mirror.as_mut().filter(|mirror| mirror.closing.is_empty()) else { return };
+        let before = volume.replica.record().configuration.stamp;
         volume.replica.step(now, input, &mut outputs);
+        if volume.replica.record().configuration.stamp != before {
+            // Durable here, and nothing is done or said under it yet.
+            crash_point("mirror.persisted");
+        }
         let role = volume.replica.role();
         if std::mem::replace(&mut mirror.role, role) != role {
             let configuration = volume.replica.record().configuration.stamp;
@@ -186,6 +192,10 @@ impl Engine {
         let Ok(payload) = Payload::new(blocks.freeze()) else { return };
         let place = if stays { &mut mirror.range } else { &mut mirror.answer };
         *place = Some((operation, payload));
+        if stays {
+            // Held here, and not at the other copy.
+            crash_point("mirror.range");
+        }
     }
 
     /// Starts a seal, also one that found the store busy before.
@@ -195,6 +205,7 @@ impl Engine {
         let tree = volume.tree;
         let Self { trees, actions, .. } = self;
         let Some(found) = trees[tree.0 as usize].as_mut() else { return };
+        crash_point("mirror.seal");
         found.store.control(id, control, actions);
         self.collect_actions(tree);
     }
@@ -211,6 +222,7 @@ impl Engine {
         let before = found.store.mirrored(volume.id).map(|known| known.record.configuration.stamp);
         let reserve = mirror.reserve_for(&record.configuration, before, found.id);
         let life = found.life(mirror.boot);
+        crash_point("mirror.persist");
         found.store.persist(id, volume.id, record, life, reserve, actions);
         self.collect_actions(tree);
     }
@@ -223,6 +235,7 @@ impl Engine {
         };
         (mirror.range, mirror.copied_bytes, mirror.left_bytes) = (None, 0, volume.size.bytes());
         let planned = tree.store.plan(volume.id, lacks, hot);
+        crash_point("mirror.planned");
         self.next_range(key, operation, planned);
     }
 
