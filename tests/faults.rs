@@ -1,12 +1,12 @@
 //! Mirrored volumes under load while processes and nodes die, sleep and lose each other: everything that was acknowledged is
 //! there afterwards, on whichever copy. The numbers are those of the failure cases in docs/protocol.md.
 
-#[path = "faults/discards.rs"]
-mod discards;
 #[path = "faults/changes.rs"]
 mod changes;
 #[path = "faults/clocks.rs"]
 mod clocks;
+#[path = "faults/discards.rs"]
+mod discards;
 #[path = "faults/kills.rs"]
 mod kills;
 #[path = "faults/load.rs"]

@@ -72,6 +72,12 @@ impl Cluster {
         succeeded(hack_cluster_with(&self.dir(), arguments, &environment))
     }
 
+    /// A command of `hack/cluster`: whether it succeeded.
+    #[allow(dead_code, reason = "tests/cluster.rs expects that all succeed")]
+    pub fn tries(&self, arguments: &[&str]) -> bool {
+        hack_cluster_with(&self.dir(), arguments, &self.environment).status.success()
+    }
+
     /// Takes it down and checks that nothing is left.
     pub fn down(mut self) {
         self.up = false;

@@ -77,7 +77,8 @@ impl Step {
         let (role, host) = (self.dies.role(), self.dies.host());
         let process = PathBuf::from(format!("/proc/{}/status", site.pid(role, &host)));
         await_until("the end of a killed process", || is_over(&process)).await;
-        site.cluster.run(&["start", role, &host]);
+        // Also of what it was just starting: until then it is refused.
+        await_until("the next life of a killed process", || site.cluster.tries(&["start", role, &host])).await;
     }
 
     /// Does something meanwhile; whether the process died in it. It is started again as soon as it is dead.

@@ -279,7 +279,9 @@ impl Site {
         loop {
             match ask().await {
                 Ok(answer) => return answer,
-                Err(status) => assert!(self.is_asked_again(&status) && began.elapsed() < PATIENCE, "{what}: {status:?}"),
+                Err(status) => {
+                    assert!(self.is_asked_again(&status) && began.elapsed() < PATIENCE, "{what}: {status:?}")
+                }
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
