@@ -45,7 +45,7 @@ mod armed {
         }
         let file = directory.join("armed");
         let Ok(text) = fs::read_to_string(&file) else { return };
-        // `name passes victim`: the victim is `self`, `parent` or a pid.
+        // `name passes victim`: the victim is `self`, `parent`, a pid, or the path of a file that has one.
         let mut words = text.split_whitespace();
         let (Some(wanted), Some(passes), Some(victim)) = (words.next(), words.next(), words.next()) else { return };
         if wanted != name {
@@ -68,7 +68,8 @@ mod armed {
                 end(getpid());
             }
             pid => {
-                if let Ok(pid) = pid.parse() {
+                let text = if pid.contains('/') { fs::read_to_string(pid).unwrap_or_default() } else { pid.to_owned() };
+                if let Ok(pid) = text.trim().parse() {
                     end(Pid::from_raw(pid));
                 }
                 std::thread::sleep(AFTERMATH);

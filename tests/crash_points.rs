@@ -1,7 +1,8 @@
 //! Every CSI call, cut off by kill -9 at every step of it, then repeated: it converges to what it does without a kill,
 //! and nothing is left over. Needs root and mkfs.ext4.
 //!
-//! A point of the table that its call does not pass fails the test, as does a point in the source that is in no row.
+//! A point of the table that its call does not pass fails the test, as does a point in the source that is in no row; points of
+//! mirrored volumes are those of tests/faults/kills.rs.
 
 #[path = "crash_points/calls.rs"]
 mod calls;
@@ -14,8 +15,8 @@ mod table;
 use calls::{Call, Subject};
 use site::{Point, Site, State, Victim};
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::Instant;
+use support::points::{in_the_source, is_of_a_mirror};
 use table::TABLE;
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -118,23 +119,9 @@ every_call! {
     unstage_survives_a_kill_at_every_step: Unstage,
 }
 
-/// The names of all points in the source.
-fn points_in(directory: &Path, found: &mut BTreeSet<String>) {
-    for entry in std::fs::read_dir(directory).expect("source").flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            points_in(&path, found);
-        } else if let Ok(text) = std::fs::read_to_string(&path) {
-            let named = text.split("crash_point(\"").skip(1).filter_map(|rest| rest.split('"').next());
-            found.extend(named.map(str::to_owned));
-        }
-    }
-}
-
 #[test]
 fn every_point_of_the_source_is_in_the_table() {
-    let mut found = BTreeSet::new();
-    points_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+    let found: BTreeSet<_> = in_the_source().into_iter().filter(|name| !is_of_a_mirror(name)).collect();
     let rows: BTreeSet<_> = TABLE.iter().flat_map(|(_, row)| row.iter().map(ToString::to_string)).collect();
     assert_eq!(found, rows);
 }

@@ -8,6 +8,7 @@ mod server;
 
 use server::{Server, Shared, open_direct};
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -282,5 +283,34 @@ fn whoever_lets_go_of_a_mount_holds_no_lock_of_its_engine() {
         let (free, waits) = std::thread::scope(|scope| scope.spawn(engine).join()).expect("no panic");
         assert!(waits, "the mount went without a write: the test shows nothing");
         assert!(free, "the child that lets go of the mount has the lock");
+    });
+}
+
+/// Its size becomes that of nothing: what is left of a device when the child that sets it up is killed before it has asked for it.
+fn shrink_to_nothing(device: LoopDevice, bytes: u64) {
+    const LOOP_SET_STATUS64: libc::c_ulong = 0x4c04;
+    const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
+    /// Words of `struct loop_info64`, and the one that says where the device begins in the file.
+    const WORDS: usize = 29;
+    const OFFSET: usize = 3;
+    let (node, mut info) = (direct(device), [0u64; WORDS]);
+    // SAFETY: both requests read or write a `loop_info64`, which is as long as these words.
+    let done = unsafe {
+        let got = libc::ioctl(node.as_raw_fd(), LOOP_GET_STATUS64 as _, info.as_mut_ptr());
+        info[OFFSET] = bytes;
+        (got, libc::ioctl(node.as_raw_fd(), LOOP_SET_STATUS64 as _, info.as_mut_ptr()))
+    };
+    assert_eq!(done, (0, 0), "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn a_device_whose_setting_up_was_cut_off_is_set_up_again() {
+    with_device(16 * MIB, |_, control, device, _| {
+        let length = |device: LoopDevice| direct(device).seek(SeekFrom::End(0)).expect("a size");
+        shrink_to_nothing(device, 16 * MIB);
+        assert_eq!(length(device), 0);
+        eventually("the device is free", || !in_use(device));
+        let (again, _) = control.attach().expect("attach");
+        assert_eq!(length(again), 16 * MIB);
     });
 }

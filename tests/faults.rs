@@ -1,10 +1,18 @@
 //! Mirrored volumes under load while processes and nodes die, sleep and lose each other: everything that was acknowledged is
 //! there afterwards, on whichever copy. The numbers are those of the failure cases in docs/protocol.md.
 
+#[path = "faults/changes.rs"]
+mod changes;
+#[path = "faults/clocks.rs"]
+mod clocks;
 #[path = "faults/discards.rs"]
 mod discards;
+#[path = "faults/kills.rs"]
+mod kills;
 #[path = "faults/load.rs"]
 mod load;
+#[path = "support/points.rs"]
+mod points;
 #[path = "faults/pools.rs"]
 mod pools;
 #[path = "faults/recovery.rs"]
@@ -12,6 +20,8 @@ mod recovery;
 #[allow(dead_code, reason = "tests/cluster.rs uses the rest")]
 #[path = "cluster/rig.rs"]
 mod rig;
+#[path = "faults/rot.rs"]
+mod rot;
 #[path = "faults/site.rs"]
 mod site;
 #[allow(dead_code, reason = "tests/full_pool.rs uses the rest")]

@@ -12,6 +12,7 @@ use super::{
     CatalogError, CreateError, GroupSnapshot, MAX_OBJECT, Node, Object, Seen, Snapshot, Stored, UpdateError, Version,
     Volume, VolumeConfiguration,
 };
+use crate::crash::crash_point;
 use crate::rpc::catalog as rpc;
 use crate::rpc::catalog::catalogue_server::{Catalogue, CatalogueServer};
 use crate::tls::{Caller, Credentials, Identity, Port};
@@ -180,7 +181,16 @@ impl Service {
             return Err(UpdateError::Conflict { kind: T::KIND, key: stored.object.key() }.into());
         };
         check(who, &Write { before: Some(&before), after: Some(&stored.object) })?;
-        Ok(self.catalog.update(stored).await?.version)
+        // Compare-and-swaps of configurations: nobody hears what became of one.
+        let is_configuration = T::KIND == VolumeConfiguration::KIND;
+        if is_configuration {
+            crash_point("catalogue.configure");
+        }
+        let updated = self.catalog.update(stored).await;
+        if is_configuration {
+            crash_point("catalogue.configured");
+        }
+        Ok(updated?.version)
     }
 
     async fn delete_object<T: Guarded>(&self, who: &Identity, stored: Option<rpc::Stored>) -> Result<(), Status> {

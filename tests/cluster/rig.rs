@@ -63,7 +63,19 @@ impl Cluster {
 
     /// A command of `hack/cluster` that must succeed.
     pub fn run(&self, arguments: &[&str]) -> String {
-        succeeded(hack_cluster_with(&self.dir(), arguments, &self.environment))
+        self.run_with(arguments, &[])
+    }
+
+    /// The same with more variables.
+    pub fn run_with(&self, arguments: &[&str], more: &[(&'static str, String)]) -> String {
+        let environment = [self.environment.as_slice(), more].concat();
+        succeeded(hack_cluster_with(&self.dir(), arguments, &environment))
+    }
+
+    /// A command of `hack/cluster`: whether it succeeded.
+    #[allow(dead_code, reason = "tests/cluster.rs expects that all succeed")]
+    pub fn tries(&self, arguments: &[&str]) -> bool {
+        hack_cluster_with(&self.dir(), arguments, &self.environment).status.success()
     }
 
     /// Takes it down and checks that nothing is left.

@@ -5,7 +5,8 @@
 //! its own and one request at a time, so it knows what every read must return.
 
 use std::fs::File;
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -16,6 +17,8 @@ use std::time::{Duration, Instant};
 const BLOCK: usize = 4096;
 /// Blocks that go to one thread together: the longest request.
 const CHUNK: usize = 4;
+/// Blocks that a check reads together.
+const PART: usize = 64;
 /// Threads of a load.
 pub const THREADS: usize = 4;
 /// One in so many requests is a flush, and one a read.
@@ -102,16 +105,26 @@ impl Oracle {
 
     fn wrong(&self, device: &Path) -> Vec<String> {
         let file = open(device).expect("the device opens");
-        let chunks = 0..self.0.len() / CHUNK;
-        chunks.flat_map(|chunk| self.read_chunk(&file, chunk).expect("the device reads")).collect()
+        let parts = (0..self.0.len()).step_by(PART);
+        let part = |first| self.read(&file, first..(first + PART).min(self.0.len())).expect("the device reads");
+        parts.flat_map(part).collect()
     }
 
     /// What is wrong with the blocks of a chunk.
     fn read_chunk(&self, file: &File, chunk: usize) -> std::io::Result<Vec<String>> {
+        self.read(file, chunk * CHUNK..(chunk + 1) * CHUNK)
+    }
+
+    /// What is wrong with these blocks, which are read in one request.
+    fn read(&self, file: &File, blocks: Range<usize>) -> std::io::Result<Vec<String>> {
+        let mut pages = vec![Page([0; BLOCK]); blocks.len()];
+        let mut slices: Vec<_> = pages.iter_mut().map(|page| IoSliceMut::new(&mut page.0)).collect();
+        let read = nix::sys::uio::preadv(file, &mut slices, (blocks.start * BLOCK) as i64)?;
+        if read != blocks.len() * BLOCK {
+            return Err(std::io::Error::other(format!("only {read} bytes were read")));
+        }
         let mut wrong = Vec::new();
-        for block in chunk * CHUNK..(chunk + 1) * CHUNK {
-            let mut page = Box::new(Page([0; BLOCK]));
-            file.read_exact_at(&mut page.0, (block * BLOCK) as u64)?;
+        for (block, page) in blocks.zip(&pages) {
             let round = page.round(block as u64);
             self.known(block, |known| match round {
                 Some(round) if known.allows(round) => known.was_read(round),
@@ -122,7 +135,7 @@ impl Oracle {
     }
 
     /// Writes blocks of one chunk, in one request; what is wrong with its acknowledgement.
-    fn write(&self, file: &File, blocks: std::ops::Range<usize>, round: u64) -> std::io::Result<Vec<String>> {
+    fn write(&self, file: &File, blocks: Range<usize>, round: u64) -> std::io::Result<Vec<String>> {
         for block in blocks.clone() {
             self.known(block, |known| (known.tried, known.unknown) = (round, true));
         }

@@ -1,4 +1,4 @@
-//! What becomes of a mirrored volume when the pool of its secondary is full, fails, or is gone.
+//! What becomes of a mirrored volume when the pool of its secondary is full, fails, hangs, rots, or is gone.
 
 use crate::site::{PATIENCE, Site};
 use crate::small_pool::SmallPool;
@@ -41,6 +41,25 @@ async fn a_copy_whose_disk_fails_is_dropped_and_comes_back_with_the_disk() {
     pool.mount_again();
     site.cluster.run(&["start", "all", "2"]);
     println!("the disk is well: a member again after {:?}", site.until_whole().await);
+    load.await_writes(200, PATIENCE);
+    load.stop_well();
+    site.finish_at_each(&[1, 2]).await;
+}
+
+/// Case 10, a disk: it does nothing, and its node answers heartbeats.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_whose_disk_hangs_is_dropped_and_comes_back_when_it_goes_on() {
+    let pool = SmallPool::ext4(POOL_MIB);
+    let (site, _, load) = Site::under_load_with_pool(pool.path()).await;
+    load.await_writes(200, PATIENCE);
+    let hanging = pool.hang();
+    println!("hanging: dropped after {:?}", site.until_dropped(2).await);
+    println!("200 writes more after {:?}", load.await_writes(200, PATIENCE));
+    drop(hanging);
+    // One that was slow is left alone for a minute, unless it is started anew.
+    site.cluster.run(&["kill", "replica", "2"]);
+    site.cluster.run(&["start", "replica", "2"]);
+    println!("going on: a member again after {:?}", site.until_whole().await);
     load.await_writes(200, PATIENCE);
     load.stop_well();
     site.finish_at_each(&[1, 2]).await;

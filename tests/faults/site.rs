@@ -4,7 +4,9 @@ use crate::load::{Load, Oracle};
 use crate::rig::{Cluster, MIB, filesystem, place};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 use tandem::csi::control::{Client, Control};
 use tandem::rpc::control::{DetachVolumeRequest, GetVolumeRequest, Mirror};
@@ -27,6 +29,8 @@ pub struct Site {
     pub id: String,
     pub oracle: Oracle,
     capability: VolumeCapability,
+    /// Processes die in the middle of calls.
+    kills: bool,
     _machine: tokio::sync::MutexGuard<'static, ()>,
 }
 
@@ -57,6 +61,12 @@ impl Site {
         Self::with(2, 2, block(), vec![("TANDEM_CLUSTER_NODE_FLAGS_2", flags)]).await.loaded().await
     }
 
+    /// The same with two nodes whose processes die where they are told (`kills.rs`).
+    pub async fn under_load_with_kills() -> (Self, PathBuf, Load) {
+        let site = Self::with(2, 2, block(), vec![("TANDEM_CLUSTER_CRASH", "yes".into())]).await;
+        Self { kills: true, ..site }.loaded().await
+    }
+
     async fn loaded(self) -> (Self, PathBuf, Load) {
         let device = self.attach(1).await;
         let load = Load::start(&device, &self.oracle);
@@ -84,7 +94,7 @@ impl Site {
         };
         let created = cluster.controller().create_volume(request).await.expect("created").into_inner();
         let id = created.volume.expect("a volume").volume_id;
-        Self { cluster, id, oracle: Oracle::new(LOADED), capability, _machine: machine }
+        Self { cluster, id, oracle: Oracle::new(LOADED), capability, kills: false, _machine: machine }
     }
 
     pub async fn publish(&self, number: usize) -> Result<(), Status> {
@@ -133,7 +143,12 @@ impl Site {
             node_id: format!("node-{number}"),
             ..Default::default()
         };
-        self.cluster.controller().controller_unpublish_volume(request).await.expect("unpublished");
+        let ask = async || self.cluster.controller().controller_unpublish_volume(request.clone()).await;
+        if self.kills {
+            self.repeat("unpublish", ask).await;
+        } else {
+            ask().await.expect("unpublished");
+        }
     }
 
     /// Where it is mounted on the node.
@@ -143,7 +158,11 @@ impl Site {
 
     /// Publishes and stages; the device.
     pub async fn attach(&self, number: usize) -> PathBuf {
-        self.publish(number).await.expect("published");
+        if self.kills {
+            self.repeat("publish", async || self.publish(number).await).await;
+        } else {
+            self.publish(number).await.expect("published");
+        }
         // Kubelet repeats it, too.
         self.repeat("stage", async || self.stage(number).await).await;
         self.device(number).await
@@ -195,16 +214,74 @@ impl Site {
         self.unpublish(number).await;
     }
 
+    /// Whoever dies cannot say what is wrong; and a volume is not published at a copy that is just brought up to date.
+    fn is_asked_again(&self, status: &Status) -> bool {
+        let of_kills = matches!(status.code(), Code::Unknown | Code::Cancelled | Code::FailedPrecondition);
+        matches!(status.code(), Code::Aborted | Code::Unavailable) || (self.kills && of_kills)
+    }
+
+    /// Takes a snapshot; its id.
+    pub async fn snapshot(&self, name: &str) -> String {
+        let request =
+            CreateSnapshotRequest { source_volume_id: self.id.clone(), name: name.into(), ..Default::default() };
+        let ask = async || self.cluster.controller().create_snapshot(request.clone()).await;
+        let taken = self.repeat("snapshot", ask).await.into_inner().snapshot.expect("a snapshot");
+        assert!(taken.ready_to_use, "{taken:?}");
+        taken.snapshot_id
+    }
+
+    pub async fn delete_snapshot(&self, snapshot_id: &str) {
+        let request = DeleteSnapshotRequest { snapshot_id: snapshot_id.into(), ..Default::default() };
+        let ask = async || self.cluster.controller().delete_snapshot(request.clone()).await;
+        self.repeat("delete snapshot", ask).await;
+    }
+
+    /// Of this volume, as the controller has them.
+    pub async fn snapshots(&self) -> Vec<String> {
+        let request = ListSnapshotsRequest { source_volume_id: self.id.clone(), ..Default::default() };
+        let ask = async || self.cluster.controller().list_snapshots(request.clone()).await;
+        let listed = self.repeat("list snapshots", ask).await.into_inner().entries;
+        listed.into_iter().filter_map(|entry| entry.snapshot).map(|snapshot| snapshot.snapshot_id).collect()
+    }
+
+    /// Waits until the copy at the node has checksums of what the snapshot has sealed.
+    pub async fn until_checksummed(&self, number: usize, snapshot_id: &str) {
+        let began = Instant::now();
+        loop {
+            let listed = self.control(number).list_snapshots(tandem::rpc::control::ListSnapshotsRequest {}).await;
+            let snapshots = listed.expect("it answers").into_inner().snapshots;
+            if snapshots.iter().any(|snapshot| snapshot.snapshot_id == snapshot_id && snapshot.checksummed) {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "node-{number} makes no checksums: {snapshots:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Size of the device at the node.
+    pub async fn device_bytes(&self, number: usize) -> i64 {
+        let mut device = std::fs::File::open(self.device(number).await).expect("the device opens");
+        i64::try_from(device.seek(SeekFrom::End(0)).expect("it has a size")).expect("a size")
+    }
+
+    /// `tandem verify` at the node: whether all is well, and what it says.
+    pub fn verify(&self, number: usize) -> (bool, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+        command.args(["verify", &self.id]).arg("--dir").arg(self.cluster.dir().join(format!("node-{number}")));
+        let output = command.output().expect("started");
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    }
+
     /// What is to become true, asked again as its callers do.
     async fn repeat<T>(&self, what: &str, ask: impl AsyncFn() -> Result<T, Status>) -> T {
         let began = Instant::now();
         loop {
             match ask().await {
                 Ok(answer) => return answer,
-                Err(status) => assert!(
-                    matches!(status.code(), Code::Aborted | Code::Unavailable) && began.elapsed() < PATIENCE,
-                    "{what}: {status:?}"
-                ),
+                Err(status) => {
+                    assert!(self.is_asked_again(&status) && began.elapsed() < PATIENCE, "{what}: {status:?}")
+                }
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -268,13 +345,14 @@ impl Site {
         std::thread::spawn(move || crate::load::read_first_block(&device))
     }
 
-    fn replica(&self, number: usize) -> Pid {
-        let file = self.cluster.dir().join(format!("node-{number}/replica.pid"));
+    /// Of the process that was started last in this role.
+    pub fn pid(&self, role: &str, host: &str) -> Pid {
+        let file = self.cluster.dir().join(host).join(format!("{role}.pid"));
         Pid::from_raw(std::fs::read_to_string(file).expect("started").trim().parse().expect("a pid"))
     }
 
     pub fn signal(&self, number: usize, signal: Signal) {
-        kill(self.replica(number), signal).expect("it runs");
+        kill(self.pid("replica", &format!("node-{number}")), signal).expect("it runs");
     }
 
     /// The volume moves from the first of these nodes, where it is used, to each of the others, and every copy has all that

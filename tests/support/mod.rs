@@ -4,4 +4,5 @@
 pub mod diagnosis;
 pub mod installation;
 pub mod mounted;
+pub mod points;
 pub mod small_pool;

@@ -1,4 +1,4 @@
-//! A pool's filesystem of a few hundred MiB out of a sparse file, which can be full and can fail; gone on every path.
+//! A pool's filesystem of a few hundred MiB out of a sparse file, which can be full, can fail and can hang; gone on every path.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -80,11 +80,26 @@ impl SmallPool {
         run(Command::new("xfs_io").args(["-x", "-c", "shutdown"]).arg(&self.path));
     }
 
+    /// From now on everything that is written there waits until what this returns is dropped.
+    pub fn hang(&self) -> Hanging {
+        run(Command::new("fsfreeze").arg("--freeze").arg(&self.path));
+        Hanging(self.path.clone())
+    }
+
     /// The disk works again, when whoever used it has ended. What has failed lives on in every mount namespace that was made
     /// meanwhile, and does no I/O: so the same blocks get another device.
     pub fn mount_again(&mut self) {
         self.unmount();
         self.mount();
+    }
+}
+
+/// See [`SmallPool::hang`].
+pub struct Hanging(PathBuf);
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.0).status();
     }
 }
 

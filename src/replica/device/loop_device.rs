@@ -140,6 +140,11 @@ impl Found {
         self.volume == served.volume && self.tag == served.tag()
     }
 
+    /// Whoever is killed while it sets a device up may leave one without size: the kernel has not heard how large the file is.
+    fn is_whole(&self) -> bool {
+        std::fs::read_to_string(self.device.sys().join("size")).is_ok_and(|sectors| sectors.trim() != "0")
+    }
+
     fn is_there(&self) -> bool {
         let backing = std::fs::read_to_string(self.device.sys().join("loop/backing_file")).unwrap_or_default();
         parse_backing(&backing).is_some_and(|(volume, _, tag)| (volume, tag) == (self.volume, self.tag))
@@ -169,9 +174,9 @@ fn scan() -> impl Iterator<Item = Found> {
     })
 }
 
-/// The loop device that a copy serves, if it is attached. Never waits for the engine.
+/// The loop device that a copy serves, if it is attached and can be used. Never waits for the engine.
 pub fn find(served: Served) -> Option<LoopDevice> {
-    scan().find(|found| found.is_of(served)).map(|found| found.device)
+    scan().find(|found| found.is_of(served) && found.is_whole()).map(|found| found.device)
 }
 
 /// One that any copy of the volume serves. Never waits for the engine.
@@ -180,13 +185,15 @@ pub fn find_any(volume: VolumeId) -> Option<LoopDevice> {
 }
 
 /// Sets up a loop device (direct I/O, 4096-byte sectors) on the copy's file below `root`; the one that is there already
-/// is taken. One of an earlier connection, which died with its holder, is removed first, unless it is still mounted.
+/// is taken. One of an earlier connection, which died with its holder, is removed first, unless it is still mounted; so is one
+/// whose setting up was cut off.
 /// The engine must be serving the file.
 pub fn attach(root: BorrowedFd<'_>, served: Served) -> Result<LoopDevice, LoopError> {
     let volume = served.volume;
     let connection = own_connection(root, volume)?;
     match scan().find(|found| found.is_of(served)) {
-        Some(found) if found.connection == connection => return Ok(found.device),
+        Some(found) if found.connection == connection && found.is_whole() => return Ok(found.device),
+        Some(found) if found.connection == connection => remove(&found)?,
         Some(found) => match remove(&found) {
             Err(LoopError::Busy { .. }) => return Err(LoopError::Dead { volume, device: found.device }),
             result => result?,

@@ -10,6 +10,7 @@ use super::requests::slot_of;
 use super::tree::TreeKey;
 use super::turn::{Engine, TICK, Work};
 use super::volume::VolumeKey;
+use crate::crash::crash_point;
 use crate::protocol::{DiskError, Input, OperationId, Request, Tag};
 use crate::replica::device::fuse::MAX_PAYLOAD;
 use crate::replica::device::slots::RESERVED_SLOTS;
@@ -222,6 +223,9 @@ impl Engine {
             // It must happen at this point of the stream of writes on every copy: not answered, but tried again.
             mirror.busy.push((operation, control));
             return;
+        }
+        if seal.is_some() {
+            crash_point("mirror.sealed");
         }
         self.note_seal(key, operation, result);
         let result = result.map_err(|refusal| match refusal {

@@ -13,6 +13,7 @@ use super::operations::{Kept, Purpose};
 use super::requests::{note_waiting, slot_of};
 use super::turn::{Engine, Work};
 use super::volume::{Volume, VolumeKey};
+use crate::crash::crash_point;
 use crate::protocol::{
     Buffer, DiskError, Input, Lacks, Message, OperationId, Output, Record, Request, SealName, SerialNumber,
 };
@@ -29,7 +30,12 @@ impl Engine {
         let mut outputs = std::mem::take(&mut self.outputs);
         let Some(volume) = self.volume_mut(key) else { return };
         let Some(mirror) = volume.mirror.as_mut().filter(|mirror| mirror.closing.is_empty()) else { return };
+        let before = volume.replica.record().configuration.stamp;
         volume.replica.step(now, input, &mut outputs);
+        if volume.replica.record().configuration.stamp != before {
+            // Durable here, and nothing is done or said under it yet.
+            crash_point("mirror.persisted");
+        }
         let role = volume.replica.role();
         if std::mem::replace(&mut mirror.role, role) != role {
             let configuration = volume.replica.record().configuration.stamp;
@@ -192,6 +198,7 @@ impl Engine {
         let tree = volume.tree;
         let Self { trees, actions, .. } = self;
         let Some(found) = trees[tree.0 as usize].as_mut() else { return };
+        crash_point("mirror.seal");
         found.store.control(id, control, actions);
         self.collect_actions(tree);
     }
@@ -209,6 +216,7 @@ impl Engine {
         let before = found.store.mirrored(volume.id).map(|known| known.record.configuration.stamp);
         let reserve = mirror.reserve_for(&record.configuration, before, found.id);
         let life = found.life(mirror.boot);
+        crash_point("mirror.persist");
         found.store.persist(id, volume.id, record, life, reserve, actions);
         self.collect_actions(tree);
     }
@@ -218,6 +226,7 @@ impl Engine {
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let Some(tree) = trees[volume.tree.0 as usize].as_mut() else { return };
         let planned = tree.store.plan(volume.id, lacks, hot);
+        crash_point("mirror.planned");
         self.next_missing(key, operation, planned);
     }
 

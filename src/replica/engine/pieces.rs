@@ -9,6 +9,7 @@
 use super::operations::Purpose;
 use super::turn::{Engine, Work};
 use super::volume::VolumeKey;
+use crate::crash::crash_point;
 use crate::protocol::{BlockSet, DiskError, Input, Missing, OperationId, Piece, Request, SerialNumber};
 use crate::replica::peer::{self, Attached, Blocks, DIGEST, Payload};
 use crate::store::Action;
@@ -147,6 +148,8 @@ impl Engine {
             Whole::Read(piece, blocks) => {
                 if let (Ok(()), Ok(payload)) = (result, Payload::new(blocks.freeze())) {
                     mirror.ranges.insert(operation, (piece, payload));
+                    // Held here, and not at the other copy.
+                    crash_point("mirror.range");
                 }
                 Input::Completed { operation, result }
             }

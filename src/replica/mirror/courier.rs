@@ -6,6 +6,7 @@
 
 use super::{FIRST_PAUSE, LAST_PAUSE, OlderCatalogue};
 use crate::catalog::{Catalog, ConfigurationError, Volume};
+use crate::crash::crash_point;
 use crate::protocol::Outcome;
 use crate::replica::engine::{CatalogueRequest, EngineError, EngineHandle, MirrorInput};
 use crate::replica::peer::Session;
@@ -57,7 +58,9 @@ impl Courier {
                     Some(CatalogueRequest::Read) => look = true,
                     Some(CatalogueRequest::Propose { expected, next }) => {
                         let stamp = next.stamp;
+                        crash_point("mirror.propose");
                         let outcome = self.catalog.propose(self.volume, expected, &next).await;
+                        crash_point("mirror.proposed");
                         if outcome == Outcome::Ambiguous {
                             sleep(pause).await;
                             pause = longer(pause);
