@@ -192,6 +192,11 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
     tandem(&cluster, "controller", &["volume", "demote", &id]);
     let promoted = tandem(&cluster, "controller", &["volume", "promote", &id, "node-1"]);
     assert!(promoted.contains("node-1 is primary"), "{promoted}");
+    let resynced = tandem(&cluster, "controller", &["volume", "resync", &id, "--node", "node-2"]);
+    assert!(resynced.contains("the copy on node-2 is equal to the primary's"), "{resynced}");
+    let refused = run(&cluster, "controller", &["volume", "resync", &id, "--node", "node-1"]);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && why.contains("is its primary"), "{why}");
     let text = tandem(&cluster, "controller", &["volume", "copies", &id, "-o", "json"]);
     let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let of = |node: &str| json.as_array().into_iter().flatten().find(|copy| copy["node"] == node).expect("a copy");
@@ -204,12 +209,16 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
 
 /// What a command of a person at this host says, with the controller's socket as the cluster has it.
 fn tandem(cluster: &Cluster, host: &str, arguments: &[&str]) -> String {
+    let output = run(cluster, host, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn run(cluster: &Cluster, host: &str, arguments: &[&str]) -> std::process::Output {
     let controller = format!("unix://{}", cluster.dir().join("controller/csi.sock").display());
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tandem"));
     command.args(arguments).arg("--dir").arg(cluster.dir().join(host)).args(["--controller-endpoint", &controller]);
-    let output = command.output().expect("started");
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
+    command.output().expect("started")
 }
 
 #[test]

@@ -97,6 +97,9 @@ codes! {
         NoCopy => FailedPrecondition,
         NotUpToDate => FailedPrecondition,
         NoPlace => ResourceExhausted,
+        IsPrimary => FailedPrecondition,
+        NoPrimary => FailedPrecondition,
+        NotResynced => FailedPrecondition,
     }
     CreateSnapshotError {
         SourceNotFound => NotFound,
