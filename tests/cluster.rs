@@ -194,6 +194,11 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
     tandem(&cluster, "controller", &["volume", "demote", &id]);
     let promoted = tandem(&cluster, "controller", &["volume", "promote", &id, "node-1"]);
     assert!(promoted.contains("node-1 is primary"), "{promoted}");
+    let resynced = tandem(&cluster, "controller", &["volume", "resync", &id, "--node", "node-2"]);
+    assert!(resynced.contains("the copy on node-2 is equal to the primary's"), "{resynced}");
+    let refused = command(&cluster, "controller", &["volume", "resync", &id, "--node", "node-1"]);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && why.contains("is its primary"), "{why}");
     let text = tandem(&cluster, "controller", &["volume", "copies", &id, "-o", "json"]);
     let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let of = |node: &str| json.as_array().into_iter().flatten().find(|copy| copy["node"] == node).expect("a copy");

@@ -1,11 +1,13 @@
-//! `tandem volume copies`, `promote`, `demote` and `move`: where a volume's copies are, and who is primary.
+//! `tandem volume copies`, `promote`, `demote`, `move` and `resync`: where a volume's copies are, and who is primary.
 
 use super::client::{Target, find_volume, refused};
 use super::output::{Output, Row};
 use super::volume::progress_style;
 use super::{CliError, units};
 use crate::rpc::operator::operator_client::OperatorClient;
-use crate::rpc::operator::{Copy, DemoteRequest, ListCopiesRequest, MoveCopyRequest, PromoteRequest};
+use crate::rpc::operator::{
+    Copy, DemoteRequest, ListCopiesRequest, MoveCopyRequest, PromoteRequest, ResyncCopyRequest,
+};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use std::time::Duration;
@@ -27,6 +29,7 @@ pub enum Command {
     /// gives it a primary again.
     Demote(CopiesArguments),
     Move(MoveArguments),
+    Resync(ResyncArguments),
 }
 
 #[derive(Debug, clap::Args)]
@@ -70,6 +73,25 @@ pub struct MoveArguments {
     /// Node that gets one: with a pool of the same name, and none of the volume's copies.
     #[arg(long, env = "TANDEM_TO_NODE", value_name = "NODE")]
     to: String,
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// Compare the copy on a node with the primary, block for block, and copy what differs.
+///
+/// For a copy that is not trusted any more: its disk had errors, somebody wrote to it behind Tandem's back, or `tandem verify`
+/// found damage. It counts as a copy again when it has every acknowledged write; until then the volume has one copy less. The volume may be in
+/// use. Refused for the primary itself, and if no primary has every acknowledged write. Interrupted, the command only stops
+/// to show how far it is.
+#[derive(Debug, clap::Args)]
+pub struct ResyncArguments {
+    /// Id or name.
+    volume: String,
+    /// Node whose copy is made equal to the primary's.
+    #[arg(long, env = "TANDEM_NODE", value_name = "NODE")]
+    node: String,
     #[command(flatten)]
     target: Target,
     #[command(flatten)]
@@ -146,6 +168,7 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Promote(arguments) => promote(arguments).await,
         Command::Demote(arguments) => demote(arguments).await,
         Command::Move(arguments) => replace(arguments).await,
+        Command::Resync(arguments) => resync(arguments).await,
     }
 }
 
@@ -200,23 +223,48 @@ async fn replace(MoveArguments { volume, from, to, target, output }: MoveArgumen
     let doing = format!("cannot move the copy of volume {volume} from {from} to {to}");
     let request = MoveCopyRequest { volume_id: id.clone(), from_node: from.clone(), to_node: to.clone() };
     until_done(doing.clone(), async || operator.move_copy(request.clone()).await).await?;
-    let bar = ProgressBar::new(0).with_style(progress_style()).with_message(format!("filling the copy on {to}"));
+    let gone = |copies: &[Copy]| copies.iter().all(|copy| copy.node != from);
+    watch(&mut operator, &id, &to, &doing, gone).await?;
+    let sentence = format!("volume {volume}: the copy on {from} is replaced by the one on {to}");
+    output.done(&serde_json::json!({ "id": id, "from": from, "to": to }), &sentence)
+}
+
+/// Shows how far the copy on a node is, until it is so.
+async fn watch(
+    operator: &mut OperatorClient<Channel>,
+    id: &str,
+    node: &str,
+    doing: &str,
+    done: impl Fn(&[Copy]) -> bool,
+) -> Result<(), CliError> {
+    let bar = ProgressBar::new(0).with_style(progress_style()).with_message(format!("the copy on {node}"));
     loop {
-        let copies = copies(&mut operator, &id).await.map_err(refused(doing.as_str()))?;
-        if copies.iter().all(|copy| copy.node != from) {
+        let copies = copies(operator, id).await.map_err(refused(doing))?;
+        if done(&copies) {
             break;
         }
         // Those of one that is filled are not told any more.
-        for new in copies.iter().filter(|copy| copy.node == to && copy.left_bytes > 0) {
-            let done = new.copied_bytes + new.equal_bytes;
-            bar.set_length(done + new.left_bytes);
+        for filled in copies.iter().filter(|copy| copy.node == node && copy.left_bytes > 0) {
+            let done = filled.copied_bytes + filled.equal_bytes;
+            bar.set_length(done + filled.left_bytes);
             bar.set_position(done);
         }
         tokio::time::sleep(LOOK).await;
     }
     bar.finish_and_clear();
-    let sentence = format!("volume {volume}: the copy on {from} is replaced by the one on {to}");
-    output.done(&serde_json::json!({ "id": id, "from": from, "to": to }), &sentence)
+    Ok(())
+}
+
+async fn resync(ResyncArguments { volume, node, target, output }: ResyncArguments) -> Result<(), CliError> {
+    let id = find_volume(&target, &volume).await?.volume_id;
+    let mut operator = target.operator().await?;
+    let doing = format!("cannot resync the copy of volume {volume} on {node}");
+    let request = ResyncCopyRequest { volume_id: id.clone(), node: node.clone() };
+    until_done(doing.clone(), async || operator.resync_copy(request.clone()).await).await?;
+    let whole = |copies: &[Copy]| copies.iter().any(|copy| copy.node == node && copy.member);
+    watch(&mut operator, &id, &node, &doing, whole).await?;
+    let sentence = format!("volume {volume}: the copy on {node} is equal to the primary's");
+    output.done(&serde_json::json!({ "id": id, "node": node, "up_to_date": true }), &sentence)
 }
 
 #[cfg(test)]

@@ -346,6 +346,20 @@ rpc_errors! {
             /// Where.
             node: String,
         },
+        /// It is the one that the others are made equal to.
+        #[error("the copy of volume {id} on node {node} is its primary: other copies are made equal to it; promote another one first")]
+        IsPrimary {
+            /// The volume.
+            id: VolumeId,
+            /// As asked for.
+            node: NodeName,
+        },
+        /// Nothing to make it equal to.
+        #[error("volume {0} has no primary: no copy is known to have every acknowledged write. Publish it, or promote a copy")]
+        NoPrimary(VolumeId),
+        /// The primary does not do it.
+        #[error("the copy is not resynced: {0}")]
+        NotResynced(String),
     }
     /// CreateSnapshot.
     CreateSnapshotError {

@@ -99,6 +99,9 @@ codes! {
         NoPlace => ResourceExhausted,
         NoRoom => ResourceExhausted,
         Alone => FailedPrecondition,
+        IsPrimary => FailedPrecondition,
+        NoPrimary => FailedPrecondition,
+        NotResynced => FailedPrecondition,
     }
     CreateSnapshotError {
         SourceNotFound => NotFound,

@@ -74,6 +74,9 @@ pub enum Input {
     Configuration(Box<Configuration>),
     /// What the volume's spec wants.
     Wish(Wish),
+    /// A person wants a copy compared with this one, block for block: it lacks everything from now on. Only a primary that
+    /// serves and has every acknowledged write does that; for any other it means nothing.
+    Resync(InstanceId),
     /// Time has passed; every [`HEARTBEAT`](super::primary::HEARTBEAT).
     Tick,
 }

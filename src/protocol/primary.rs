@@ -8,7 +8,7 @@
 //!   clock. No acknowledgement of a write rests on it.
 
 use super::admission::{Awaits, Entry, Phase};
-use super::configuration::Configuration;
+use super::configuration::{Configuration, Lacks};
 use super::copying::Sync;
 use super::hot::Extent;
 use super::interface::{Output, Primary, Role};
@@ -42,6 +42,8 @@ pub(super) struct Peer {
     pub owes: u8,
     /// To be dropped, or left alone until it joins anew.
     pub out: bool,
+    /// Nothing of what it holds counts from the next configuration on.
+    pub anew: bool,
     pub sync: Sync,
 }
 
@@ -58,6 +60,7 @@ impl Peer {
             lease_until: Now::default(),
             owes: 0,
             out,
+            anew: false,
             sync: Sync::Idle,
         }
     }
@@ -220,6 +223,21 @@ impl Replica {
             // This copy may be one that drops nobody: then the other one is asked to join again.
             self.peers[position].joined = false;
             self.abandon_copying();
+        }
+    }
+
+    /// A member goes like one that fails, and comes back as a candidate that lacks everything.
+    pub(super) fn resync(&mut self, copy: InstanceId) {
+        let serves = self.role == Role::Primary(Primary::Serving);
+        if !serves || !self.record.intact || self.health != Health::Sound {
+            return;
+        }
+        let lacks = self.record.configuration.candidates.get(&copy);
+        if lacks == Some(&Lacks::Everything) {
+            return;
+        }
+        if let Some(peer) = self.peers.iter_mut().find(|peer| peer.copy == copy) {
+            (peer.anew, peer.out) = (true, peer.out || peer.member);
         }
     }
 

@@ -205,6 +205,7 @@ impl Replica {
                 // What waited while this copy was to leave.
                 self.start_what_is_clear(outputs);
             }
+            Input::Resync(copy) => self.resync(copy),
             Input::Tick => {
                 (self.copying_waits, self.disk_rests) = (false, false);
                 self.judge_patience();

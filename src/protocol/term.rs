@@ -278,6 +278,11 @@ impl Replica {
         for peer in &self.peers {
             if peer.out && peer.member && self.may_drop() {
                 next.drop_member(peer.copy);
+                if peer.anew {
+                    next.candidates.insert(peer.copy, Lacks::Everything);
+                }
+            } else if peer.anew && !peer.member {
+                next.candidates.insert(peer.copy, Lacks::Everything);
             } else if peer.is_equal()
                 && !peer.out
                 && (self.health == Health::Sound || planted!(self, ClearAfterFailure))

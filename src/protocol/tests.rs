@@ -1,9 +1,8 @@
-//! The core against a model of everything around it: a kernel that submits, slots that survive, a disk that applies
-//! operations block by block, and kills at any moment.
+//! The core against a model of what is around it: a kernel that submits, slots that survive, a disk that applies operations
+//! block by block, and kills at any moment.
 //!
-//! The oracle knows only what a filesystem can know: when it submitted what, when the answer came and what reads
-//! returned. A block's value is legal unless a later write began after the value was certainly there and ended before
-//! the read began.
+//! The oracle knows when it submitted what, when the answer came and what reads returned. A block's value is legal unless a
+//! later write began after the value was certainly there and ended before the read began.
 
 mod mirror;
 
@@ -158,8 +157,7 @@ impl World {
         for output in outputs {
             match output {
                 Output::Disk { operation, tag, request } => {
-                    let slot = tag.0 as usize;
-                    let Slot::Filled(id) = self.slots[slot] else { panic!("started {tag:?} which is not filled") };
+                    let Slot::Filled(id) = self.slots[tag.0 as usize] else { panic!("started {tag:?}: not filled") };
                     let conflict = |other: &Running| admission::conflicts(self.history[other.id].request, request);
                     self.overlapped |= self.running.iter().any(conflict);
                     self.running.push(Running { operation, id, remaining: blocks(request) });

@@ -347,6 +347,16 @@ impl Replica for ReplicaService {
         Ok(Response::new(rpc::DetachVolumeResponse {}))
     }
 
+    async fn resync_copy(
+        &self,
+        r: Request<rpc::ResyncCopyRequest>,
+    ) -> Result<Response<rpc::ResyncCopyResponse>, Status> {
+        let rpc::ResyncCopyRequest { volume_id: volume, copy_id } = r.into_inner();
+        let (volume, copy) = (volume_id(&volume)?, new_id(&copy_id)?);
+        self.manager.resync(volume, copy).await?;
+        Ok(Response::new(rpc::ResyncCopyResponse {}))
+    }
+
     async fn ensure_snapshots(
         &self,
         r: Request<rpc::EnsureSnapshotsRequest>,

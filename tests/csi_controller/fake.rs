@@ -257,6 +257,10 @@ impl Replica for Fake {
         Err(Status::unimplemented("asked by the node only"))
     }
 
+    async fn resync_copy(&self, _: Request<ResyncCopyRequest>) -> Answer<ResyncCopyResponse> {
+        Err(Status::unimplemented("not asked by CSI"))
+    }
+
     async fn ensure_snapshots(&self, request: Request<EnsureSnapshotsRequest>) -> Answer<EnsureSnapshotsResponse> {
         self.call("EnsureSnapshots", |state| {
             let snapshots = state.ensure_snapshots(request.into_inner().items)?;

@@ -248,6 +248,7 @@ not_asked! {
     list_volumes: ListVolumesRequest => ListVolumesResponse,
     expand_volume: ExpandVolumeRequest => Volume,
     modify_volume: ModifyVolumeRequest => Volume,
+    resync_copy: ResyncCopyRequest => ResyncCopyResponse,
     ensure_snapshots: EnsureSnapshotsRequest => EnsureSnapshotsResponse,
     promise_snapshots: EnsureSnapshotsRequest => PromiseSnapshotsResponse,
     adopt_snapshots: EnsureSnapshotsRequest => AdoptSnapshotsResponse,

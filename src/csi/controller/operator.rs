@@ -10,12 +10,13 @@ use super::names;
 use super::place::certain;
 use super::request::present;
 use crate::catalog::{CopySpec, MirrorSpec, NodeName, Stored, Volume};
+use crate::csi::control::ControlError;
 use crate::csi::errors::{ArgumentError, OperatorError, Transient};
 use crate::csi::handler::answer;
 use crate::csi::operations::Subject;
 use crate::csi::status::failed;
-use crate::protocol::{Configuration, MAX_COPIES};
-use crate::rpc::control::{GetVolumeRequest, copy::State};
+use crate::protocol::{Configuration, Lacks, MAX_COPIES};
+use crate::rpc::control::{GetVolumeRequest, ResyncCopyRequest, copy::State};
 use crate::rpc::operator::{self as rpc, operator_server};
 use crate::volume::{InstanceId, VolumeId};
 use std::collections::BTreeMap;
@@ -42,12 +43,21 @@ const MIN_BYTES_PER_SECOND: u64 = 1 << 20;
 /// Messages that wait for a slow reader.
 const WAITING_MESSAGES: usize = 4;
 
+/// ResyncCopy: the volume, and the node of the copy.
+pub struct Resync(String, NodeName);
 /// MoveCopy: the volume, from where, and to where.
 pub struct Move(String, NodeName, NodeName);
 
 impl TryFrom<rpc::PromoteRequest> for Promote {
     type Error = ArgumentError;
     fn try_from(request: rpc::PromoteRequest) -> Result<Self, ArgumentError> {
+        Ok(Self(present("volume_id", request.volume_id)?, NodeName(present("node", request.node)?)))
+    }
+}
+
+impl TryFrom<rpc::ResyncCopyRequest> for Resync {
+    type Error = ArgumentError;
+    fn try_from(request: rpc::ResyncCopyRequest) -> Result<Self, ArgumentError> {
         Ok(Self(present("volume_id", request.volume_id)?, NodeName(present("node", request.node)?)))
     }
 }
@@ -190,6 +200,33 @@ impl Controller {
         Ok(())
     }
 
+    /// The node's copy is compared with the primary's from now on, and what differs is copied.
+    pub async fn resync_copy(&self, Resync(id, node): Resync) -> Result<(), OperatorError> {
+        let _volume = self.operate(&id)?;
+        let (stored, mirror) = self.with_copies(&id).await?;
+        let id = stored.object.id;
+        let copy = copy_on(id, &mirror, &node)?;
+        let before = self.committed(id).await?;
+        let primary = before.as_ref().and_then(|now| now.primary).ok_or(OperatorError::NoPrimary(id))?;
+        if primary == copy {
+            return Err(OperatorError::IsPrimary { id, node });
+        }
+        let place = mirror.copies.get(&primary).ok_or(OperatorError::NoPrimary(id))?;
+        let there = self.nodes.find(&place.node).await?.ok_or(OperatorError::NoPrimary(id))?;
+        let request = ResyncCopyRequest { volume_id: id.to_string(), copy_id: copy.to_string() };
+        if let Err(status) = there.control.client().resync_copy(request).await {
+            return Err(match ControlError::from(status) {
+                ControlError::InUse(why) => OperatorError::NotResynced(why),
+                error => Transient::Replica(error).into(),
+            });
+        }
+        // It may be a member again before anybody looks: it has left and was admitted, two versions later.
+        let version = before.map(|before| before.stamp.version.0).unwrap_or_default();
+        let anew = |now: &Configuration| now.candidates.get(&copy) == Some(&Lacks::Everything);
+        let again = |now: &Configuration| now.is_member(copy) && now.stamp.version.0 >= version + 2;
+        self.until(id, "compared anew", &node, |now| anew(now) || again(now)).await
+    }
+
     /// A place for one more copy of the volume on this node.
     async fn place_at(&self, volume: &Volume, node: &NodeName) -> Result<CopySpec, OperatorError> {
         let (found, pool) = (self.nodes.pools().await?, &volume.request.pool);
@@ -309,6 +346,18 @@ impl operator_server::Operator for OperatorService {
         answer("Demote", r, |wanted: Of| async move {
             controller.demote(wanted).await?;
             Ok::<_, OperatorError>(rpc::DemoteResponse {})
+        })
+        .await
+    }
+
+    async fn resync_copy(
+        &self,
+        r: Request<rpc::ResyncCopyRequest>,
+    ) -> Result<Response<rpc::ResyncCopyResponse>, Status> {
+        let controller = self.0.clone();
+        answer("ResyncCopy", r, |wanted: Resync| async move {
+            controller.resync_copy(wanted).await?;
+            Ok::<_, OperatorError>(rpc::ResyncCopyResponse {})
         })
         .await
     }

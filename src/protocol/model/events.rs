@@ -2,7 +2,7 @@
 
 use super::Invariant;
 use super::oracle::Oracle;
-use super::world::{Action, Envelope, Proposal, Slot, World, copy, fingerprint, node_of, range_of};
+use super::world::{Action, Envelope, Node, Proposal, Slot, World, copy, fingerprint, node_of, range_of};
 use crate::protocol::*;
 use crate::volume::InstanceId;
 
@@ -157,18 +157,17 @@ impl World {
 
     fn deliver(&mut self, envelope: &Envelope) {
         let from = copy(envelope.from);
-        if let Message::Prepare { serial, .. }
-        | Message::Copy { serial, .. }
-        | Message::Compare { serial, .. }
-        | Message::Prepared { serial, .. } = envelope.message
+        if let Message::Prepare { frame, serial, .. }
+        | Message::Copy { frame, serial, .. }
+        | Message::Compare { frame, serial, .. }
+        | Message::Prepared { frame, serial, .. } = envelope.message
         {
-            // Bytes that still wait for their turn are not those of a later frame.
-            self.at(envelope.to).brought.entry((from, serial)).or_insert(envelope.value);
+            // Bytes that still wait for their turn are not those of a later frame, nor of another term's.
+            self.at(envelope.to).brought.entry((from, frame.stamp, serial)).or_insert(envelope.value);
         }
         self.step(envelope.to, Input::Received { from, message: envelope.message.clone() });
-        let n = self.at(envelope.to);
-        let waiting: Vec<SerialNumber> = n.replica.applies.iter().filter_map(|apply| apply.waiting()).collect();
-        n.brought.retain(|(_, serial), _| waiting.contains(serial));
+        let Node { brought, replica, .. } = self.at(envelope.to);
+        brought.retain(|(from, stamp, serial), _| replica.wants(*from, *stamp, *serial));
     }
 
     fn commit(&mut self, proposal: &Proposal, lost: bool) {
@@ -223,12 +222,32 @@ impl World {
                 let cache = &self.nodes[usize::from(node_of(member))].disk.cache;
                 cache.iter().enumerate().for_each(|(block, left)| Oracle::lose(&mut self.oracle, block, *left));
             }
+            self.forget_covered();
         }
         self.start(n);
     }
 }
 
 impl World {
+    /// A flush that waits at another node is executed after the loss: what it covers is what is left.
+    fn forget_covered(&mut self) {
+        let left: Vec<Vec<u8>> = self
+            .catalogue
+            .members()
+            .map(|member| self.nodes[usize::from(node_of(member))].disk.cache.clone())
+            .collect();
+        for node in &mut self.nodes {
+            if node.slots.values().all(|slot| slot.covered.is_empty()) {
+                continue;
+            }
+            for slot in std::sync::Arc::make_mut(node).slots.values_mut() {
+                for (block, covered) in slot.covered.iter_mut().enumerate() {
+                    covered.retain(|value| left.iter().all(|cache| cache[block] != *value));
+                }
+            }
+        }
+    }
+
     fn has_expired(&self) -> bool {
         self.epoch > 1
     }

@@ -59,7 +59,7 @@ mistakes! {
         within ADMISSION;
     a_candidate_admitted_empty_breaks_i5: AdmitUnsynced breaks KnownDifferences
         within ADMISSION;
-    a_last_flush_beside_a_copied_range_breaks_i6: FlushBesidePieces breaks Marked
+    a_last_flush_beside_a_copied_range_breaks_i5: FlushBesidePieces breaks KnownDifferences
         within Bounds { disk: Granularity::Every, ..ADMISSION };
     blocks_taken_for_equal_that_differ_break_i1: TakeForEqual breaks Durable
         within Bounds { reads: 1, ..HANDOVER };

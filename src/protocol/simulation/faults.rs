@@ -52,13 +52,22 @@ impl Cluster {
             75..79 => (Fault::Unpublished, 100, 3000),
             79..92 => return self.move_primary(),
             92..96 => return self.replace(node),
-            _ => return self.change_copies(node),
+            96..98 => return self.change_copies(node),
+            _ => return self.distrust(node),
         };
         self.note(|| format!("fault: {fault:?}"));
         self.begin_fault(fault);
         let lasts = self.random.millis(least, most);
         self.at(lasts, Event::Heal(fault));
         Ok(())
+    }
+
+    /// A person does not trust the copy there.
+    fn distrust(&mut self, node: usize) -> Result<(), String> {
+        let copy = self.nodes[node].disk.instance;
+        self.note(|| format!("node {node} is to be made equal to the primary"));
+        self.tally.distrusted += u64::from(self.catalogue.is_member(copy));
+        (0..self.nodes.len()).try_for_each(|node| self.step(node, Input::Resync(copy)))
     }
 
     fn begin_fault(&mut self, fault: Fault) {

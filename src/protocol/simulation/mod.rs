@@ -59,6 +59,7 @@ pub struct Tally {
     reconciles: u64,
     promotions: u64,
     outdated: u64,
+    distrusted: u64,
     compared: u64,
     equal: u64,
     slow_copies: u64,
@@ -75,7 +76,7 @@ impl Tally {
         }
     }
 
-    fn counts(&self) -> [(&'static str, u64); 23] {
+    fn counts(&self) -> [(&'static str, u64); 24] {
         [
             ("events", self.events),
             ("writes", self.writes),
@@ -96,6 +97,7 @@ impl Tally {
             ("reconciles", self.reconciles),
             ("promotions", self.promotions),
             ("outdated", self.outdated),
+            ("copies distrusted", self.distrusted),
             ("blocks compared", self.compared),
             ("found equal", self.equal),
             ("slow copies given up", self.slow_copies),
@@ -159,7 +161,7 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 /// What the seeds have seen together, and those that failed.
-fn run_all(seeds: impl Iterator<Item = u64>) -> ([(&'static str, u64); 23], Vec<String>) {
+fn run_all(seeds: impl Iterator<Item = u64>) -> ([(&'static str, u64); 24], Vec<String>) {
     let mut total = Tally::default().counts();
     let mut failures = vec![];
     for seed in seeds {

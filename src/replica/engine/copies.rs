@@ -278,6 +278,7 @@ impl Engine {
             MirrorInput::Configuration(configuration) => self.step(key, Input::Configuration(configuration)),
             MirrorInput::Wish(wish) => self.step(key, Input::Wish(wish)),
             MirrorInput::Size(size) => self.limit_size(key, size),
+            MirrorInput::Resync(copy) => self.step(key, Input::Resync(copy)),
             MirrorInput::Proposed { stamp, outcome } => self.step(key, Input::Proposed { stamp, outcome }),
             MirrorInput::Peer(event) => self.peer_event(key, event),
         }

@@ -60,6 +60,8 @@ pub enum MirrorInput {
     Wish(Wish),
     /// Bytes that every copy can hold: what a device of the volume has. To be told before the first configuration.
     Size(VolumeSize),
+    /// A person wants the copy compared with this one, block for block.
+    Resync(InstanceId),
     /// The answer to a proposal.
     Proposed {
         /// The version that was proposed.

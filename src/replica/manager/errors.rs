@@ -32,6 +32,12 @@ pub enum VolumeFailure {
     NotReady(VolumeId),
     #[error("volume {0} is mirrored: its copies go when its object in the catalogue says so")]
     Mirrored(VolumeId),
+    #[error(
+        "the copy of volume {0} on this node does not serve, or may lack acknowledged writes: no other copy is made equal to it"
+    )]
+    NoSource(VolumeId),
+    #[error("the primary of volume {volume} knows no other copy {copy}")]
+    NoOther { volume: VolumeId, copy: InstanceId },
     #[error("volume {volume} has another copy on this node, {found}; it has to go first")]
     OtherCopy { volume: VolumeId, found: InstanceId },
     #[error(
@@ -66,7 +72,7 @@ impl From<VolumeFailure> for Status {
             F::Different { .. } => Code::AlreadyExists,
             F::SmallerThanSource { .. } => Code::OutOfRange,
             F::PoolFull { .. } => Code::ResourceExhausted,
-            F::Attached(_) | F::Mirrored(_) => Code::FailedPrecondition,
+            F::Attached(_) | F::Mirrored(_) | F::NoSource(_) | F::NoOther { .. } => Code::FailedPrecondition,
             F::NotReady(_) | F::Busy { .. } | F::OtherCopy { .. } => Code::Aborted,
             F::Elsewhere { .. } | F::NoSnapshotOf { .. } => Code::InvalidArgument,
             F::Control { error, .. } => control_code(error),

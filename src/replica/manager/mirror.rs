@@ -7,7 +7,7 @@ use super::errors::VolumeFailure as Failure;
 use super::volumes::{Blank, NewVolume, Source};
 use super::{Manager, PoolState, VolumePlace, growth};
 use crate::protocol;
-use crate::replica::engine::{EngineHandle, SealReserve};
+use crate::replica::engine::{EngineHandle, MirrorInput, SealReserve};
 use crate::replica::mirror::Refresher;
 use crate::replica::records::Record;
 use crate::volume::{InstanceId, SnapshotId, VolumeId};
@@ -58,6 +58,21 @@ impl CopyHere {
 }
 
 impl Manager {
+    /// Another copy is compared with this one, block for block, and brought up to date.
+    pub async fn resync(&self, volume: VolumeId, copy: InstanceId) -> Result<(), Failure> {
+        let failed = |error| Failure::Engine { volume, error };
+        let status = self.engine().mirror_status(volume).await.map_err(failed)?;
+        let status = status.ok_or(Failure::NoVolume(volume))?;
+        if !status.serves || !status.intact || status.disk_failed {
+            return Err(Failure::NoSource(volume));
+        }
+        if !status.copies.contains_key(&copy) {
+            return Err(Failure::NoOther { volume, copy });
+        }
+        tracing::info!(%volume, %copy, "a copy is to be compared with this one and brought up to date");
+        self.engine().tell_mirror(volume, MirrorInput::Resync(copy)).await.map_err(failed)
+    }
+
     /// All copies of mirrored volumes on this node.
     pub fn copies(&self) -> Vec<CopyHere> {
         self.index().volumes.iter().filter_map(|(volume, place)| CopyHere::of(*volume, place)).collect()
