@@ -157,14 +157,13 @@ impl World {
 
     fn deliver(&mut self, envelope: &Envelope) {
         let from = copy(envelope.from);
-        if let Message::Prepare { serial, .. } | Message::Prepared { serial, .. } = envelope.message {
+        if let Message::Prepare { frame, serial, .. } | Message::Prepared { frame, serial, .. } = envelope.message {
             // Bytes that still wait for their turn are not those of a later frame.
-            self.at(envelope.to).brought.entry((from, serial)).or_insert(envelope.value);
+            self.at(envelope.to).brought.entry((from, frame.stamp, serial)).or_insert(envelope.value);
         }
         self.step(envelope.to, Input::Received { from, message: envelope.message.clone() });
         let n = self.at(envelope.to);
-        let waiting: Vec<SerialNumber> = n.replica.applies.iter().filter_map(|apply| apply.waiting()).collect();
-        n.brought.retain(|(_, serial), _| waiting.contains(serial));
+        n.brought.retain(|(from, stamp, serial), _| n.replica.wants(*from, *stamp, *serial));
     }
 
     fn commit(&mut self, proposal: &Proposal, lost: bool) {

@@ -31,7 +31,7 @@ pub(super) struct Node {
     pub(super) plan: Vec<usize>,
     /// Bytes by operation that read them, and by frame that brought them.
     pub(super) read: BTreeMap<OperationId, u8>,
-    pub(super) brought: BTreeMap<(InstanceId, SerialNumber), u8>,
+    pub(super) brought: BTreeMap<(InstanceId, Stamp, SerialNumber), u8>,
 }
 
 /// A request of the device: a write's value, the last one that a read may not know, or what a flush must have put on stable media.
@@ -245,7 +245,9 @@ impl World {
                 self.request(node, operation, request, value);
             }
             Output::Apply { operation, from, serial, request } => {
-                let value = self.at(node).brought.get(&(from, serial)).copied().unwrap_or(0);
+                let n = self.at(node);
+                let stamp = n.replica.record().configuration.stamp;
+                let value = n.brought.get(&(from, stamp, serial)).copied().unwrap_or(0);
                 self.request(node, operation, request, value);
             }
             Output::ReadRange { operation, range } => {
