@@ -316,7 +316,13 @@ impl Replica {
 
     /// What this copy's disk did after that flush began is not covered by it, even if the member that goes answered before.
     pub(super) fn holds_answers(&self) -> bool {
-        self.guard != Guard::Open && !planted!(self, DropUnflushed) && !planted!(self, DropBeforeCommit)
+        if planted!(self, DropUnflushed) {
+            return false;
+        }
+        if planted!(self, DropBeforeCommit) {
+            return false;
+        }
+        self.guard != Guard::Open
     }
 
     /// Flushes this copy before it goes on without a member: one that is out, or that the spec does not want any more.
