@@ -122,7 +122,7 @@ pub enum CliError {
     /// Copies are not the same. Where has been printed.
     #[error(
         "{0} differ between the copies: `tandem snapshot create` and then `tandem verify` on each of the nodes names blocks that \
-         have changed on disk; give up the copy that is wrong, or restore the volume"
+         have changed on disk; promote the copy that is right, then `tandem volume resync` makes the other one equal to it"
     )]
     Differ(String),
     /// A directory that must exist could not be made.

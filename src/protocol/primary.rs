@@ -13,7 +13,7 @@ use super::copying::Sync;
 use super::hot::Extent;
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Frame, Incarnation, Message, SerialNumber};
-use super::replica::Replica;
+use super::replica::{Health, Replica};
 use super::{DiskError, Now};
 use crate::volume::InstanceId;
 use std::time::Duration;
