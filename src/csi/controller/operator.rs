@@ -21,7 +21,7 @@ use crate::volume::{InstanceId, VolumeId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 /// Promote: the volume, and the node of the copy.
 pub struct Promote(String, NodeName);
@@ -188,6 +188,10 @@ impl Controller {
         let there = self.nodes.find(&place.node).await?.ok_or(OperatorError::NoPrimary(id))?;
         let request = ResyncCopyRequest { volume_id: id.to_string(), copy_id: copy.to_string() };
         if let Err(status) = there.control.client().resync_copy(request).await {
+            if status.code() == Code::Aborted {
+                // It has just become primary.
+                return Err(Transient::Waiting { id, done: "served", nodes: place.node.to_string() }.into());
+            }
             return Err(match ControlError::from(status) {
                 ControlError::InUse(why) => OperatorError::NotResynced(why),
                 error => Transient::Replica(error).into(),
