@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 /// Promote: the volume, and the node of the copy.
 pub struct Promote(String, NodeName);
@@ -215,6 +215,10 @@ impl Controller {
         let there = self.nodes.find(&place.node).await?.ok_or(OperatorError::NoPrimary(id))?;
         let request = ResyncCopyRequest { volume_id: id.to_string(), copy_id: copy.to_string() };
         if let Err(status) = there.control.client().resync_copy(request).await {
+            if status.code() == Code::Aborted {
+                // It has just become primary.
+                return Err(Transient::Waiting { id, done: "served", nodes: place.node.to_string() }.into());
+            }
             return Err(match ControlError::from(status) {
                 ControlError::InUse(why) => OperatorError::NotResynced(why),
                 error => Transient::Replica(error).into(),

@@ -36,6 +36,8 @@ pub enum VolumeFailure {
         "the copy of volume {0} on this node does not serve, or may lack acknowledged writes: no other copy is made equal to it"
     )]
     NoSource(VolumeId),
+    #[error("the copy of volume {0} on this node is its primary and does not serve yet")]
+    NotServing(VolumeId),
     #[error("the primary of volume {volume} knows no other copy {copy}")]
     NoOther { volume: VolumeId, copy: InstanceId },
     #[error("volume {volume} has another copy on this node, {found}; it has to go first")]
@@ -73,7 +75,7 @@ impl From<VolumeFailure> for Status {
             F::SmallerThanSource { .. } => Code::OutOfRange,
             F::PoolFull { .. } => Code::ResourceExhausted,
             F::Attached(_) | F::Mirrored(_) | F::NoSource(_) | F::NoOther { .. } => Code::FailedPrecondition,
-            F::NotReady(_) | F::Busy { .. } | F::OtherCopy { .. } => Code::Aborted,
+            F::NotReady(_) | F::Busy { .. } | F::OtherCopy { .. } | F::NotServing(_) => Code::Aborted,
             F::Elsewhere { .. } | F::NoSnapshotOf { .. } => Code::InvalidArgument,
             F::Control { error, .. } => control_code(error),
             // Something may be half made: the caller shall come again, not give up.

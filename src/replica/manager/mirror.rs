@@ -63,6 +63,10 @@ impl Manager {
         let failed = |error| Failure::Engine { volume, error };
         let status = self.engine().mirror_status(volume).await.map_err(failed)?;
         let status = status.ok_or(Failure::NoVolume(volume))?;
+        let begins = matches!(status.role, protocol::Role::Primary(_)) && !status.serves && !status.disk_failed;
+        if begins {
+            return Err(Failure::NotServing(volume));
+        }
         if !status.serves || !status.intact || status.disk_failed {
             return Err(Failure::NoSource(volume));
         }
