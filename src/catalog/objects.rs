@@ -6,7 +6,9 @@
 mod mirror;
 mod node;
 
-pub use mirror::{BadConfiguration, CopyReport, CopySpec, MirrorSpec, Replication, VolumeConfiguration};
+pub use mirror::{
+    BadConfiguration, ClientSpec, CopyReport, CopySpec, MirrorSpec, Reach, Replication, VolumeConfiguration,
+};
 pub use node::Node;
 
 use super::Object;
@@ -123,6 +125,9 @@ pub struct VolumeRequest {
     /// The parameter.
     #[serde(default)]
     pub replication: Replication,
+    /// The parameter `access`.
+    #[serde(default, skip_serializing_if = "Reach::is_local")]
+    pub reach: Reach,
 }
 
 /// What is wanted of a volume.

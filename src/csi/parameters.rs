@@ -3,7 +3,7 @@
 //! Invariants: [`PARAMETERS`] is the one list of keys: the parser, its messages and `docs/parameters.md` follow it;
 //! `mutable_parameters` win over `parameters` and may only hold keys that can change on a volume in use.
 
-use crate::catalog::{FsType, Replication};
+use crate::catalog::{FsType, Reach, Replication};
 use std::collections::{BTreeMap, HashMap};
 
 /// One key of a StorageClass.
@@ -23,6 +23,7 @@ pub struct Parameter {
 
 const REPLICATION: &str = "replication";
 const REPLICAS: &str = "replicas";
+const ACCESS: &str = "access";
 const POOL: &str = "pool";
 const FSTYPE: &str = "csi.storage.k8s.io/fstype";
 const VERIFY_READS: &str = "verifyReads";
@@ -30,7 +31,7 @@ const VERIFY_READS: &str = "verifyReads";
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
 /// Every key that Tandem knows.
-pub const PARAMETERS: [Parameter; 5] = [
+pub const PARAMETERS: [Parameter; 6] = [
     Parameter {
         key: REPLICATION,
         values: "none, sync",
@@ -44,6 +45,13 @@ pub const PARAMETERS: [Parameter; 5] = [
         default: "2",
         mutable: true,
         meaning: "How many nodes hold the data of a volume with `replication: sync`; refused without that.",
+    },
+    Parameter {
+        key: ACCESS,
+        values: "local, any",
+        default: "local",
+        mutable: false,
+        meaning: "From where the volume may be used: from nodes with a copy, or with `any` from every node of the cluster, over the network; `any` goes with `replication: sync` only.",
     },
     Parameter {
         key: POOL,
@@ -85,6 +93,8 @@ const ECHO_CHARACTERS: usize = 64;
 pub struct Parameters {
     /// How many copies, and how they are kept.
     pub replication: Replication,
+    /// From where it may be used.
+    pub reach: Reach,
     /// Name of the pool.
     pub pool: String,
     /// `None`: not given.
@@ -135,6 +145,11 @@ pub enum ParameterError {
     /// A number of copies without replication.
     #[error("parameter replicas: it goes with \"replication: sync\" only, and without replication there is one copy")]
     ReplicasAlone,
+    /// A volume that only its own node can serve, used from elsewhere.
+    #[error(
+        "parameter access: \"any\" goes with \"replication: sync\" only; without replication there is one copy, on one node"
+    )]
+    AnyAlone,
     /// A key that a volume in use cannot change.
     #[error("parameter {key} cannot be changed: it is no mutable parameter; mutable are: {}", mutable())]
     Immutable {
@@ -156,7 +171,7 @@ impl Parameters {
         mutable: &HashMap<String, String>,
     ) -> Result<Self, ParameterError> {
         let (replication, pool) = (Replication::None, DEFAULT_POOL.to_owned());
-        let mut parsed = Self { replication, pool, fs_type: None, verify_reads: false };
+        let mut parsed = Self { replication, reach: Reach::Local, pool, fs_type: None, verify_reads: false };
         // Sorted: which of two mistakes is named must not be luck. `replicas` comes before `replication`.
         for (key, value) in parameters.iter().collect::<BTreeMap<_, _>>() {
             parsed.set(key, value)?;
@@ -169,6 +184,9 @@ impl Parameters {
         let changes = Changes::parse(mutable)?;
         parsed.replication = changes.replication(parsed.replication)?;
         parsed.verify_reads = changes.verify_reads.unwrap_or(parsed.verify_reads);
+        if parsed.reach == Reach::Any && parsed.replication == Replication::None {
+            return Err(ParameterError::AnyAlone);
+        }
         Ok(parsed)
     }
 
@@ -176,6 +194,7 @@ impl Parameters {
         match known_key(key)? {
             Some(REPLICATION) => self.replication = replication(value)?,
             Some(REPLICAS) => drop(replicas(value)?),
+            Some(ACCESS) => self.reach = reach(value)?,
             Some(POOL) => self.pool = pool(value)?,
             Some(FSTYPE) => self.fs_type = Some(fs_type(value)?),
             Some(VERIFY_READS) => self.verify_reads = boolean(VERIFY_READS, value)?,
@@ -234,6 +253,14 @@ fn replication(value: &str) -> Result<Replication, ParameterError> {
         "sync" => Ok(Replication::Sync { replicas: DEFAULT_REPLICAS }),
         "async" => Err(ParameterError::NotAvailable { value: value.to_owned() }),
         _ => Err(refused(REPLICATION, value)),
+    }
+}
+
+fn reach(value: &str) -> Result<Reach, ParameterError> {
+    match value {
+        "local" => Ok(Reach::Local),
+        "any" => Ok(Reach::Any),
+        _ => Err(refused(ACCESS, value)),
     }
 }
 
@@ -319,7 +346,8 @@ mod tests {
     fn nothing_given_is_the_defaults() {
         let parsed = Parameters::parse(&map(&[]), &map(&[])).expect("defaults");
         let replication = Replication::None;
-        assert_eq!(parsed, Parameters { replication, pool: "default".into(), fs_type: None, verify_reads: false });
+        let (reach, pool) = (Reach::Local, "default".to_owned());
+        assert_eq!(parsed, Parameters { replication, reach, pool, fs_type: None, verify_reads: false });
     }
 
     #[test]
@@ -333,7 +361,8 @@ mod tests {
         ]);
         let parsed = Parameters::parse(&fixed, &map(&[("verifyReads", "true")])).expect("parses");
         let (replication, fs_type) = (Replication::None, Some(FsType::Xfs));
-        assert_eq!(parsed, Parameters { replication, pool: "fast".into(), fs_type, verify_reads: true });
+        let (reach, pool) = (Reach::Local, "fast".to_owned());
+        assert_eq!(parsed, Parameters { replication, reach, pool, fs_type, verify_reads: true });
     }
 
     #[test]
@@ -351,13 +380,25 @@ mod tests {
     }
 
     #[test]
+    fn every_node_may_use_only_what_several_hold() {
+        let parse = |pairs: &[(&str, &str)]| Parameters::parse(&map(pairs), &map(&[])).map(|parsed| parsed.reach);
+        assert_eq!(parse(&[("access", "any"), ("replication", "sync")]), Ok(Reach::Any));
+        assert_eq!(parse(&[("access", "local")]), Ok(Reach::Local));
+        for alone in [&[("access", "any")][..], &[("access", "any"), ("replication", "none")]] {
+            assert_eq!(parse(alone), Err(ParameterError::AnyAlone));
+        }
+        let refused = parse(&[("access", "remote")]).expect_err("refused").to_string();
+        assert!(refused.contains("parameter access") && refused.contains("it takes: local, any"), "{refused}");
+    }
+
+    #[test]
     fn what_is_refused_is_named_with_what_is_possible() {
         let refuse = |key: &str, value: &str| {
             Parameters::parse(&map(&[(key, value)]), &map(&[])).expect_err("refused").to_string()
         };
         assert_eq!(
             refuse("replica", "2"),
-            "unknown parameter \"replica\"; known are: replication, replicas, pool, csi.storage.k8s.io/fstype, verifyReads"
+            "unknown parameter \"replica\"; known are: replication, replicas, access, pool, csi.storage.k8s.io/fstype, verifyReads"
         );
         assert!(refuse("replication", "async").contains("not available in this version"));
         assert!(refuse("replication", "raid0").contains("it takes: none, sync"));

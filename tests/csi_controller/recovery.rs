@@ -46,6 +46,7 @@ fn request(name: &str) -> VolumeRequest {
         access: [tandem::catalog::Access::Mount(None)].into(),
         source: None,
         replication: Replication::Sync { replicas: 2 },
+        reach: Default::default(),
     }
 }
 

@@ -90,6 +90,7 @@ impl Node {
             access: [Access::Mount(None)].into(),
             source,
             replication: Replication::None,
+            reach: Default::default(),
         };
         let descriptor = Descriptor::Volume { request }.encode();
         let volume = FakeVolume { file, size: bytes, descriptor, ready: true, device: None };

@@ -113,6 +113,7 @@ impl Site {
             access: BTreeSet::new(),
             source: None,
             replication,
+            reach: Default::default(),
         }
     }
 

@@ -13,6 +13,7 @@ fn volume(name: &str) -> Volume {
         access: BTreeSet::new(),
         source: None,
         replication: Replication::None,
+        reach: Default::default(),
     };
     Volume::wanted(VolumeId::random(), request)
 }

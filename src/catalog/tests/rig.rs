@@ -23,6 +23,7 @@ pub fn volume(name: &str) -> Volume {
         access: BTreeSet::new(),
         source: None,
         replication: Replication::None,
+        reach: Default::default(),
     };
     Volume::wanted(VolumeId::random(), request)
 }

@@ -15,8 +15,8 @@ pub use forced::{ForceError, Promotion};
 
 use super::Controller;
 use crate::catalog::{
-    Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, NodeName, Object, Replication, Snapshot,
-    SnapshotStatus, Volume, VolumePhase, VolumeRequest,
+    Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, NodeName, Object, Reach, Replication,
+    Snapshot, SnapshotStatus, Volume, VolumePhase, VolumeRequest,
 };
 use crate::csi::errors::Transient;
 use crate::csi::nodes::Nodes;
@@ -193,6 +193,7 @@ fn wanted(id: VolumeId, copy: &control::Volume, replication: Replication, report
                 access: BTreeSet::from([Access::Block, Access::Mount(None)]),
                 source: None,
                 replication,
+                reach: Reach::default(),
             }
         }
     };

@@ -6,6 +6,7 @@
 //! * A device that a killed engine left gets its core before its requests are executed again.
 
 use super::commands::Reply;
+use super::host::Guests;
 use super::mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
 use super::tree::TreeKey;
@@ -13,8 +14,8 @@ use super::turn::Engine;
 use super::volume::{Volume, VolumeKey};
 use super::{EngineError, SealReserve};
 use crate::protocol::{
-    Configuration, DiskError, HEARTBEAT, Input, Member, Memory, Message, OperationId, Replica, Role, SerialNumber,
-    Stamp, Standing,
+    Configuration, DiskError, HEARTBEAT, Host, Input, Member, Memory, Message, OperationId, Replica, Role,
+    SerialNumber, Stamp, Standing,
 };
 use crate::replica::peer::{Event, Payload, Session};
 use crate::store::{Control, Reserve};
@@ -51,6 +52,8 @@ pub(super) struct Mirror {
     /// What was read for another copy, while the core is told so.
     pub answer: Option<(OperationId, Payload)>,
     pub refused: BTreeMap<InstanceId, Refused>,
+    /// Nodes without a copy that ask this one.
+    pub guests: Guests,
     connected: BTreeSet<InstanceId>,
     /// Of the plan.
     pub copied_bytes: u64,
@@ -77,6 +80,7 @@ impl Mirror {
     fn new(config: MirrorConfig, role: Role) -> Self {
         let MirrorConfig { session, boot, reserve, requests, .. } = config;
         Self {
+            guests: Guests::new(Host::new(session.incarnation())),
             session,
             boot,
             reserve,
@@ -217,7 +221,7 @@ impl Engine {
     }
 
     /// Requests were left where they are while the core changed.
-    fn read_again(&mut self, key: VolumeKey) {
+    pub fn read_again(&mut self, key: VolumeKey) {
         if let Some(device) = self.device_mut(key) {
             device.ready = false;
             self.make_ready(key);
@@ -233,6 +237,9 @@ impl Engine {
     pub fn close_mirror(&mut self, id: VolumeId, reply: Reply<Result<(), EngineError>>) {
         let Some(key) = self.volume_of(id) else { return drop(reply.send(Ok(()))) };
         let Some(volume) = self.volume_mut(key) else { return };
+        if volume.remote.is_some() {
+            return self.close_client(key, reply);
+        }
         if volume.opening.is_some() {
             return drop(reply.send(Err(EngineError::MirrorNotOpen(id))));
         }
@@ -267,9 +274,14 @@ impl Engine {
     }
 
     pub fn tell_mirror(&mut self, id: VolumeId, input: MirrorInput) -> Result<(), EngineError> {
-        let key = self.volume_of(id).filter(|key| self.mirror_mut(*key).is_some());
-        let key = key.ok_or(EngineError::MirrorNotOpen(id))?;
+        let key = self.volume_of(id).ok_or(EngineError::MirrorNotOpen(id))?;
+        if self.publication_of(id).is_some() {
+            self.tell_client(key, input);
+            return Ok(());
+        }
+        self.mirror_mut(key).ok_or(EngineError::MirrorNotOpen(id))?;
         match input {
+            MirrorInput::Client { client, term } => self.tell_of_client(key, client, term),
             MirrorInput::Configuration(configuration) => self.step(key, Input::Configuration(configuration)),
             MirrorInput::Wish(wish) => self.step(key, Input::Wish(wish)),
             MirrorInput::Size(size) => self.limit_size(key, size),
@@ -299,6 +311,7 @@ impl Engine {
                 mirror.connected.insert(copy);
                 self.step(key, Input::Connected(copy));
             }
+            Event::Silent(client) if mirror.guests.are(client) => drop(mirror.connected.remove(&client)),
             Event::Silent(copy) => {
                 mirror.connected.remove(&copy);
                 self.step(key, Input::Silent(copy));
@@ -316,6 +329,10 @@ impl Engine {
                     tracing::error!(volume = ?self.volume_mut(key).map(|v| v.id), %from, %damage, "damaged on its way");
                     return;
                 }
+                if self.hear_client(key, from, &message, &payload) {
+                    return;
+                }
+                let Some(mirror) = self.mirror_mut(key) else { return };
                 if let Message::Prepare { frame, serial, .. } | Message::Prepared { frame, serial, .. } = &message
                     && payload != Payload::default()
                 {
@@ -334,6 +351,9 @@ impl Engine {
         self.next_heartbeat = self.now.0 + HEARTBEAT;
         for index in 0..self.mirrored.len() {
             let Some(key) = self.mirrored.get(index).copied() else { break };
+            if self.tick_client(key) {
+                continue;
+            }
             let Some(mirror) = self.mirror_mut(key) else { continue };
             mirror.ask_again();
             for (operation, control) in std::mem::take(&mut mirror.busy) {
@@ -341,6 +361,7 @@ impl Engine {
             }
             self.step(key, Input::Tick);
             self.name_slow_copies(key);
+            self.settle_client(key);
         }
         self.pump();
     }
@@ -396,11 +417,17 @@ impl Engine {
             copied_bytes: mirror.copied_bytes,
             hot_extents: replica.hot_extents().len(),
             requests: replica.status(now).requests,
+            term: replica.term(),
         })
     }
 }
 
 impl Volume {
+    /// Whether a client that is none any more still has requests in the core: a device's would be too many beside them.
+    pub fn is_left_to_guests(&self) -> bool {
+        self.mirror.as_ref().is_some_and(|mirror| !mirror.guests.is_idle() && !mirror.guests.own_the_volume())
+    }
+
     /// What of a range of the plan is within the volume: its copy here may be larger, and others may not.
     pub fn within(&self, range: BlockRange) -> Option<BlockRange> {
         let end = range.end().min(self.size.blocks());

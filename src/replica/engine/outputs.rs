@@ -242,11 +242,16 @@ impl Engine {
 
     /// Sends with the bytes that the buffer names. Loss is allowed: what a full queue refuses is remembered.
     fn send(&mut self, key: VolumeKey, to: InstanceId, message: &Message, buffer: Buffer) {
+        let guest = match buffer {
+            Buffer::Request(tag) => self.guest(tag),
+            Buffer::None | Buffer::Operation(_) => None,
+        };
         let Self { volumes, arena, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let Some(mirror) = volume.mirror.as_deref() else { return };
         let payload = match (message, buffer) {
             (Message::Prepare { request: Request::Seal(name), .. }, _) => sealed(volume, *name),
+            (_, Buffer::Request(_)) if guest.is_some() => guest.and_then(|place| mirror.guests.payload(place)),
             (Message::Prepare { request: Request::Write(range), .. }, Buffer::Request(tag)) => {
                 let slot = volume.device.as_ref().and_then(|device| slot_of(arena, device, tag));
                 slot.and_then(|slot| {
@@ -282,7 +287,7 @@ impl Engine {
 }
 
 /// Bytes where direct I/O takes them: as they came, since the transport puts them there.
-fn aligned(payload: Payload) -> bytes::Bytes {
+pub(super) fn aligned(payload: Payload) -> bytes::Bytes {
     let data = payload.data();
     if Blocks::are_aligned(data) {
         return data.clone();
@@ -327,5 +332,7 @@ fn is_answer(message: &Message) -> bool {
         Message::Prepared { .. } | Message::Settled(_) | Message::Joined { .. } | Message::Refused(_) => true,
         Message::Granted { .. } | Message::Invite(_) | Message::Prepare { .. } | Message::Renew { .. } => false,
         Message::Reconciled(_) | Message::Clear { .. } => false,
+        // A client that has room again begins a new session, and asks everything again.
+        Message::Enter { .. } | Message::Entered { .. } | Message::Ask { .. } | Message::Answer { .. } => true,
     }
 }

@@ -178,6 +178,7 @@ mod tests {
             copied_bytes: 0,
             hot_extents: 0,
             requests: 0,
+            term: None,
         }
     }
 

@@ -64,6 +64,14 @@ pub enum Kind {
     Clear = 24,
     /// A message.
     Refused = 25,
+    /// A message, of a node without a copy; a Tandem that knows none refuses it.
+    Enter = 26,
+    /// A message.
+    Entered = 27,
+    /// A message.
+    Ask = 28,
+    /// A message.
+    Answer = 29,
 }
 
 impl Kind {
@@ -71,7 +79,8 @@ impl Kind {
         use Kind::*;
         let handshake = [Hello, Welcome, Confirm, Refuse, Heartbeat];
         let messages = [Invite, Joined, Prepare, Prepared, Renew, Granted, Reconciled, Settled, Clear, Refused];
-        handshake.into_iter().chain(messages).find(|kind| *kind as u8 == number)
+        let clients = [Enter, Entered, Ask, Answer];
+        handshake.into_iter().chain(messages).chain(clients).find(|kind| *kind as u8 == number)
     }
 }
 
@@ -135,13 +144,13 @@ pub struct Header {
     pub volume: VolumeId,
     /// Of the configuration.
     pub stamp: Stamp,
-    /// Of the copy that is not primary.
+    /// Of the copy that is not primary, or of the client; of a client's session: of its host.
     pub incarnation: Incarnation,
     /// In the primary's term.
     pub serial: SerialNumber,
     /// Where in the volume, in bytes.
     pub offset: u64,
-    /// By kind: a floor, the first serial that is not covered, seconds.
+    /// By kind: a floor, the first serial that is not covered, seconds, an attempt, the number of a client's session.
     pub value: u64,
     /// By kind: blocks of the range, number of extents or name of a seal, nanoseconds.
     pub count: u32,

@@ -6,8 +6,8 @@
 use super::header::{FrameError, Header, Kind};
 use super::payload::{Payload, Sealed};
 use crate::protocol::{
-    Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Lacks, MAX_COPIES, MAX_MARKS, Message,
-    Now, Request, SealName, SerialNumber, Stamp,
+    Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Incarnation, Lacks, MAX_COPIES,
+    MAX_MARKS, Message, Now, Request, SealName, SerialNumber, Session, Stamp,
 };
 use crate::store::format::Input;
 use crate::volume::{BLOCK_SIZE, BlockRange, InstanceId, MAX_REQUEST_BLOCKS, SnapshotId, VolumeId};
@@ -55,6 +55,21 @@ fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, sealed: Option
             header.serial = *below;
         }
         Message::Refused(stamp) => header.stamp = *stamp,
+        Message::Enter { client, attempt } => (header.incarnation, header.value) = (*client, *attempt),
+        Message::Entered { client, attempt, session } => {
+            (header.incarnation, header.value) = (*client, *attempt);
+            // host (8), number (8)
+            body.extend(session.host.0.to_le_bytes());
+            body.extend(session.number.to_le_bytes());
+        }
+        Message::Ask { session, serial, request } => {
+            session_into(*session, *serial, &mut header);
+            request_into(*request, &mut header);
+        }
+        Message::Answer { session, serial, result } => {
+            session_into(*session, *serial, &mut header);
+            header.operation = result_number(*result);
+        }
     }
     header.body = body.len() as u32;
     (header, body)
@@ -72,6 +87,10 @@ fn kind(message: &Message) -> Kind {
         Message::Settled(_) => Kind::Settled,
         Message::Clear { .. } => Kind::Clear,
         Message::Refused(_) => Kind::Refused,
+        Message::Enter { .. } => Kind::Enter,
+        Message::Entered { .. } => Kind::Entered,
+        Message::Ask { .. } => Kind::Ask,
+        Message::Answer { .. } => Kind::Answer,
     }
 }
 
@@ -93,6 +112,12 @@ pub fn decode(header: &Header, body: &[u8]) -> Result<(Message, Option<Sealed>),
         Kind::Settled => Message::Settled(frame),
         Kind::Clear => Message::Clear { frame, below: serial },
         Kind::Refused => Message::Refused(header.stamp),
+        Kind::Enter => Message::Enter { client: header.incarnation, attempt: header.value },
+        Kind::Entered => {
+            Message::Entered { client: header.incarnation, attempt: header.value, session: read_session(body)? }
+        }
+        Kind::Ask => Message::Ask { session: session(header), serial, request: read_request(header)? },
+        Kind::Answer => Message::Answer { session: session(header), serial, result: read_result(header.operation)? },
         Kind::Hello | Kind::Welcome | Kind::Confirm | Kind::Refuse | Kind::Heartbeat => {
             return Err(FrameError::Field("kind"));
         }
@@ -121,12 +146,30 @@ pub fn may_have(message: &Message, payload: &Payload) -> bool {
 /// Whether a message may have a payload of so many blocks: a write, and the answer to a read.
 fn may_carry(message: &Message, blocks: u32) -> bool {
     match message {
-        Message::Prepare { request: Request::Write(range), .. } => range.count() == blocks,
-        Message::Prepared { result: Ok(()), .. } => blocks <= MAX_REQUEST_BLOCKS,
+        Message::Prepare { request: Request::Write(range), .. }
+        | Message::Ask { request: Request::Write(range), .. } => range.count() == blocks,
+        Message::Prepared { result: Ok(()), .. } | Message::Answer { result: Ok(()), .. } => {
+            blocks <= MAX_REQUEST_BLOCKS
+        }
         Message::Prepare { .. } | Message::Prepared { .. } | Message::Invite(_) | Message::Joined { .. } => blocks == 0,
         Message::Renew { .. } | Message::Granted { .. } | Message::Reconciled(_) | Message::Settled(_) => blocks == 0,
-        Message::Clear { .. } | Message::Refused(_) => blocks == 0,
+        Message::Clear { .. } | Message::Refused(_) | Message::Enter { .. } | Message::Entered { .. } => blocks == 0,
+        Message::Ask { .. } | Message::Answer { .. } => blocks == 0,
     }
+}
+
+fn session_into(session: Session, serial: SerialNumber, header: &mut Header) {
+    (header.incarnation, header.value, header.serial) = (session.host, session.number, serial);
+}
+
+fn session(header: &Header) -> Session {
+    Session { host: header.incarnation, number: header.value }
+}
+
+fn read_session(body: &[u8]) -> Result<Session, FrameError> {
+    let mut input = Input { bytes: body, at: 0 };
+    let read = input.u64().zip(input.u64());
+    read.map(|(host, number)| Session { host: Incarnation(host), number }).ok_or(FrameError::Field("session"))
 }
 
 fn frame_into(frame: Frame, header: &mut Header) {

@@ -25,6 +25,7 @@ pub(in crate::csi::controller) fn mirrored(copies: &[u8]) -> Volume {
         access: BTreeSet::new(),
         source: None,
         replication: Replication::None,
+        reach: Default::default(),
     };
     let mut volume = Volume::wanted(VolumeId::from_bytes([9; 16]), request);
     volume.status.phase = VolumePhase::Ready;

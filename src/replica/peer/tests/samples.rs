@@ -2,7 +2,7 @@
 
 use crate::protocol::{
     Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Incarnation, Lacks, MAX_COPIES, Message,
-    Now, Request, SealName, SerialNumber, Stamp,
+    Now, Request, SealName, SerialNumber, Session, Stamp,
 };
 use crate::replica::peer::hello::{ENCRYPTED, Hello, Nonce, Party, Reason};
 use crate::replica::peer::packet::Packet;
@@ -46,6 +46,15 @@ pub fn payload(blocks: u8) -> Payload {
 pub fn write(serial: u64, blocks: u8) -> Message {
     let request = Request::Write(range(9, blocks.into()));
     Message::Prepare { frame: frame(), serial: SerialNumber(serial), floor: SerialNumber(3), request }
+}
+
+pub fn session() -> Session {
+    Session { host: Incarnation(0x1122_3344_5566_7788), number: 9 }
+}
+
+pub fn ask(serial: u64, blocks: u8) -> Message {
+    let request = Request::Write(range(9, blocks.into()));
+    Message::Ask { session: session(), serial: SerialNumber(serial), request }
 }
 
 pub fn seal(serial: u64) -> Message {
@@ -103,6 +112,10 @@ pub fn frames() -> Vec<(&'static str, Packet)> {
         ("settled", message(Message::Settled(frame()))),
         ("clear", message(Message::Clear { frame: frame(), below: serial })),
         ("refused", message(Message::Refused(stamp(3, 1)))),
+        ("enter", message(Message::Enter { client: Incarnation(77), attempt: 3 })),
+        ("entered", message(Message::Entered { client: Incarnation(77), attempt: 3, session: session() })),
+        ("ask", Packet::Message(ask(12, 1), payload(1))),
+        ("answer", Packet::Message(Message::Answer { session: session(), serial, result: Ok(()) }, payload(2))),
     ]
 }
 
@@ -147,7 +160,7 @@ pub fn any_message() -> impl Strategy<Value = Packet> {
         (any_stamp(), any::<u64>()).prop_map(|(stamp, number)| Frame { stamp, incarnation: Incarnation(number) });
     let numbers = (any::<u64>(), any::<u64>(), 0..1_000_000_000u32, 0..5u8);
     let hot = vec(any::<u32>().prop_map(Extent), 0..9);
-    (0..10, frame, numbers, any_request(), any_configuration(), hot).prop_map(
+    (0..14, frame, numbers, any_request(), any_configuration(), hot).prop_map(
         |(kind, frame, (one, other, nanoseconds, small), request, configuration, hot)| {
             let (serial, sent) = (SerialNumber(one), Now(Duration::new(other, nanoseconds)));
             let errors = [DiskError::NoSpace, DiskError::Failed, DiskError::Corrupt, DiskError::Fenced];
@@ -161,11 +174,19 @@ pub fn any_message() -> impl Strategy<Value = Packet> {
                 6 => Message::Granted { frame, sent },
                 7 => Message::Reconciled(frame),
                 8 => Message::Clear { frame, below: serial },
+                9 => Message::Enter { client: frame.incarnation, attempt: other },
+                10 => {
+                    let session = Session { host: Incarnation(one), number: u64::from(nanoseconds) };
+                    Message::Entered { client: frame.incarnation, attempt: other, session }
+                }
+                11 => Message::Ask { session: Session { host: frame.incarnation, number: other }, serial, request },
+                12 => Message::Answer { session: Session { host: frame.incarnation, number: other }, serial, result },
                 _ => Message::Refused(frame.stamp),
             };
             let blocks = match &message {
-                Message::Prepare { request: Request::Write(range), .. } => range.count() as u8,
-                Message::Prepared { result: Ok(()), .. } => small,
+                Message::Prepare { request: Request::Write(range), .. }
+                | Message::Ask { request: Request::Write(range), .. } => range.count() as u8,
+                Message::Prepared { result: Ok(()), .. } | Message::Answer { result: Ok(()), .. } => small,
                 _ => 0,
             };
             let seals = matches!(message, Message::Prepare { request: Request::Seal(_), .. });
