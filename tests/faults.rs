@@ -1,6 +1,8 @@
 //! Mirrored volumes under load while processes and nodes die, sleep and lose each other: everything that was acknowledged is
 //! there afterwards, on whichever copy. The numbers are those of the failure cases in docs/protocol.md.
 
+#[path = "faults/anywhere.rs"]
+mod anywhere;
 #[path = "faults/changes.rs"]
 mod changes;
 #[path = "faults/clocks.rs"]

@@ -44,12 +44,19 @@ impl Guarded for VolumeConfiguration {
 }
 
 impl Guarded for Volume {
-    /// Which copies are there, and what they are: its own, and those that nobody wants any more.
+    /// Which copies are there, and what they are: its own, and those that nobody wants any more. Where it uses the volume
+    /// without a copy: which copy shall be primary, because nobody else knows that it does not reach the one that was wished.
     fn node_may(node: &NodeName, write: &Write<'_, Self>) -> bool {
         let (Some(before), Some(after)) = (write.before, write.after) else { return false };
         let mut expected = before.clone();
         expected.status.copies.clone_from(&after.status.copies);
         expected.status.reports.clone_from(&after.status.reports);
+        if let (Some(mirror), Some(wished)) = (expected.spec.mirror.as_mut(), after.spec.mirror.as_ref())
+            && mirror.client.as_ref().is_some_and(|client| client.node == *node)
+            && wished.primary.is_some_and(|copy| mirror.copies.contains_key(&copy))
+        {
+            mirror.primary = wished.primary;
+        }
         let owner = |copy| {
             let mirror = before.spec.mirror.as_ref();
             mirror.and_then(|mirror| mirror.copies.get(copy)).map(|spec| &spec.node)

@@ -7,7 +7,8 @@ mod mirror;
 mod node;
 
 pub use mirror::{
-    BadConfiguration, CopyReport, CopySpec, MirrorSpec, Missed, Rebuild, RebuildAfter, Replication, VolumeConfiguration,
+    BadConfiguration, ClientSpec, CopyReport, CopySpec, MirrorSpec, Missed, Reach, Rebuild, RebuildAfter, Replication,
+    VolumeConfiguration,
 };
 pub use node::Node;
 
@@ -128,6 +129,9 @@ pub struct VolumeRequest {
     /// The parameter.
     #[serde(default)]
     pub rebuild_after: RebuildAfter,
+    /// The parameter `access`.
+    #[serde(default, skip_serializing_if = "Reach::is_local")]
+    pub reach: Reach,
 }
 
 /// What is wanted of a volume.

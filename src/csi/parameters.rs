@@ -3,7 +3,7 @@
 //! Invariants: [`PARAMETERS`] is the one list of keys: the parser, its messages and `docs/parameters.md` follow it;
 //! `mutable_parameters` win over `parameters` and may only hold keys that can change on a volume in use.
 
-use crate::catalog::{FsType, RebuildAfter, Replication};
+use crate::catalog::{FsType, Reach, RebuildAfter, Replication};
 use std::collections::{BTreeMap, HashMap};
 
 /// One key of a StorageClass.
@@ -24,6 +24,7 @@ pub struct Parameter {
 const REPLICATION: &str = "replication";
 const REPLICAS: &str = "replicas";
 const REBUILD_AFTER: &str = "rebuildAfter";
+const ACCESS: &str = "access";
 const POOL: &str = "pool";
 const FSTYPE: &str = "csi.storage.k8s.io/fstype";
 const VERIFY_READS: &str = "verifyReads";
@@ -31,7 +32,7 @@ const VERIFY_READS: &str = "verifyReads";
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
 /// Every key that Tandem knows.
-pub const PARAMETERS: [Parameter; 6] = [
+pub const PARAMETERS: [Parameter; 8] = [
     Parameter {
         key: REPLICATION,
         values: "none, sync",
@@ -52,6 +53,13 @@ pub const PARAMETERS: [Parameter; 6] = [
         default: "1h",
         mutable: true,
         meaning: "How long a copy of a volume with `replication: sync` may be missed before another node gets one in its place; refused without that.",
+    },
+    Parameter {
+        key: ACCESS,
+        values: "local, any",
+        default: "local",
+        mutable: false,
+        meaning: "From where the volume may be used: from nodes with a copy, or with `any` from every node of the cluster, over the network; `any` goes with `replication: sync` only.",
     },
     Parameter {
         key: POOL,
@@ -98,6 +106,8 @@ pub struct Parameters {
     pub replication: Replication,
     /// When a copy that is missed is made anew elsewhere.
     pub rebuild_after: RebuildAfter,
+    /// From where it may be used.
+    pub reach: Reach,
     /// Name of the pool.
     pub pool: String,
     /// `None`: not given.
@@ -155,6 +165,11 @@ pub enum ParameterError {
         "parameter rebuildAfter: it goes with \"replication: sync\" only; without replication there is no other copy to make one from"
     )]
     RebuildAlone,
+    /// A volume that only its own node can serve, used from elsewhere.
+    #[error(
+        "parameter access: \"any\" goes with \"replication: sync\" only; without replication there is one copy, on one node"
+    )]
+    AnyAlone,
     /// A key that a volume in use cannot change.
     #[error("parameter {key} cannot be changed: it is no mutable parameter; mutable are: {}", mutable())]
     Immutable {
@@ -176,8 +191,8 @@ impl Parameters {
         mutable: &HashMap<String, String>,
     ) -> Result<Self, ParameterError> {
         let (replication, pool) = (Replication::None, DEFAULT_POOL.to_owned());
-        let rebuild_after = RebuildAfter::default();
-        let mut parsed = Self { replication, rebuild_after, pool, fs_type: None, verify_reads: false };
+        let (reach, rebuild_after) = (Reach::Local, RebuildAfter::default());
+        let mut parsed = Self { replication, rebuild_after, reach, pool, fs_type: None, verify_reads: false };
         // Sorted: which of two mistakes is named must not be luck. `replicas` comes before `replication`.
         for (key, value) in parameters.iter().collect::<BTreeMap<_, _>>() {
             parsed.set(key, value)?;
@@ -194,6 +209,9 @@ impl Parameters {
         parsed.replication = changes.replication(parsed.replication)?;
         parsed.rebuild_after = changes.rebuild_after.unwrap_or(parsed.rebuild_after);
         parsed.verify_reads = changes.verify_reads.unwrap_or(parsed.verify_reads);
+        if parsed.reach == Reach::Any && parsed.replication == Replication::None {
+            return Err(ParameterError::AnyAlone);
+        }
         Ok(parsed)
     }
 
@@ -202,6 +220,7 @@ impl Parameters {
             Some(REPLICATION) => self.replication = replication(value)?,
             Some(REPLICAS) => drop(replicas(value)?),
             Some(REBUILD_AFTER) => self.rebuild_after = rebuild_after(value)?,
+            Some(ACCESS) => self.reach = reach(value)?,
             Some(POOL) => self.pool = pool(value)?,
             Some(FSTYPE) => self.fs_type = Some(fs_type(value)?),
             Some(VERIFY_READS) => self.verify_reads = boolean(VERIFY_READS, value)?,
@@ -262,6 +281,14 @@ fn replication(value: &str) -> Result<Replication, ParameterError> {
         "sync" => Ok(Replication::Sync { replicas: DEFAULT_REPLICAS }),
         "async" => Err(ParameterError::NotAvailable { value: value.to_owned() }),
         _ => Err(refused(REPLICATION, value)),
+    }
+}
+
+fn reach(value: &str) -> Result<Reach, ParameterError> {
+    match value {
+        "local" => Ok(Reach::Local),
+        "any" => Ok(Reach::Any),
+        _ => Err(refused(ACCESS, value)),
     }
 }
 
@@ -367,9 +394,9 @@ mod tests {
     #[test]
     fn nothing_given_is_the_defaults() {
         let parsed = Parameters::parse(&map(&[]), &map(&[])).expect("defaults");
-        let (replication, rebuild_after) = (Replication::None, RebuildAfter::Seconds(3600));
-        let pool = "default".into();
-        assert_eq!(parsed, Parameters { replication, rebuild_after, pool, fs_type: None, verify_reads: false });
+        let (replication, reach) = (Replication::None, Reach::Local);
+        let (rebuild_after, pool) = (RebuildAfter::Seconds(3600), "default".into());
+        assert_eq!(parsed, Parameters { replication, rebuild_after, reach, pool, fs_type: None, verify_reads: false });
     }
 
     #[test]
@@ -383,8 +410,8 @@ mod tests {
         ]);
         let parsed = Parameters::parse(&fixed, &map(&[("verifyReads", "true")])).expect("parses");
         let (replication, fs_type) = (Replication::None, Some(FsType::Xfs));
-        let (rebuild_after, pool) = (RebuildAfter::default(), "fast".into());
-        assert_eq!(parsed, Parameters { replication, rebuild_after, pool, fs_type, verify_reads: true });
+        let (rebuild_after, reach, pool) = (RebuildAfter::default(), Reach::Local, "fast".into());
+        assert_eq!(parsed, Parameters { replication, rebuild_after, reach, pool, fs_type, verify_reads: true });
     }
 
     #[test]
@@ -428,13 +455,25 @@ mod tests {
     }
 
     #[test]
+    fn every_node_may_use_only_what_several_hold() {
+        let parse = |pairs: &[(&str, &str)]| Parameters::parse(&map(pairs), &map(&[])).map(|parsed| parsed.reach);
+        assert_eq!(parse(&[("access", "any"), ("replication", "sync")]), Ok(Reach::Any));
+        assert_eq!(parse(&[("access", "local")]), Ok(Reach::Local));
+        for alone in [&[("access", "any")][..], &[("access", "any"), ("replication", "none")]] {
+            assert_eq!(parse(alone), Err(ParameterError::AnyAlone));
+        }
+        let refused = parse(&[("access", "remote")]).expect_err("refused").to_string();
+        assert!(refused.contains("parameter access") && refused.contains("it takes: local, any"), "{refused}");
+    }
+
+    #[test]
     fn what_is_refused_is_named_with_what_is_possible() {
         let refuse = |key: &str, value: &str| {
             Parameters::parse(&map(&[(key, value)]), &map(&[])).expect_err("refused").to_string()
         };
         assert_eq!(
             refuse("replica", "2"),
-            "unknown parameter \"replica\"; known are: replication, replicas, rebuildAfter, pool, csi.storage.k8s.io/fstype, verifyReads"
+            "unknown parameter \"replica\"; known are: replication, replicas, rebuildAfter, access, pool, csi.storage.k8s.io/fstype, verifyReads"
         );
         assert!(refuse("replication", "async").contains("not available in this version"));
         assert!(refuse("replication", "raid0").contains("it takes: none, sync"));

@@ -25,6 +25,15 @@ impl SerialNumber {
     }
 }
 
+/// A client's conversation with one primary: never the same twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Session {
+    /// Of the copy that serves it.
+    pub host: Incarnation,
+    /// Rises with every session of that start.
+    pub number: u64,
+}
+
 /// What every frame of a session carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Frame {
@@ -138,4 +147,39 @@ pub enum Message {
     },
     /// The receiver's configuration is older than this one: it must read the catalogue.
     Refused(Stamp),
+    /// A node without a copy asks whoever is primary to serve it.
+    Enter {
+        /// Of its start.
+        client: Incarnation,
+        /// The newest one counts.
+        attempt: u64,
+    },
+    /// It is served from now on: nothing that it asked for before is executed any more.
+    Entered {
+        /// Whom.
+        client: Incarnation,
+        /// Which of its attempts.
+        attempt: u64,
+        /// From now on.
+        session: Session,
+    },
+    /// A request of the client's device. The bytes of a write go with it.
+    Ask {
+        /// The newest one.
+        session: Session,
+        /// The client's name for it.
+        serial: SerialNumber,
+        /// What.
+        request: Request,
+    },
+    /// It was executed, as the contract of a device says; the bytes of a read go with it. `Fenced`: it was not and never
+    /// will be, and the session is over.
+    Answer {
+        /// The session.
+        session: Session,
+        /// Which.
+        serial: SerialNumber,
+        /// How.
+        result: Result<(), DiskError>,
+    },
 }

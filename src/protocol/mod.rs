@@ -44,8 +44,10 @@ macro_rules! planted {
 }
 
 mod admission;
+mod client;
 mod configuration;
 mod copying;
+mod host;
 mod hot;
 mod interface;
 mod marks;
@@ -67,10 +69,12 @@ mod tests;
 mod view;
 
 pub use admission::{MAX_PIECES, MAX_TAGS};
+pub use client::{Client, ClientOutput};
 pub use configuration::{Configuration, ConfigurationVersion, Generation, Lacks, MAX_COPIES, Stamp};
+pub use host::{Host, MAX_ASKED, Next, Standpoint};
 pub use hot::{EXTENT_BLOCKS, Extent, MAX_HOT_EXTENTS, MAX_MARKS};
 pub use interface::{Input, Member, Memory, Output, Primary, Record, Role, Status, Wish};
-pub use message::{Buffer, Frame, Incarnation, Message, SerialNumber};
+pub use message::{Buffer, Frame, Incarnation, Message, SerialNumber, Session};
 pub use piece::{BlockSet, COMPARED_BLOCKS, Missing, Piece};
 pub use primary::{HEARTBEAT, LEASE, SILENCE};
 pub use replica::Replica;

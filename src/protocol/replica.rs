@@ -260,6 +260,8 @@ impl Replica {
                     outputs.push(Output::ReadConfiguration);
                 }
             }
+            // Between a client and its host, which give the core requests.
+            Message::Enter { .. } | Message::Entered { .. } | Message::Ask { .. } | Message::Answer { .. } => {}
         }
     }
 

@@ -77,6 +77,11 @@ impl Replica {
         self.wish.as_ref()
     }
 
+    /// The term that it is primary in.
+    pub fn term(&self) -> Option<Stamp> {
+        self.is_primary().then_some(self.record.configuration.term)
+    }
+
     /// Whether requests are executed here now.
     pub fn serves(&self) -> bool {
         self.role == Role::Primary(Primary::Serving) && self.health != Health::Failed

@@ -110,6 +110,45 @@ async fn a_mirrored_volume_lives_where_its_copies_are() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_for_every_node_names_the_one_that_uses_it_without_a_copy() {
+    let (nodes, driver) = cluster(&[10, 20, 30]).await;
+    let _work = make_copies(&driver.catalog, &["node-1", "node-2", "node-3"]);
+    let any = |requisite: &[usize]| {
+        let parameters = map(&[("replication", "sync"), ("access", "any")]);
+        CreateVolumeRequest { parameters, ..at("pvc", requisite) }
+    };
+    let volume = driver.create(any(&[])).await.expect("created");
+    assert_eq!(volume.accessible_topology, [], "from everywhere");
+    assert_eq!(driver.create(any(&[1])).await.expect("the same"), volume);
+    assert_eq!(refused(driver.create(mirrored("pvc", &[], "2")).await), Code::AlreadyExists);
+    let id = volume.volume_id.as_str();
+    let mirror = async || object(&driver, id).await.spec.mirror.expect("mirrored");
+    let publish = |node: &'static str| driver.publish(id, node, Mode::SingleNodeWriter, false);
+    let primary = mirror().await.primary;
+    // What its replica does when it hears of it.
+    nodes.fakes[0].state().volumes.insert(id.into(), Default::default());
+    // The others have the most room.
+    publish("node-1").await.expect("published");
+    let first = mirror().await.client.expect("a client");
+    assert_eq!((first.node.0.as_str(), mirror().await.primary), ("node-1", primary));
+    publish("node-1").await.expect("published already");
+    assert_eq!(mirror().await.client.as_ref(), Some(&first));
+    assert_eq!(refused(publish("node-2").await), Code::FailedPrecondition);
+    assert_eq!(refused(publish("node-9").await), Code::NotFound);
+    driver.unpublish(id, "node-1").await.expect("unpublished");
+    assert_eq!(mirror().await.client, None);
+    publish("node-1").await.expect("published");
+    assert_ne!(mirror().await.client.expect("a client").publication, first.publication);
+    driver.unpublish(id, "").await.expect("unpublished");
+    publish("node-2").await.expect("published where it has a copy");
+    let now = mirror().await;
+    let wished = now.primary.expect("a wish");
+    assert_eq!((now.client, now.copies[&wished].node.0.as_str()), (None, "node-2"));
+    driver.unpublish(id, "node-2").await.expect("unpublished");
+    driver.delete(id).await.expect("deleted");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_does_not_follow_is_waited_for_and_named() {
     let (_nodes, driver) = cluster(&[10, 20]).await;
     let work = make_copies(&driver.catalog, &["node-1"]);

@@ -47,6 +47,7 @@ fn request(name: &str) -> VolumeRequest {
         source: None,
         replication: Replication::Sync { replicas: 2 },
         rebuild_after: Default::default(),
+        reach: Default::default(),
     }
 }
 

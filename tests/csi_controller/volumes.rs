@@ -138,7 +138,7 @@ async fn what_a_request_may_not_say_is_refused_with_nothing_half_made() {
         (with(&[("replicas", "2")]), "parameter replicas"),
         (with(&[("replication", "async")]), "not available in this version"),
         (with(&[("csi.storage.k8s.io/fstype", "ntfs")]), "ext4, xfs"),
-        (with(&[("verifyRead", "true")]), "known are: replication, replicas, rebuildAfter, pool"),
+        (with(&[("verifyRead", "true")]), "known are: replication, replicas, rebuildAfter, access, pool"),
         (with(&[("pool", "nope")]), "there are: default"),
         (with(&[("pool", "../../etc")]), "parameter pool"),
         (CreateVolumeRequest { mutable_parameters: map(&[("pool", "default")]), ..base() }, "cannot be changed"),

@@ -91,6 +91,7 @@ impl Node {
             source,
             replication: Replication::None,
             rebuild_after: Default::default(),
+            reach: Default::default(),
         };
         let descriptor = Descriptor::Volume { request }.encode();
         let volume = FakeVolume { file, size: bytes, descriptor, ready: true, device: None };

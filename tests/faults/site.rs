@@ -45,6 +45,11 @@ impl Site {
         Self::with(nodes, 1, block(), Vec::new()).await
     }
 
+    /// Two copies, on nodes 1 and 2 of three, and every node may use it.
+    pub async fn anywhere() -> Self {
+        Self::with_access("any", 3, 2, block(), Vec::new()).await
+    }
+
     /// Two copies, and a filesystem.
     pub async fn with_filesystem() -> Self {
         Self::with(2, 2, filesystem(), Vec::new()).await
@@ -79,10 +84,21 @@ impl Site {
         capability: VolumeCapability,
         environment: Vec<(&'static str, String)>,
     ) -> Self {
+        Self::with_access("local", nodes, copies, capability, environment).await
+    }
+
+    async fn with_access(
+        access: &str,
+        nodes: usize,
+        copies: usize,
+        capability: VolumeCapability,
+        environment: Vec<(&'static str, String)>,
+    ) -> Self {
         let machine = MACHINE.lock().await;
         let cluster = Cluster::up_with(nodes, environment);
         let requisite: Vec<_> = (1..=copies).map(place).collect();
-        let sync = [("replication", "sync".to_owned()), ("replicas", copies.to_string())];
+        let access = ("access", access.to_owned());
+        let sync = [("replication", "sync".to_owned()), ("replicas", copies.to_string()), access];
         let parameters = sync.into_iter().filter(|_| copies > 1);
         let request = CreateVolumeRequest {
             name: "faults".into(),

@@ -114,6 +114,7 @@ impl Site {
             source: None,
             replication,
             rebuild_after: Default::default(),
+            reach: Default::default(),
         }
     }
 

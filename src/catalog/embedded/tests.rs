@@ -14,6 +14,7 @@ fn volume(name: &str) -> Volume {
         source: None,
         replication: Replication::None,
         rebuild_after: Default::default(),
+        reach: Default::default(),
     };
     Volume::wanted(VolumeId::random(), request)
 }

@@ -84,6 +84,34 @@ pub struct CopySpec {
     pub pool: String,
 }
 
+/// From where a volume may be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Reach {
+    /// From the nodes that have a copy.
+    #[default]
+    Local,
+    /// From every node of the cluster.
+    Any,
+}
+
+impl Reach {
+    /// What is not written down.
+    pub fn is_local(&self) -> bool {
+        *self == Self::Local
+    }
+}
+
+/// The use of a volume on a node that has no copy of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClientSpec {
+    /// The node.
+    pub node: NodeName,
+    /// This publication, by which the copies know the node: another one is another client, also of the same node.
+    pub publication: InstanceId,
+}
+
 /// The copies that a volume shall have. Their ids are given out before any of them is made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -98,6 +126,9 @@ pub struct MirrorSpec {
     /// The controller has decided that one is replaced, not a person.
     #[serde(default)]
     pub rebuild: Option<Rebuild>,
+    /// Who alone may use the volume; `None`: whoever has the copy that is wished.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<ClientSpec>,
 }
 
 /// What a node says of its copy, beside that it is there.
@@ -116,7 +147,7 @@ pub struct CopyReport {
 impl MirrorSpec {
     /// These copies, and no wish.
     pub fn new(copies: BTreeMap<InstanceId, CopySpec>) -> Self {
-        Self { primary: None, copies, leaving: BTreeSet::new(), rebuild: None }
+        Self { primary: None, copies, leaving: BTreeSet::new(), rebuild: None, client: None }
     }
 
     /// The copies that shall stay.

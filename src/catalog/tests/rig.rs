@@ -24,6 +24,7 @@ pub fn volume(name: &str) -> Volume {
         source: None,
         replication: Replication::None,
         rebuild_after: Default::default(),
+        reach: Default::default(),
     };
     Volume::wanted(VolumeId::random(), request)
 }

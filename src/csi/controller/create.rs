@@ -5,10 +5,10 @@
 
 use super::Controller;
 use super::mirror::placed;
-use super::request::{DEFAULT_VOLUME_BYTES, NewVolume, WantedSource};
+use super::request::{DEFAULT_VOLUME_BYTES, NewVolume, Places, WantedSource};
 use super::source::{Found, Placed};
 use crate::catalog::{
-    Access, Base, Descriptor, FsType, Replication, Source, Stored, Volume, VolumePhase, VolumeRequest,
+    Access, Base, Descriptor, FsType, Reach, Replication, Source, Stored, Volume, VolumePhase, VolumeRequest,
 };
 use crate::csi::control::ControlError;
 use crate::csi::errors::{CreateVolumeError, DeleteVolumeError, Transient};
@@ -73,10 +73,16 @@ impl Controller {
             (request.verify_reads != wanted.parameters.verify_reads, "parameter verifyReads"),
             (request.replication != wanted.parameters.replication, "parameter replication or replicas"),
             (request.rebuild_after != wanted.parameters.rebuild_after, "parameter rebuildAfter"),
+            (request.reach != wanted.parameters.reach, "parameter access"),
             (source != wanted.source, "volume_content_source"),
-            (!self.holders(volume).iter().any(|node| wanted.places.include(node)), "accessibility_requirements"),
+            (!self.is_reachable(volume, &wanted.places), "accessibility_requirements"),
         ];
         differs.into_iter().find_map(|(differs, what)| differs.then_some(what))
+    }
+
+    /// Whether the volume can be used at one of the places.
+    fn is_reachable(&self, volume: &Volume, places: &Places) -> bool {
+        volume.request.reach == Reach::Any || self.holders(volume).iter().any(|node| places.include(node))
     }
 
     /// Writes down what is wanted, before anything is done for it.
@@ -129,6 +135,7 @@ impl Controller {
             source: found.map(|found| found.source),
             replication,
             rebuild_after: wanted.parameters.rebuild_after,
+            reach: wanted.parameters.reach,
         };
         let mut volume = Volume::wanted(id, request);
         (volume.spec.node, volume.spec.mirror, volume.spec.base) = (node, mirror, base);

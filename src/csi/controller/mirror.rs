@@ -6,7 +6,9 @@
 
 use super::source::Placed;
 use super::{Controller, names};
-use crate::catalog::{CopySpec, MirrorSpec, NodeName, Replication, Stored, Volume, VolumeConfiguration, VolumePhase};
+use crate::catalog::{
+    ClientSpec, CopySpec, MirrorSpec, NodeName, Replication, Stored, Volume, VolumeConfiguration, VolumePhase,
+};
 use crate::csi::errors::{ArgumentError, CreateVolumeError, PublishError, Transient};
 use crate::csi::parameters::ParameterError;
 use crate::placement::Choice;
@@ -127,6 +129,20 @@ impl Controller {
             return Err(PublishError::NotUpToDate { id, node: node.clone() });
         }
         mirror.primary = Some(copy);
+        Ok(())
+    }
+
+    /// Writes into the volume that this node uses it without a copy. The primary stays where it is: the client asks for another
+    /// one if it does not reach that.
+    pub(super) async fn name_client(&self, volume: &mut Volume, node: &NodeName) -> Result<(), PublishError> {
+        let id = volume.id;
+        let Some(mirror) = &mut volume.spec.mirror else { return Ok(()) };
+        let configuration = self.configuration(id).await?.ok_or(PublishError::NoConfiguration { id })?;
+        if mirror.primary.is_none() {
+            let first = configuration.members().find(|copy| mirror.copies.contains_key(copy));
+            mirror.primary = configuration.primary.or(first);
+        }
+        mirror.client = Some(ClientSpec { node: node.clone(), publication: InstanceId::random() });
         Ok(())
     }
 

@@ -41,7 +41,7 @@ pub use service::ControllerService;
 use super::errors::Transient;
 use super::nodes::{Node, Nodes};
 use super::operations::{Operation, Operations, Subject};
-use crate::catalog::{Catalog, CreateError, NodeName, Object, Stored, UpdateError, Volume};
+use crate::catalog::{Catalog, CreateError, NodeName, Object, Reach, Stored, UpdateError, Volume};
 use crate::crash::crash_point;
 use std::collections::BTreeSet;
 
@@ -86,6 +86,11 @@ impl Controller {
             }
             None => self.nodes.name_of(volume.spec.node.as_ref()).into_iter().collect(),
         }
+    }
+
+    /// The nodes that a scheduler may choose for the volume; none are named if all are possible.
+    pub(super) fn reachable_from(&self, volume: &Volume) -> Vec<NodeName> {
+        if volume.request.reach == Reach::Any { Vec::new() } else { self.holders(volume) }
     }
 
     pub(super) fn start(&self, subject: Subject) -> Result<Operation, Transient> {

@@ -7,7 +7,7 @@ use super::create::smallest;
 use super::mirror::copies;
 use super::request::{Capacity, NewVolume};
 use super::{Controller, names, response};
-use crate::catalog::NodeName;
+use crate::catalog::{NodeName, Reach};
 use crate::csi::errors::{CapacityError, CreateVolumeError, Transient};
 use crate::csi::nodes::Pools;
 use crate::placement::{self, Choice, Place, Refusal, Wanted};
@@ -31,7 +31,8 @@ impl Controller {
             pool: &wanted.parameters.pool,
             bytes: certain(size),
             copies: copies(wanted.parameters.replication),
-            requisite: &wanted.places.requisite,
+            // A volume that every node reaches may have its copies anywhere.
+            requisite: if wanted.parameters.reach == Reach::Any { &[] } else { &wanted.places.requisite },
             preferred,
         };
         let refusal = match placement::choose(&pools, &asked) {

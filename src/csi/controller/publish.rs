@@ -5,15 +5,19 @@
 
 use super::Controller;
 use super::create::short;
+use super::mirror::{COPIES_LIMIT, LOOK_EVERY};
 use super::names;
 use super::request::{Publish, Unpublish, Validate};
-use crate::catalog::{Access, AccessMode, NodeName, Publication, Stored, Volume};
-use crate::csi::errors::{PublishError, UnpublishError, ValidateError};
+use crate::catalog::{Access, AccessMode, NodeName, Publication, Reach, Stored, Volume};
+use crate::csi::control::ControlError;
+use crate::csi::errors::{PublishError, Transient, UnpublishError, ValidateError};
 use crate::csi::operations::Subject;
+use crate::rpc::control::GetVolumeRequest;
 use crate::rpc::csi::ValidateVolumeCapabilitiesResponse;
 use crate::volume::VolumeId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 /// Publications under way, in order of arrival: each counts those before it as done, so that two that arrive together
 /// cannot both take the last place.
@@ -51,12 +55,16 @@ impl Controller {
         let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
         let node = NodeName(wanted.node.clone());
         let holders = self.holders(&stored.object);
-        if !holders.contains(&node) {
+        let without_copy = !holders.contains(&node);
+        if without_copy && (stored.object.request.reach == Reach::Local || self.nodes.find(&node).await?.is_none()) {
             return Err(self.not_here(id, node, &holders).await?);
         }
         let capability = &wanted.capability;
         let publication = Publication { readonly: wanted.readonly, access: capability.access, mode: capability.mode };
         match stored.object.spec.publications.get(&node) {
+            Some(published) if *published == publication && without_copy => {
+                return Ok(self.await_client(id, &node).await?);
+            }
             Some(published) if *published == publication => return Ok(()),
             Some(_) => return Err(PublishError::Incompatible { id, node }),
             None => {}
@@ -67,10 +75,31 @@ impl Controller {
         let ticket = self.publishing.enter(id);
         self.check_limit(&node, id, &ticket.earlier).await?;
         let mut published = stored.object.clone();
-        self.wish_for(&mut published, &node).await?;
-        published.spec.publications.insert(node, publication);
+        if without_copy {
+            self.name_client(&mut published, &node).await?;
+        } else {
+            self.wish_for(&mut published, &node).await?;
+        }
+        published.spec.publications.insert(node.clone(), publication);
         self.change(stored, |volume| volume.spec.clone_from(&published.spec)).await?;
-        Ok(())
+        if without_copy { Ok(self.await_client(id, &node).await?) } else { Ok(()) }
+    }
+
+    /// Waits until a node that has no copy of the volume has heard that it may use it.
+    async fn await_client(&self, id: VolumeId, node: &NodeName) -> Result<(), Transient> {
+        let (control, deadline) = (self.nodes.holder(Some(node)).await?.control, Instant::now() + COPIES_LIMIT);
+        loop {
+            let asked = control.client().get_volume(GetVolumeRequest { volume_id: id.to_string() }).await;
+            match asked.map_err(|status| control.refusal(status)) {
+                Ok(_) => return Ok(()),
+                Err(ControlError::NotFound(_)) if Instant::now() < deadline => tokio::time::sleep(LOOK_EVERY).await,
+                Err(ControlError::NotFound(_)) => {
+                    let text = format!("node {node} has not heard yet that it may use volume {id}; repeat the call");
+                    return Err(Transient::Replica(ControlError::Unknown(text)));
+                }
+                Err(error) => return Err(Transient::Replica(error)),
+            }
+        }
     }
 
     /// Why a volume cannot be used on a node that holds no copy of it.
@@ -110,7 +139,14 @@ impl Controller {
             wanted.node.as_ref().map_or(!publications.is_empty(), |node| publications.contains_key(node));
         if is_published {
             let gone = |node: &NodeName| wanted.node.as_ref().is_none_or(|gone| gone == node);
-            self.change(stored, |volume| volume.spec.publications.retain(|node, _| !gone(node))).await?;
+            let end = |volume: &mut Volume| {
+                volume.spec.publications.retain(|node, _| !gone(node));
+                if let Some(mirror) = &mut volume.spec.mirror {
+                    // Whichever primary serves another client or a device of its own has read this before.
+                    mirror.client.take_if(|client| gone(&client.node));
+                }
+            };
+            self.change(stored, end).await?;
         }
         Ok(())
     }

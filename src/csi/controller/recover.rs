@@ -15,8 +15,8 @@ pub use forced::{ForceError, Promotion};
 
 use super::Controller;
 use crate::catalog::{
-    Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, NodeName, Object, Replication, Snapshot,
-    SnapshotStatus, Volume, VolumePhase, VolumeRequest,
+    Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, NodeName, Object, Reach, Replication,
+    Snapshot, SnapshotStatus, Volume, VolumePhase, VolumeRequest,
 };
 use crate::csi::errors::Transient;
 use crate::csi::nodes::Nodes;
@@ -194,6 +194,7 @@ fn wanted(id: VolumeId, copy: &control::Volume, replication: Replication, report
                 source: None,
                 replication,
                 rebuild_after: Default::default(),
+                reach: Reach::default(),
             }
         }
     };

@@ -16,7 +16,7 @@ pub fn topology(node: &NodeName) -> csi::Topology {
     csi::Topology { segments: HashMap::from([(TOPOLOGY_KEY.to_owned(), node.0.clone())]) }
 }
 
-/// A volume that is reachable from each of `nodes`.
+/// A volume that is reachable from each of `nodes`, and from everywhere if there are none.
 pub fn volume(volume: &Volume, nodes: &[NodeName]) -> csi::Volume {
     let source = volume.request.source.map(|source| match source {
         Source::Snapshot(id) => Type::Snapshot(SnapshotSource { snapshot_id: id.to_string() }),

@@ -56,7 +56,7 @@ impl controller_server::Controller for ControllerService {
         let controller = self.0.clone();
         answer("CreateVolume", request, |wanted: NewVolume| async move {
             let volume = controller.create_volume(wanted).await?;
-            let volume = Some(response::volume(&volume, &controller.holders(&volume)));
+            let volume = Some(response::volume(&volume, &controller.reachable_from(&volume)));
             Ok::<_, CreateVolumeError>(csi::CreateVolumeResponse { volume })
         })
         .await
@@ -110,7 +110,7 @@ impl controller_server::Controller for ControllerService {
         answer("ListVolumes", request, |page: Page| async move {
             let (volumes, next_token) = controller.list_volumes(page).await?;
             let entries = volumes.iter().map(|volume| Entry {
-                volume: Some(response::volume(volume, &controller.holders(volume))),
+                volume: Some(response::volume(volume, &controller.reachable_from(volume))),
                 status: Some(VolumeStatus { published_node_ids: response::published(volume) }),
             });
             Ok::<_, ListError>(csi::ListVolumesResponse { entries: entries.collect(), next_token })
@@ -128,7 +128,7 @@ impl controller_server::Controller for ControllerService {
             let volume = controller.volume(&id).await?;
             Ok::<_, GetVolumeError>(csi::ControllerGetVolumeResponse {
                 status: Some(VolumeStatus { published_node_ids: response::published(&volume) }),
-                volume: Some(response::volume(&volume, &controller.holders(&volume))),
+                volume: Some(response::volume(&volume, &controller.reachable_from(&volume))),
             })
         })
         .await

@@ -41,7 +41,8 @@ impl From<control::Volume> for Facts {
             size: volume.size_bytes,
             copying: (!volume.ready).then_some((volume.copied_bytes, volume.to_copy_bytes)),
             device: Some(volume.device).filter(|device| !device.is_empty()).map(PathBuf::from),
-            mirrored: volume.mirror.is_some(),
+            // Without a pool it has no copy here, but elsewhere.
+            mirrored: volume.mirror.is_some() || volume.pool.is_empty(),
             origin,
             fs_type,
             health: volume.health,

@@ -45,7 +45,9 @@ fn is_dead(envelope: &Envelope, to: &Node, now: Now) -> bool {
     let durable = to.disk.record.configuration.stamp;
     match &envelope.message {
         Message::Invite(configuration) => configuration.stamp < durable,
-        Message::Refused(_) => true,
+        // The model has no clients.
+        Message::Refused(_) | Message::Enter { .. } | Message::Entered { .. } => true,
+        Message::Ask { .. } | Message::Answer { .. } => true,
         Message::Prepare { frame, .. }
         | Message::Copy { frame, .. }
         | Message::Compare { frame, .. }

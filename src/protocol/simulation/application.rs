@@ -9,7 +9,7 @@ use crate::volume::BlockRange;
 impl Cluster {
     /// A pod starts on a node.
     pub fn open_application(&mut self, node: usize) {
-        if !self.nodes[node].powered {
+        if !self.nodes[node].powered || !self.guests.is_empty() {
             return;
         }
         let number = self.number();
@@ -30,6 +30,17 @@ impl Cluster {
             return Ok(());
         }
         let request = self.request();
+        let slot = self.new_slot(request);
+        let n = &mut self.nodes[node];
+        let tag = n.next_tag;
+        n.next_tag += 1;
+        n.slots.insert(tag, slot);
+        // An engine that is not there finds it in its slot.
+        self.step(node, Input::Request { tag: Tag(tag), request })
+    }
+
+    /// A request that is submitted now.
+    pub fn new_slot(&mut self, request: Request) -> Slot {
         let write = match request {
             Request::Write(range) => self.oracle.submit(range, false),
             Request::Discard(range) | Request::WriteZeroes(range) => self.oracle.submit(range, true),
@@ -39,12 +50,7 @@ impl Cluster {
             Request::Flush | Request::Seal(_) => self.oracle.covered(),
             _ => vec![],
         };
-        let n = &mut self.nodes[node];
-        let tag = n.next_tag;
-        n.next_tag += 1;
-        n.slots.insert(tag, Slot { request, write, covered, read: vec![] });
-        // An engine that is not there finds it in its slot.
-        self.step(node, Input::Request { tag: Tag(tag), request })
+        Slot { request, write, covered, read: vec![] }
     }
 
     /// Blocks near the borders of extents, so that requests meet each other and cross them.
@@ -55,7 +61,7 @@ impl Cluster {
         BlockRange::new(at, count).unwrap_or_else(|| unreachable!("inside of the volume"))
     }
 
-    fn request(&mut self) -> Request {
+    pub fn request(&mut self) -> Request {
         match self.random.below(100) {
             0..50 => Request::Write(self.range()),
             50..75 => Request::Read(self.range()),
@@ -71,6 +77,9 @@ impl Cluster {
 
     /// A request is answered.
     pub fn complete(&mut self, node: usize, tag: Tag, result: Result<(), DiskError>) -> Result<(), String> {
+        if let Some(place) = super::host::place(tag) {
+            return self.guest_answer(node, place, result);
+        }
         let Some(slot) = self.nodes[node].slots.remove(&tag.0) else {
             return Err(format!("{tag:?} of node {node} is answered twice"));
         };
@@ -79,6 +88,12 @@ impl Cluster {
             // The device ends with it.
             self.nodes[node].depth = 0;
         }
+        self.answered(node, &slot, result)?;
+        self.step(node, Input::Replied { tag })
+    }
+
+    /// What the answer of a request promises.
+    pub fn answered(&mut self, node: usize, slot: &Slot, result: Result<(), DiskError>) -> Result<(), String> {
         match (slot.request, result) {
             (Request::Write(range) | Request::Discard(range) | Request::WriteZeroes(range), Ok(())) => {
                 self.oracle.acknowledge(slot.write)?;
@@ -94,10 +109,10 @@ impl Cluster {
                 self.oracle.flushed(&slot.covered);
                 self.floors()?;
             }
-            (Request::Seal(SealName(name)), Ok(())) => self.sealed(name, &slot)?,
+            (Request::Seal(SealName(name)), Ok(())) => self.sealed(name, slot)?,
             _ => {}
         }
-        self.step(node, Input::Replied { tag })
+        Ok(())
     }
 
     /// The nodes that have a member of the committed configuration.

@@ -1,6 +1,8 @@
 //! A cluster in simulated time: one queue of events, and what the shipped cores ask for.
 
+use super::client::{Guest, GuestEvent, Mistake};
 use super::disk::{Disk, Payload};
+use super::host;
 use super::network::Network;
 use super::node::{Node, Operation, Process};
 use super::oracle::Oracle;
@@ -61,6 +63,7 @@ pub enum Event {
     Controller,
     Fault,
     Heal(super::faults::Fault),
+    Guest(GuestEvent),
 }
 
 /// What is wanted, as the catalogue keeps it.
@@ -83,6 +86,11 @@ pub struct Cluster {
     pub spec: Spec,
     pub oracle: Oracle,
     pub planted: Option<Planted>,
+    /// Nodes without a copy that use the volume, one after the other; none: only nodes with one do.
+    pub guests: Vec<Guest>,
+    /// The newest of them that was ever served, and since when.
+    pub served: Option<(usize, Duration)>,
+    pub mistake: Option<Mistake>,
     pub healing: bool,
     pub instances: u8,
     pub seals: u32,
@@ -119,6 +127,9 @@ impl Cluster {
             spec: Spec { primary: Some(instances[0]), copies },
             oracle: Oracle::default(),
             planted,
+            guests: vec![],
+            served: None,
+            mistake: None,
             healing: false,
             instances: count + spare as u8,
             seals: 0,
@@ -198,12 +209,13 @@ impl Cluster {
             Event::Start(node) => self.start(node),
             Event::Fault => self.fault(),
             Event::Heal(fault) => self.heal(fault),
+            Event::Guest(event) => self.guest_event(event),
         }
     }
 
     /// Opens the copy: what is on disk, the slots, then the catalogue.
     fn start(&mut self, node: usize) -> Checked {
-        let (planted, others, now) = (self.planted, self.nodes.len(), self.now);
+        let (planted, mistake, others, now) = (self.planted, self.mistake, self.nodes.len(), self.now);
         let n = &mut self.nodes[node];
         if n.process.is_some() || !n.powered {
             return Ok(());
@@ -223,6 +235,9 @@ impl Cluster {
         // Three: writes wait for room. Four: it is made before. And marks age within the time that a seed runs.
         (replica.hot_limit, replica.mark_age) = (3 + life as usize % 2, Duration::from_millis(900));
         replica.piece_limits = PieceLimits { busy: 1, quiet: 3 };
+        let mut host = Host::new(Incarnation(node as u64 * 1_000_000 + life));
+        host.takes_any_session = mistake == Some(Mistake::AnySession);
+        host.trusts_former_term = mistake == Some(Mistake::FormerTerm);
         n.process = Some(Process {
             life,
             replica,
@@ -235,7 +250,12 @@ impl Cluster {
             proposing: None,
             heard: vec![(now, false); others],
             failed: false,
+            host,
+            asked: BTreeMap::new(),
+            asks: false,
+            asks_again: false,
         });
+        self.break_links(node);
         self.note(|| format!("node {node} starts, life {life}"));
         let again: Vec<_> = self.nodes[node].slots.iter().map(|(tag, slot)| (Tag(*tag), slot.request)).collect();
         for (tag, request) in again {
@@ -277,6 +297,9 @@ impl Cluster {
         match output {
             Output::Disk { operation, tag, request } => {
                 let payload = self.payload_of(node, tag);
+                if let Some(place) = host::place(tag) {
+                    self.guest_begins(node, place)?;
+                }
                 if let Some(slot) = self.nodes[node].slots.get(&tag.0).filter(|_| request.is_mutation()) {
                     if self.oracle.is_acknowledged(slot.write) {
                         return Err(format!("I10: the acknowledged write {} is executed again", slot.write));
@@ -348,6 +371,10 @@ impl Cluster {
 
     /// What a device's write puts into each of its blocks.
     fn payload_of(&self, node: usize, tag: Tag) -> Payload {
+        let asked = self.nodes[node].process.as_ref().zip(host::place(tag));
+        if let Some(asked) = asked.and_then(|(process, place)| process.asked.get(&place)) {
+            return asked.payload.clone();
+        }
         let Some(slot) = self.nodes[node].slots.get(&tag.0) else { return vec![] };
         let Request::Write(range) = slot.request else { return vec![] };
         (range.start()..range.end()).map(|block| (block, slot.write)).collect()
@@ -429,6 +456,11 @@ impl Cluster {
 
     fn keep_read(&mut self, node: usize, life: u64, id: OperationId, tag: Option<Tag>, payload: Payload) {
         let n = &mut self.nodes[node];
+        let asked = n.process.as_mut().zip(tag.and_then(host::place));
+        if let Some(asked) = asked.and_then(|(process, place)| process.asked.get_mut(&place)) {
+            asked.read = payload;
+            return;
+        }
         match tag.and_then(|tag| n.slots.get_mut(&tag.0)) {
             Some(slot) => slot.read = payload,
             None => {

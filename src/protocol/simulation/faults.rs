@@ -185,8 +185,10 @@ impl Cluster {
         }
         // What is gone is covered by no flush that comes after.
         let now: BTreeMap<_, _> = self.oracle.covered().into_iter().collect();
-        let Self { nodes, oracle, .. } = self;
-        for (block, id) in nodes.iter_mut().flat_map(|n| n.slots.values_mut()).flat_map(|slot| &mut slot.covered) {
+        let Self { nodes, guests, oracle, .. } = self;
+        let slots = nodes.iter_mut().flat_map(|n| n.slots.values_mut());
+        let slots = slots.chain(guests.iter_mut().flat_map(|guest| guest.slots.values_mut()));
+        for (block, id) in slots.flat_map(|slot| &mut slot.covered) {
             *id = oracle.older(*id, now.get(block).copied().unwrap_or(0));
         }
     }
@@ -285,6 +287,7 @@ impl Cluster {
             self.heal(Fault::Killed(node))?;
             self.nodes[node].depth = 0;
         }
+        self.mend_guests();
         if self.spec.primary.is_none() {
             self.wish_a_member();
         }
@@ -325,6 +328,7 @@ impl Cluster {
         if let Some((node, n)) = self.nodes.iter().enumerate().find(|(_, n)| !n.slots.is_empty()) {
             return Err(format!("node {node} has unanswered requests {:?}: {}", n.slots, state()));
         }
+        self.guests_are_answered()?;
         self.floors()?;
         for block in self.oracle.blocks() {
             let contents: Vec<_> = self.members().iter().map(|node| self.nodes[*node].disk.get(block)).collect();

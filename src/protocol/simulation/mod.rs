@@ -7,9 +7,11 @@
 
 mod application;
 mod catalogue;
+mod client;
 mod cluster;
 mod disk;
 mod faults;
+mod host;
 mod network;
 mod node;
 mod oracle;
@@ -24,6 +26,8 @@ use std::time::Duration;
 
 /// Seeds of the test.
 const SEEDS: u64 = 10_000;
+/// Of the test with clients.
+const CLIENT_SEEDS: u64 = 2000;
 /// Threads that run them.
 const THREADS: u64 = 2;
 const FORCED: &str = "for a person to decide";
@@ -64,6 +68,9 @@ pub struct Tally {
     equal: u64,
     slow_copies: u64,
     forced: u64,
+    guest_sessions: u64,
+    guest_answers: u64,
+    guest_refused: u64,
 }
 
 impl Tally {
@@ -139,7 +146,10 @@ fn heal(cluster: &mut Cluster) -> Result<(), String> {
 }
 
 fn run(seed: u64, planted: Option<Planted>, trace: bool) -> Result<Tally, (String, Vec<String>)> {
-    let mut cluster = Cluster::new(seed, planted, trace);
+    finish(Cluster::new(seed, planted, trace), seed)
+}
+
+fn finish(mut cluster: Cluster, seed: u64) -> Result<Tally, (String, Vec<String>)> {
     let caught = catch_unwind(AssertUnwindSafe(|| simulate(&mut cluster, seed)));
     let result = caught.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
@@ -148,7 +158,8 @@ fn run(seed: u64, planted: Option<Planted>, trace: bool) -> Result<Tally, (Strin
     match result {
         Ok(()) => Ok(cluster.tally),
         Err(error) => {
-            let cores: Vec<_> = cluster.nodes.iter().map(|n| n.process.as_ref().map(|p| &p.replica)).collect();
+            let cores: Vec<_> =
+                cluster.nodes.iter().map(|n| n.process.as_ref().map(|p| (&p.host, &p.asked, &p.replica))).collect();
             let cores = format!("in the end: {cores:#?}");
             cluster.note(|| cores);
             Err((error, cluster.trace.unwrap_or_default()))
@@ -216,6 +227,47 @@ fn a_disk_that_crawls_holds_up_the_others_for_a_fraction_of_the_time() {
         cluster.mend_everything().expect("well");
         heal(&mut cluster).expect("well");
         cluster.is_healed().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    }
+}
+
+/// A cluster whose volume is used by nodes without a copy, one after the other.
+fn run_without_copy(seed: u64, mistake: Option<client::Mistake>, trace: bool) -> Result<Tally, (String, Vec<String>)> {
+    let mut cluster = Cluster::new(seed, None, trace);
+    cluster.mistake = mistake;
+    cluster.publish_without_copy();
+    cluster.at(Duration::from_millis(100), Event::Guest(client::GuestEvent::Fault));
+    finish(cluster, seed)
+}
+
+/// Also frames of ended connections arrive here: what a client was answered is there, whoever was primary then, and whoever
+/// was published before executes nothing any more.
+#[test]
+fn clients_without_a_copy_lose_nothing_and_follow_the_primary() {
+    let (first, count) = (setting("FIRST_SEED").unwrap_or(0), setting("SEEDS").unwrap_or(CLIENT_SEEDS));
+    let (mut sessions, mut answers, mut refused, mut failures) = (0, 0, 0, vec![]);
+    for seed in first..first + count {
+        match run_without_copy(seed, None, setting("SEED").is_some()) {
+            Ok(tally) => {
+                (sessions, answers) = (sessions + tally.guest_sessions, answers + tally.guest_answers);
+                refused += tally.guest_refused;
+            }
+            Err((error, trace)) => {
+                trace.iter().for_each(|line| println!("{line}"));
+                failures.push(format!("seed {seed}: {error}"));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    println!("{count} seeds: {sessions} sessions, {answers} answers, {refused} late requests refused");
+    assert!(count < CLIENT_SEEDS || (sessions > count && answers > 20 * count && refused > 0));
+}
+
+#[test]
+fn mistakes_with_clients_are_found() {
+    for mistake in [client::Mistake::AnySession, client::Mistake::FormerTerm] {
+        let found = (0..2000).find_map(|seed| run_without_copy(seed, Some(mistake), false).err().map(|e| (seed, e.0)));
+        let (seed, error) = found.unwrap_or_else(|| panic!("{mistake:?} is not found"));
+        println!("{mistake:?} is found by seed {seed}: {error}");
     }
 }
 

@@ -171,6 +171,7 @@ impl Cluster {
         for other in (0..self.nodes.len()).filter(|other| *other != node) {
             self.look_at(node, other)?;
         }
+        self.settle_guest(node)?;
         self.strangers(node)
     }
 

@@ -86,6 +86,11 @@ pub struct Process {
     pub heard: Vec<(Duration, bool)>,
     /// A disk operation failed.
     pub failed: bool,
+    /// Clients: what they have asked for, whether the catalogue is being asked who they are, and shall be again.
+    pub host: Host,
+    pub asked: BTreeMap<usize, super::host::Asked>,
+    pub asks: bool,
+    pub asks_again: bool,
 }
 
 impl Process {

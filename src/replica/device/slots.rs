@@ -283,6 +283,21 @@ impl Slot<'_> {
         self.at(PAYLOAD)
     }
 
+    /// The first bytes of the payload, of a WRITE that is not answered.
+    pub fn copy(self, length: usize) -> bytes::Bytes {
+        assert!(length <= MAX_PAYLOAD, "{length} bytes of a slot");
+        let mut copied = vec![0; length];
+        self.read(PAYLOAD, &mut copied);
+        copied.into()
+    }
+
+    /// Puts bytes into the payload, of a READ that is not answered.
+    pub fn put(self, data: &[u8]) {
+        assert!(data.len() <= MAX_PAYLOAD, "{} bytes into a slot", data.len());
+        // SAFETY: the payload is MAX_PAYLOAD long, by the line above; `data` is memory of our own.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.payload(), data.len()) }
+    }
+
     /// The request in a slot that is not free.
     pub fn message(self) -> Result<Message, Malformed> {
         // Everything but the payload of a WRITE and the one long name that a LOOKUP can have, which is not ours.

@@ -50,8 +50,10 @@ impl Engine {
             replica,
             tickets,
             running: 0,
+            unsent: false,
             device: None,
             mirror: None,
+            remote: None,
             opening: None,
         })));
         VolumeKey(self.volumes.len() as u32 - 1)
@@ -69,7 +71,10 @@ impl Engine {
         if served.is_some_and(|key| self.device_mut(key).is_some()) {
             return Err(EngineError::VolumeAttached(id));
         }
-        let size = self.known(tree_key, id)?;
+        let size = match served.and_then(|key| self.volume_mut(key)).filter(|volume| volume.remote.is_some()) {
+            Some(volume) => volume.size,
+            None => self.known(tree_key, id)?,
+        };
         if served.is_none() && self.waits_for_core(tree_key, id) {
             return Err(EngineError::MirrorNotOpen(id));
         }
@@ -139,6 +144,14 @@ impl Engine {
             return;
         }
         device.phase = Phase::Leaving(vec![reply]);
+        if volume.remote.is_some() {
+            if is_watched {
+                self.io.unwatch(watch, fd);
+            }
+            self.leave_client(key, is_watched);
+            self.pump();
+            return self.let_go(key);
+        }
         if let Some(tree) = trees[tree_key.0 as usize].as_mut() {
             device.flushing = true;
             tree.under_way += 1;
@@ -168,8 +181,8 @@ impl Engine {
     /// Lets a device go when it is leaving and nothing of it is under way, and its volume with it if nobody else needs it.
     pub fn let_go(&mut self, key: VolumeKey) {
         let Some(volume) = self.volumes.get_mut(key.0 as usize).and_then(Option::as_deref_mut) else { return };
-        // A mirrored volume's core stays, and what an operator wants of it.
-        let stays = volume.mirror.is_some() || volume.opening.is_some();
+        // A mirrored volume's core stays, and what an operator wants of it; so does one without a copy, until it is closed.
+        let stays = volume.mirror.is_some() || volume.remote.is_some() || volume.opening.is_some();
         let tickets = !stays && volume.tickets.iter().any(Option::is_some);
         let leaves = |device: &mut Device| matches!(device.phase, Phase::Leaving(_)) && device.is_quiet() && !tickets;
         let Some(device) = volume.device.take_if(leaves) else { return };

@@ -3,6 +3,7 @@
 //! Invariants: a command is executed whole, between two turns of the data path, and never blocks; whoever gives up waiting
 //! for the answer changes nothing.
 
+use super::client::{ClientConfig, ClientStatus};
 use super::files::TreeFiles;
 use super::mirror::{MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
@@ -94,6 +95,14 @@ pub(super) enum Command {
         volume: VolumeId,
         reply: Reply<Option<MirrorStatus>>,
     },
+    OpenClient {
+        config: ClientConfig,
+        reply: Reply<Result<(), EngineError>>,
+    },
+    ClientStatus {
+        volume: VolumeId,
+        reply: Reply<Option<ClientStatus>>,
+    },
 }
 
 impl Engine {
@@ -117,7 +126,9 @@ impl Engine {
             }
             Command::Find { volume, reply } => drop(reply.send(self.find_device(volume))),
             Command::AddDevice { tree, device, reply } => {
-                let added = self.tree_of(tree).ok_or(EngineError::UnknownTree(tree));
+                let without_copy = self.publication_of(device.volume) == Some(tree);
+                let found = if without_copy { Some(TreeKey::NONE) } else { self.tree_of(tree) };
+                let added = found.ok_or(EngineError::UnknownTree(tree));
                 let added = added.and_then(|tree| self.add_device(tree, *device, None)).map(drop);
                 drop(reply.send(added));
             }
@@ -142,6 +153,11 @@ impl Engine {
             }
             Command::CloseMirror { volume, reply } => self.close_mirror(volume, reply),
             Command::MirrorStatus { volume, reply } => drop(reply.send(self.mirror_status(volume))),
+            Command::OpenClient { config, reply } => {
+                let opened = self.open_client(config);
+                drop(reply.send(opened));
+            }
+            Command::ClientStatus { volume, reply } => drop(reply.send(self.client_status(volume))),
         }
     }
 
@@ -329,6 +345,10 @@ impl Engine {
     pub fn answer_operator(&mut self, key: VolumeKey, tag: Tag, result: Result<(), DiskError>) {
         let first = self.arena.slots.count() + RESERVED_SLOTS;
         let Some(volume) = self.volume_mut(key) else { return };
+        if let Some(remote) = volume.remote.as_mut() {
+            remote.leaving = None;
+            return self.flushed_for_good(key, result);
+        }
         if let Some(ticket) = volume.tickets.get_mut((tag.0 - first) as usize).and_then(Option::take) {
             let refused = |error| ticket.refusal.unwrap_or(Refusal::Disk(error));
             // Whoever is a member now has answered; whoever came after the seal is none before this.

@@ -6,6 +6,7 @@
 //! * A device that a killed engine left gets its core before its requests are executed again.
 
 use super::commands::Reply;
+use super::host::Guests;
 use super::mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus};
 use super::operations::Purpose;
 use super::pieces::Parts;
@@ -14,7 +15,7 @@ use super::turn::Engine;
 use super::volume::VolumeKey;
 use super::{EngineError, SealReserve};
 use crate::protocol::{
-    Configuration, DiskError, HEARTBEAT, Input, Member, Memory, Message, OperationId, Piece, Replica, Role,
+    Configuration, DiskError, HEARTBEAT, Host, Input, Member, Memory, Message, OperationId, Piece, Replica, Role,
     SerialNumber, Stamp, Standing,
 };
 use crate::replica::peer::{Event, Payload, Session};
@@ -54,8 +55,8 @@ pub(super) struct Mirror {
     /// What was read for another copy, while the core is told so.
     pub answer: Option<(OperationId, Payload)>,
     pub refused: BTreeMap<InstanceId, Refused>,
-    /// Something waits for the session's flush.
-    pub unsent: bool,
+    /// Nodes without a copy that ask this one.
+    pub guests: Guests,
     connected: BTreeSet<InstanceId>,
     /// Of the volume, behind what the plan has given last.
     pub behind_bytes: u64,
@@ -81,6 +82,7 @@ impl Mirror {
     fn new(config: MirrorConfig, role: Role) -> Self {
         let MirrorConfig { session, boot, reserve, requests, .. } = config;
         Self {
+            guests: Guests::new(Host::new(session.incarnation())),
             session,
             boot,
             reserve,
@@ -92,7 +94,6 @@ impl Mirror {
             ranges: BTreeMap::new(),
             answer: None,
             refused: BTreeMap::new(),
-            unsent: false,
             connected: BTreeSet::new(),
             behind_bytes: 0,
             busy: Vec::new(),
@@ -222,7 +223,7 @@ impl Engine {
     }
 
     /// Requests were left where they are while the core changed.
-    fn read_again(&mut self, key: VolumeKey) {
+    pub fn read_again(&mut self, key: VolumeKey) {
         if let Some(device) = self.device_mut(key) {
             device.ready = false;
             self.make_ready(key);
@@ -238,6 +239,9 @@ impl Engine {
     pub fn close_mirror(&mut self, id: VolumeId, reply: Reply<Result<(), EngineError>>) {
         let Some(key) = self.volume_of(id) else { return drop(reply.send(Ok(()))) };
         let Some(volume) = self.volume_mut(key) else { return };
+        if volume.remote.is_some() {
+            return self.close_client(key, reply);
+        }
         if volume.opening.is_some() {
             return drop(reply.send(Err(EngineError::MirrorNotOpen(id))));
         }
@@ -272,9 +276,14 @@ impl Engine {
     }
 
     pub fn tell_mirror(&mut self, id: VolumeId, input: MirrorInput) -> Result<(), EngineError> {
-        let key = self.volume_of(id).filter(|key| self.mirror_mut(*key).is_some());
-        let key = key.ok_or(EngineError::MirrorNotOpen(id))?;
+        let key = self.volume_of(id).ok_or(EngineError::MirrorNotOpen(id))?;
+        if self.publication_of(id).is_some() {
+            self.tell_client(key, input);
+            return Ok(());
+        }
+        self.mirror_mut(key).ok_or(EngineError::MirrorNotOpen(id))?;
         match input {
+            MirrorInput::Client { client, term } => self.tell_of_client(key, client, term),
             MirrorInput::Configuration(configuration) => self.step(key, Input::Configuration(configuration)),
             MirrorInput::Wish(wish) => self.step(key, Input::Wish(wish)),
             MirrorInput::Size(size) => self.limit_size(key, size),
@@ -305,6 +314,7 @@ impl Engine {
                 mirror.connected.insert(copy);
                 self.step(key, Input::Connected(copy));
             }
+            Event::Silent(client) if mirror.guests.are(client) => drop(mirror.connected.remove(&client)),
             Event::Silent(copy) => {
                 mirror.connected.remove(&copy);
                 self.step(key, Input::Silent(copy));
@@ -322,6 +332,10 @@ impl Engine {
                     tracing::error!(volume = ?self.volume_mut(key).map(|v| v.id), %from, %damage, "damaged on its way");
                     return;
                 }
+                if self.hear_client(key, from, &message, &payload) {
+                    return;
+                }
+                let Some(mirror) = self.mirror_mut(key) else { return };
                 match &message {
                     Message::Prepare { frame, serial, .. } | Message::Prepared { frame, serial, .. }
                         if payload != Payload::default() =>
@@ -347,6 +361,9 @@ impl Engine {
         self.next_heartbeat = self.now.0 + HEARTBEAT;
         for index in 0..self.mirrored.len() {
             let Some(key) = self.mirrored.get(index).copied() else { break };
+            if self.tick_client(key) {
+                continue;
+            }
             let Some(mirror) = self.mirror_mut(key) else { continue };
             mirror.ask_again();
             for (operation, control) in std::mem::take(&mut mirror.busy) {
@@ -354,6 +371,7 @@ impl Engine {
             }
             self.step(key, Input::Tick);
             self.name_slow_copies(key);
+            self.settle_client(key);
         }
         self.pump();
     }
@@ -413,6 +431,14 @@ impl Engine {
             equal_bytes,
             hot_extents: replica.hot_extents().len(),
             requests: replica.status(now).requests,
+            term: replica.term(),
         })
+    }
+}
+
+impl Volume {
+    /// Whether a client that is none any more still has requests in the core: a device's would be too many beside them.
+    pub fn is_left_to_guests(&self) -> bool {
+        self.mirror.as_ref().is_some_and(|mirror| !mirror.guests.is_idle() && !mirror.guests.own_the_volume())
     }
 }

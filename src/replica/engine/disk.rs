@@ -6,7 +6,6 @@
 
 use super::commands::Copies;
 use super::operations::{Kept, Purpose};
-use super::requests::slot_of;
 use super::tree::TreeKey;
 use super::turn::{Engine, TICK, Work};
 use super::volume::VolumeKey;
@@ -29,17 +28,16 @@ impl Engine {
         {
             return self.seal_again(key, operation, control);
         }
+        if self.volume_mut(key).is_some_and(|volume| volume.remote.is_some()) {
+            return self.ask_primary(key, operation, request);
+        }
+        let memory = self.memory_of(key, tag);
         let Self { volumes, trees, arena, operations, actions, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let tree_key = volume.tree;
         let Some(tree) = trees[tree_key.0 as usize].as_mut() else { return };
         tree.under_way += 1;
         volume.running += 1;
-        let memory = volume
-            .device
-            .as_ref()
-            .and_then(|device| slot_of(arena, device, tag))
-            .map_or(std::ptr::null_mut(), |slot| slot.payload());
         let id = operations.add(tree_key, Purpose::Core { volume: key, operation, memory, corrupt: false, kept: None });
         match request {
             Request::Seal(_) => {

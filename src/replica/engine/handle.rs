@@ -3,6 +3,7 @@
 //! Invariants: a method that is dropped half way leaves what the same call repeated goes on from; the holder has a
 //! device's descriptors before the device exists.
 
+use super::client::{ClientConfig, ClientStatus};
 use super::commands::{Command, Found, Reply};
 use super::files::TreeFiles;
 use super::jobs::Bell;
@@ -300,6 +301,22 @@ impl EngineHandle {
     /// The engine has stopped.
     pub async fn mirror_status(&self, volume: VolumeId) -> Result<Option<MirrorStatus>, EngineError> {
         self.ask(|reply| Command::MirrorStatus { volume, reply }).await
+    }
+
+    /// Uses a volume here that has no copy on this node; a device that a killed engine left goes on.
+    ///
+    /// # Errors
+    /// The volume is served here already.
+    pub async fn open_client(&self, config: ClientConfig) -> Result<(), EngineError> {
+        self.ask(|reply| Command::OpenClient { config, reply }).await?
+    }
+
+    /// How a volume without a copy here does; `None` if it is not used here.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub async fn client_status(&self, volume: VolumeId) -> Result<Option<ClientStatus>, EngineError> {
+        self.ask(|reply| Command::ClientStatus { volume, reply }).await
     }
 
     /// How an attached volume does; all is well for others.

@@ -71,6 +71,13 @@ pub enum MirrorInput {
     },
     /// What happened on its connections, in order.
     Peer(peer::Event),
+    /// Who uses the volume without a copy, as the catalogue says.
+    Client {
+        /// Its publication.
+        client: Option<InstanceId>,
+        /// The term in which this copy was primary before the catalogue was asked.
+        term: Option<Stamp>,
+    },
 }
 
 /// Where the space for a seal comes from: when a copy leaves, what is written from then on is kept apart, and may grow to a
@@ -167,6 +174,8 @@ pub struct MirrorStatus {
     pub hot_extents: usize,
     /// Requests that are not answered yet.
     pub requests: usize,
+    /// The term that it is primary in.
+    pub term: Option<Stamp>,
 }
 
 /// Another copy.

@@ -15,11 +15,13 @@
 #![allow(unsafe_code, reason = "prctl, setpriority and mlockall")]
 
 mod attach;
+mod client;
 mod commands;
 mod copies;
 mod disk;
 mod files;
 mod handle;
+mod host;
 mod jobs;
 mod mirror;
 mod operations;
@@ -33,6 +35,7 @@ mod turn;
 mod volume;
 
 pub use crate::replica::io::Choice as IoChoice;
+pub use client::{ClientConfig, ClientStatus};
 pub use files::{TreeFiles, drain};
 pub use handle::EngineHandle;
 pub use mirror::{CatalogueRequest, CopyState, CopyStatus, MirrorConfig, MirrorInput, MirrorStatus, SealReserve};

@@ -232,11 +232,16 @@ impl Engine {
 
     /// Sends with the bytes that the buffer names. Loss is allowed: what a full queue refuses is remembered.
     fn send(&mut self, key: VolumeKey, to: InstanceId, message: &Message, buffer: Buffer) {
+        let guest = match buffer {
+            Buffer::Request(tag) => self.guest(tag),
+            Buffer::None | Buffer::Operation(_) => None,
+        };
         let Self { volumes, arena, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let Some(mirror) = volume.mirror.as_deref() else { return };
         let payload = match (message, buffer) {
             (Message::Prepare { request: Request::Seal(name), .. }, _) => sealed(volume, *name),
+            (_, Buffer::Request(_)) if guest.is_some() => guest.and_then(|place| mirror.guests.payload(place)),
             (Message::Prepare { request: Request::Write(range), .. }, Buffer::Request(tag)) => {
                 let slot = volume.device.as_ref().and_then(|device| slot_of(arena, device, tag));
                 slot.and_then(|slot| {
@@ -272,9 +277,10 @@ impl Engine {
 }
 
 impl Engine {
-    fn note_unsent(&mut self, key: VolumeKey) {
-        if let Some(mirror) = self.mirror_mut(key)
-            && !std::mem::replace(&mut mirror.unsent, true)
+    /// Its session has something to say when the turn ends.
+    pub fn note_unsent(&mut self, key: VolumeKey) {
+        if let Some(volume) = self.volume_mut(key)
+            && !std::mem::replace(&mut volume.unsent, true)
         {
             self.unsent.push(key);
         }
@@ -283,9 +289,11 @@ impl Engine {
     /// What all cores have said in this turn goes out together.
     pub fn flush_sessions(&mut self) {
         while let Some(key) = self.unsent.pop() {
-            if let Some(mirror) = self.mirror_mut(key) {
-                mirror.unsent = false;
-                mirror.session.flush();
+            let Some(volume) = self.volume_mut(key) else { continue };
+            volume.unsent = false;
+            let session = volume.mirror.as_ref().map(|mirror| &mirror.session);
+            if let Some(session) = session.or(volume.remote.as_ref().map(|remote| &remote.session)) {
+                session.flush();
             }
         }
     }
@@ -332,5 +340,7 @@ fn is_answer(message: &Message) -> bool {
         Message::Copy { .. } | Message::Compare { .. } => false,
         Message::Granted { .. } | Message::Invite(_) | Message::Prepare { .. } | Message::Renew { .. } => false,
         Message::Reconciled(_) | Message::Clear { .. } => false,
+        // A client that has room again begins a new session, and asks everything again.
+        Message::Enter { .. } | Message::Entered { .. } | Message::Ask { .. } | Message::Answer { .. } => true,
     }
 }

@@ -6,6 +6,7 @@
 //! * Filled slots are executed in their first order of arrival, before anything new is read.
 
 use super::requests::{slot_of, write_reply};
+use super::tree::TreeKey;
 use super::turn::{Arena, Engine};
 use super::volume::VolumeKey;
 use crate::protocol::Tag;
@@ -67,6 +68,9 @@ impl Engine {
 
     fn revive_one(&mut self, parked: Parked) {
         let volume = parked.fuse.volume;
+        if self.publication_of(volume) == Some(parked.tree) {
+            return self.serve_again(TreeKey::NONE, parked);
+        }
         let Some(tree) = self.tree_of(parked.tree) else { return self.parked.push(parked) };
         let known = self.tree_mut(tree).is_some_and(|t| t.store.volumes().iter().any(|info| info.volume == volume));
         if !known {
@@ -78,6 +82,11 @@ impl Engine {
             tracing::info!(%volume, "its device waits for its copy to be opened");
             return self.parked.push(parked);
         }
+        self.serve_again(tree, parked);
+    }
+
+    fn serve_again(&mut self, tree: TreeKey, parked: Parked) {
+        let volume = parked.fuse.volume;
         match self.add_device(tree, parked.fuse, parked.device) {
             Ok(key) => self.replay(key),
             // The device is gone from here; the holder keeps it, and the next engine tries again.

@@ -38,8 +38,8 @@ pub(super) fn slot_of<'a>(arena: &'a Arena, device: &'a Device, tag: Tag) -> Opt
 impl Engine {
     /// Reads requests of a volume until there are no more or no slot is free for them.
     pub fn read_requests(&mut self, key: VolumeKey) {
-        if self.volume_mut(key).is_some_and(|volume| volume.opening.is_some()) {
-            // They wait in the kernel while the volume gets another core.
+        if self.volume_mut(key).is_some_and(|volume| volume.opening.is_some() || volume.is_left_to_guests()) {
+            // They wait in the kernel while the volume gets another core, or ends what a client has asked for.
             return;
         }
         loop {
@@ -160,6 +160,10 @@ impl Engine {
         if self.in_flight == 1 {
             self.next_patrol = since.0 + super::turn::PATROL;
         }
+        let mirror = self.mirror_mut(key);
+        if mirror.is_some_and(|mirror| mirror.guests.own_the_volume()) {
+            return self.answer(key, tag, Err(DiskError::Fenced));
+        }
         self.step(key, Input::Request { tag, request });
     }
 
@@ -182,12 +186,18 @@ impl Engine {
         match output {
             Output::Disk { operation, tag, request } => self.start(key, operation, tag, request),
             Output::Complete { tag, result } => {
-                if tag.0 >= self.arena.slots.count() + RESERVED_SLOTS {
-                    self.answer_operator(key, tag, result);
-                } else {
-                    self.answer(key, tag, result);
+                let guest = self.guest(tag);
+                match guest {
+                    Some(place) => self.answer_guest(key, place, result),
+                    None if tag.0 >= self.arena.slots.count() + RESERVED_SLOTS => {
+                        self.answer_operator(key, tag, result);
+                    }
+                    None => self.answer(key, tag, result),
                 }
                 self.step(key, Input::Replied { tag });
+                if guest.is_some() {
+                    self.guest_has_left(key);
+                }
                 self.let_go(key);
                 self.open_if_quiet(key);
             }

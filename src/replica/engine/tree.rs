@@ -12,6 +12,11 @@ use tokio::sync::oneshot;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct TreeKey(pub u32);
 
+impl TreeKey {
+    /// Of a volume that has no copy here.
+    pub const NONE: Self = Self(u32::MAX);
+}
+
 /// Where a tree is in its life.
 pub(super) enum Phase {
     Open,

@@ -1,9 +1,11 @@
 //! A volume that is served: its core, its device if it has one, and the requests that are not answered yet.
 //!
-//! Invariants: there is one as long as the volume has a device, or this node's copy of it is open; a device goes when its
-//! requests are answered, the core when nothing of it is under way.
+//! Invariants: there is one as long as the volume has a device, or this node's copy of it is open, or it is used here without
+//! a copy; a device goes when its requests are answered, the core when nothing of it is under way. One without a copy has no
+//! tree ([`TreeKey::NONE`]) and no mirror: its core's disk is [`Remote`].
 
 use super::ControlError;
+use super::client::Remote;
 use super::commands::Copies;
 use super::copies::{Mirror, Opening};
 use super::statistics::{Direction, VolumeStatistics};
@@ -84,6 +86,10 @@ pub(super) struct Volume {
     pub device: Option<Device>,
     /// None: the volume has one copy.
     pub mirror: Option<Box<Mirror>>,
+    /// None: the volume has a copy here.
+    pub remote: Option<Box<Remote>>,
+    /// Something waits for its session's flush.
+    pub unsent: bool,
     /// The core is about to be another.
     pub opening: Option<Opening>,
 }

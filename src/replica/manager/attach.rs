@@ -17,7 +17,11 @@ const WISH_LIMIT: Duration = Duration::from_secs(12);
 impl Manager {
     /// The block device of the volume.
     pub async fn attach(&self, volume: VolumeId) -> Result<PathBuf, Failure> {
-        let place = self.place(volume).ok_or(Failure::NoVolume(volume))?;
+        let Some(place) = self.place(volume) else {
+            self.publication(volume).ok_or(Failure::NoVolume(volume))?;
+            let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+            return self.attach_client(volume).await;
+        };
         let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
         if place.copy.is_some() {
             return Err(Failure::NotReady(volume));
@@ -43,6 +47,7 @@ impl Manager {
         if let Some(place) = self.index().volumes.get_mut(&volume) {
             place.device = None;
         }
+        self.client_detached(volume);
         Ok(())
     }
 
@@ -50,6 +55,9 @@ impl Manager {
     /// it may wait for is waited for. Without a device there is nothing to do.
     pub async fn abandon(&self, volume: VolumeId) -> Result<(), Failure> {
         let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+        if self.publication(volume).is_some() {
+            return self.abandon_client(volume).await;
+        }
         if self.place(volume).is_none_or(|place| place.mirror.is_none()) {
             return Err(Failure::Only(volume));
         }

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 mod attach;
 mod change;
+mod client;
 mod copy;
 mod errors;
 mod follow;
@@ -75,6 +76,13 @@ pub(super) struct VolumePlace {
     pub mirror: Option<mirror::MirrorPlace>,
 }
 
+/// A volume that is used here without a copy.
+#[derive(Clone, Debug)]
+pub(super) struct ClientPlace {
+    pub publication: InstanceId,
+    pub descriptor: String,
+}
+
 /// A background copy into this volume.
 #[derive(Clone, Debug)]
 pub(super) struct CopyState {
@@ -102,6 +110,9 @@ pub(super) struct Index {
     /// Pools that could not be opened, with the sentence that says why.
     pub broken_pools: BTreeMap<PoolName, (PathBuf, String)>,
     pub volumes: BTreeMap<VolumeId, VolumePlace>,
+    pub clients: BTreeMap<VolumeId, ClientPlace>,
+    /// Devices that a killed engine left, with their copy or publication; not those that were taken up since.
+    pub held_devices: BTreeMap<VolumeId, InstanceId>,
     pub snapshots: BTreeMap<SnapshotId, SnapshotPlace>,
     /// Copies that could not be opened.
     pub broken_trees: BTreeMap<InstanceId, (PoolName, String)>,
@@ -122,6 +133,7 @@ pub(super) struct Inner {
     settings: OpenSettings,
     /// What an earlier engine has acknowledged and not logged, of trees whose pool is not open: for when it is added.
     held: Mutex<BTreeMap<InstanceId, OwnedFd>>,
+    clients_changed: tokio::sync::Notify,
 }
 
 impl Manager {

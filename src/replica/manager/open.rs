@@ -69,8 +69,10 @@ impl Manager {
                 operations: Operations::default(),
                 settings: settings.clone(),
                 held: Mutex::default(),
+                clients_changed: tokio::sync::Notify::new(),
             }),
         };
+        manager.index().held_devices = recovered.volumes.iter().copied().collect();
         let mut held = std::mem::take(&mut recovered.pendings);
         let kept = held.keys().copied().collect();
         for state in manager.open_pools(settings).await? {

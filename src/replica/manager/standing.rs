@@ -182,6 +182,7 @@ mod tests {
             equal_bytes: 0,
             hot_extents: 0,
             requests: 0,
+            term: None,
         }
     }
 

@@ -66,7 +66,7 @@ pub struct HealthEntry {
 impl Manager {
     /// One volume; `None` if it is not on this node.
     pub async fn volume(&self, volume: VolumeId) -> Option<VolumeView> {
-        let place = self.place(volume)?;
+        let Some(place) = self.place(volume) else { return self.view_client(volume).await };
         let info = self.volume_info(place.tree, volume).await;
         let low = self.low_pools().await;
         Some(self.view_volume(volume, place, info, &low).await)

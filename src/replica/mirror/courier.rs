@@ -87,7 +87,8 @@ impl Courier {
     /// Reads the size, the wish and the configuration, and tells the engine. Whether this copy shall be primary.
     async fn tell_what_is_there(&self) -> Result<bool, Trouble> {
         // Before the catalogue is read: what the copy learns meanwhile may be newer than what was read.
-        let here = self.engine.mirror_status(self.volume).await?.map(|status| status.configuration.stamp);
+        let status = self.engine.mirror_status(self.volume).await?;
+        let (here, term) = status.map_or((None, None), |status| (Some(status.configuration.stamp), status.term));
         let stored = self.catalog.get::<Volume>(&self.volume.to_string()).await.map_err(ConfigurationError::from)?;
         let Some(configuration) = self.catalog.configuration(self.volume).await? else { return Ok(false) };
         OlderCatalogue::check(configuration.stamp, here)?;
@@ -96,9 +97,12 @@ impl Courier {
             self.engine.tell_mirror(self.volume, MirrorInput::Size(volume.status.size)).await?;
         }
         let wish = volume.and_then(|volume| volume.spec.mirror);
-        let wished = wish.as_ref().is_some_and(|mirror| mirror.primary == Some(self.copy));
+        // While a node without a copy uses the volume, no node with one does.
+        let wished = wish.as_ref().is_some_and(|mirror| mirror.primary == Some(self.copy) && mirror.client.is_none());
         // Of a volume that is gone or shall go nothing is wished: its copies stay as they are until they are removed.
         if let Some(mirror) = wish {
+            let client = mirror.client.as_ref().map(|client| client.publication);
+            self.engine.tell_mirror(self.volume, MirrorInput::Client { client, term }).await?;
             self.engine.tell_mirror(self.volume, MirrorInput::Wish(mirror.wish())).await?;
         }
         self.session.set_generation(configuration.stamp.generation);

@@ -46,7 +46,13 @@ pub(super) enum OpenError {
 }
 
 /// A task that ends with its owner.
-struct Task(AbortHandle);
+pub(super) struct Task(AbortHandle);
+
+impl From<JoinHandle<()>> for Task {
+    fn from(task: JoinHandle<()>) -> Self {
+        Self(task.abort_handle())
+    }
+}
 
 impl Drop for Task {
     fn drop(&mut self) {
@@ -126,23 +132,14 @@ impl Driver {
             tokio::spawn(resize(manager.clone(), volume, Arc::clone(&resized))),
         ];
         manager.set_open(volume, refresher.clone(), reserve.clone());
-        let tasks = tasks.map(|task| Task(task.abort_handle()));
+        let tasks = tasks.map(Task::from);
         tracing::info!(%volume, copy = %tree, ?memory, "a copy is open");
         Ok(Self { session, peers: Parties::new(), refresher, reserve, volume, resized, _tasks: tasks })
     }
 
     /// Calls these copies, and nobody else.
     pub fn set_peers(&mut self, wanted: &Parties) {
-        for copy in self.peers.keys().filter(|copy| !wanted.contains_key(copy)) {
-            self.session.remove_peer(*copy);
-        }
-        for (copy, (party, address)) in wanted {
-            let known = self.peers.get(copy);
-            if known.is_none_or(|(before, at)| before.node != party.node || at != address) {
-                self.session.add_peer(party.clone(), *address);
-            }
-        }
-        self.peers.clone_from(wanted);
+        follow_peers(&self.session, &mut self.peers, wanted);
     }
 
     /// Every copy can hold so much: the core may know, and the device follows by itself.
@@ -162,6 +159,20 @@ impl Driver {
         // A full queue means that somebody looks soon anyway.
         let _ = self.refresher.try_send(None);
     }
+}
+
+/// Makes a session's peers those that are wanted.
+pub(super) fn follow_peers(session: &Session, known: &mut Parties, wanted: &Parties) {
+    for copy in known.keys().filter(|copy| !wanted.contains_key(copy)) {
+        session.remove_peer(*copy);
+    }
+    for (copy, (party, address)) in wanted {
+        let before = known.get(copy);
+        if before.is_none_or(|(before, at)| before.node != party.node || at != address) {
+            session.add_peer(party.clone(), *address);
+        }
+    }
+    known.clone_from(wanted);
 }
 
 /// Lets the device follow the volume's size.

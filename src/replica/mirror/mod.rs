@@ -15,6 +15,7 @@
 //! * The data path does not wait for the catalogue: peers' events go to the engine in a task of their own, and copies are
 //!   opened from what is beside them ([`record`]) before anybody asks the catalogue.
 
+mod client;
 mod courier;
 mod driver;
 mod reconcile;
@@ -25,6 +26,7 @@ use crate::protocol::{Memory, Stamp};
 use crate::replica::manager::Manager;
 use crate::replica::peer::Endpoint;
 use crate::volume::{BootId, InstanceId, VolumeId};
+use client::ClientDriver;
 use driver::{Driver, Opened, Opening};
 use record::CopyRecord;
 use std::collections::{BTreeMap, BTreeSet};
@@ -85,6 +87,8 @@ pub fn boot_id() -> io::Result<BootId> {
 pub struct Mirrors {
     settings: Arc<MirrorSettings>,
     drivers: BTreeMap<VolumeId, Driver>,
+    /// Volumes that are used here without a copy.
+    clients: BTreeMap<VolumeId, ClientDriver>,
     /// Copies that are being opened: a volume that is in use first ends what it has begun, which may wait for space.
     opening: BTreeMap<VolumeId, Opened>,
     /// Trees of which the node's caches have everything: an engine of this boot has left them to the holder, or this one
@@ -112,8 +116,8 @@ impl Work {
 impl Mirrors {
     /// Of this node. Nothing is opened yet.
     pub fn new(settings: MirrorSettings) -> Self {
-        let (drivers, opening, kept, addresses, said) = Default::default();
-        Self { settings: Arc::new(settings), drivers, opening, kept, addresses, said }
+        let (drivers, clients, opening, kept, addresses, said) = Default::default();
+        Self { settings: Arc::new(settings), drivers, clients, opening, kept, addresses, said }
     }
 
     /// Opens the copies that are on this node and have acted before, from what is beside them; no catalogue is asked. To be
@@ -166,6 +170,7 @@ impl Mirrors {
                     // The catalogue of a process that is ending.
                     None => return,
                 },
+                () = manager.clients_changed() => work.everything = true,
                 () = tokio::time::sleep(pause), if !work.is_empty() => pause = (pause * 2).min(LAST_PAUSE),
             }
         }

@@ -67,8 +67,11 @@ impl Mirrors {
             self.kept.insert(copy);
             here = manager.copy_here(id);
         }
+        self.reconcile_client(manager, &stored.object).await?;
         let deleted = stored.object.spec.deleted;
         let wanted = mirror.copies_on(&self.settings.node).next().filter(|_| !deleted);
+        // As long as it is used here without a copy, none is made.
+        let wanted = wanted.filter(|_| manager.publication(id).is_none());
         let wanted = wanted.map(|(copy, spec)| (copy, spec.clone()));
         match (wanted, here) {
             (None, None) if deleted => self.unconfirm_all(stored, &mirror).await,
@@ -145,6 +148,7 @@ impl Mirrors {
         if record != before {
             manager.write_copy_record(volume, record.encode()).await?;
         }
+        let client = stored.object.spec.mirror.as_ref().map(|mirror| self.client_of(mirror)).unwrap_or_default();
         let (spec, size) = (stored.object.spec.clone(), record.size.unwrap_or(stored.object.status.size));
         let report = follow(manager, volume, &spec).await?;
         confirm(&self.settings.catalog, stored, copy, report).await?;
@@ -161,7 +165,9 @@ impl Mirrors {
             self.drivers.insert(volume, driver?);
         }
         if let Some(driver) = self.drivers.get_mut(&volume) {
-            driver.set_peers(&record.parties(&self.settings.node));
+            let mut peers = record.parties(&self.settings.node);
+            peers.extend(client);
+            driver.set_peers(&peers);
             driver.set_size(manager, size).await?;
             manager.offer_seal(volume, driver.reserve()).await?;
             driver.look();

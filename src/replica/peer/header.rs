@@ -70,6 +70,14 @@ pub enum Kind {
     Compare = 27,
     /// A message.
     Compared = 28,
+    /// A message, of a node without a copy; a Tandem that knows none refuses it.
+    Enter = 29,
+    /// A message.
+    Entered = 30,
+    /// A message.
+    Ask = 31,
+    /// A message.
+    Answer = 32,
 }
 
 impl Kind {
@@ -77,7 +85,10 @@ impl Kind {
         use Kind::*;
         let handshake = [Hello, Welcome, Confirm, Refuse, Heartbeat];
         let messages = [Invite, Joined, Prepare, Prepared, Renew, Granted, Reconciled, Settled, Clear, Refused];
-        handshake.into_iter().chain(messages).chain([Copy, Compare, Compared]).find(|kind| *kind as u8 == number)
+        let pieces = [Copy, Compare, Compared];
+        let clients = [Enter, Entered, Ask, Answer];
+        let all = handshake.into_iter().chain(messages).chain(pieces).chain(clients);
+        all.into_iter().find(|kind| *kind as u8 == number)
     }
 }
 
@@ -141,13 +152,13 @@ pub struct Header {
     pub volume: VolumeId,
     /// Of the configuration.
     pub stamp: Stamp,
-    /// Of the copy that is not primary.
+    /// Of the copy that is not primary, or of the client; of a client's session: of its host.
     pub incarnation: Incarnation,
     /// In the primary's term.
     pub serial: SerialNumber,
     /// Where in the volume, in bytes.
     pub offset: u64,
-    /// By kind: a floor, the first serial that is not covered, seconds.
+    /// By kind: a floor, the first serial that is not covered, seconds, an attempt, the number of a client's session.
     pub value: u64,
     /// By kind: blocks of the range, number of extents or name of a seal, nanoseconds.
     pub count: u32,

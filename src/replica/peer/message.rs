@@ -6,8 +6,8 @@
 use super::header::{FrameError, Header, Kind};
 use super::payload::{Attached, DIGEST, Payload, Sealed};
 use crate::protocol::{
-    BlockSet, COMPARED_BLOCKS, Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Lacks,
-    MAX_COPIES, MAX_MARKS, Message, Now, Piece, Request, SealName, SerialNumber, Stamp,
+    BlockSet, COMPARED_BLOCKS, Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Incarnation,
+    Lacks, MAX_COPIES, MAX_MARKS, Message, Now, Piece, Request, SealName, SerialNumber, Session, Stamp,
 };
 use crate::store::format::Input;
 use crate::volume::{BLOCK_SIZE, BlockRange, InstanceId, MAX_REQUEST_BLOCKS, SnapshotId, VolumeId};
@@ -74,6 +74,21 @@ fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, attached: &Att
             header.serial = *below;
         }
         Message::Refused(stamp) => header.stamp = *stamp,
+        Message::Enter { client, attempt } => (header.incarnation, header.value) = (*client, *attempt),
+        Message::Entered { client, attempt, session } => {
+            (header.incarnation, header.value) = (*client, *attempt);
+            // host (8), number (8)
+            body.extend(session.host.0.to_le_bytes());
+            body.extend(session.number.to_le_bytes());
+        }
+        Message::Ask { session, serial, request } => {
+            session_into(*session, *serial, &mut header);
+            request_into(*request, &mut header);
+        }
+        Message::Answer { session, serial, result } => {
+            session_into(*session, *serial, &mut header);
+            header.operation = result_number(*result);
+        }
     }
     header.body = body.len() as u32;
     (header, body)
@@ -94,6 +109,10 @@ fn kind(message: &Message) -> Kind {
         Message::Copy { .. } => Kind::Copy,
         Message::Compare { .. } => Kind::Compare,
         Message::Compared { .. } => Kind::Compared,
+        Message::Enter { .. } => Kind::Enter,
+        Message::Entered { .. } => Kind::Entered,
+        Message::Ask { .. } => Kind::Ask,
+        Message::Answer { .. } => Kind::Answer,
     }
 }
 
@@ -126,6 +145,12 @@ pub fn decode(header: &Header, body: &[u8]) -> Result<(Message, Attached), Frame
                 read_result(header.operation)?.map_or_else(|error| Ok(Err(error)), |()| read_set(body).map(Ok));
             Message::Compared { frame, serial, differs: differs? }
         }
+        Kind::Enter => Message::Enter { client: header.incarnation, attempt: header.value },
+        Kind::Entered => {
+            Message::Entered { client: header.incarnation, attempt: header.value, session: read_session(body)? }
+        }
+        Kind::Ask => Message::Ask { session: session(header), serial, request: read_request(header)? },
+        Kind::Answer => Message::Answer { session: session(header), serial, result: read_result(header.operation)? },
         Kind::Hello | Kind::Welcome | Kind::Confirm | Kind::Refuse | Kind::Heartbeat => {
             return Err(FrameError::Field("kind"));
         }
@@ -162,15 +187,33 @@ pub fn may_have(message: &Message, payload: &Payload) -> bool {
 /// Whether a message may have a payload of so many blocks: a write, and the answer to a read.
 fn may_carry(message: &Message, blocks: u32) -> bool {
     match message {
-        Message::Prepare { request: Request::Write(range), .. } => range.count() == blocks,
-        Message::Prepared { result: Ok(()), .. } => blocks <= MAX_REQUEST_BLOCKS,
+        Message::Prepare { request: Request::Write(range), .. }
+        | Message::Ask { request: Request::Write(range), .. } => range.count() == blocks,
+        Message::Prepared { result: Ok(()), .. } | Message::Answer { result: Ok(()), .. } => {
+            blocks <= MAX_REQUEST_BLOCKS
+        }
         // Without data they are zeros.
         Message::Copy { piece, .. } => piece.count() == blocks || blocks == 0,
         Message::Compare { .. } | Message::Compared { .. } => blocks == 0,
         Message::Prepare { .. } | Message::Prepared { .. } | Message::Invite(_) | Message::Joined { .. } => blocks == 0,
         Message::Renew { .. } | Message::Granted { .. } | Message::Reconciled(_) | Message::Settled(_) => blocks == 0,
-        Message::Clear { .. } | Message::Refused(_) => blocks == 0,
+        Message::Clear { .. } | Message::Refused(_) | Message::Enter { .. } | Message::Entered { .. } => blocks == 0,
+        Message::Ask { .. } | Message::Answer { .. } => blocks == 0,
     }
+}
+
+fn session_into(session: Session, serial: SerialNumber, header: &mut Header) {
+    (header.incarnation, header.value, header.serial) = (session.host, session.number, serial);
+}
+
+fn session(header: &Header) -> Session {
+    Session { host: header.incarnation, number: header.value }
+}
+
+fn read_session(body: &[u8]) -> Result<Session, FrameError> {
+    let mut input = Input { bytes: body, at: 0 };
+    let read = input.u64().zip(input.u64());
+    read.map(|(host, number)| Session { host: Incarnation(host), number }).ok_or(FrameError::Field("session"))
 }
 
 fn frame_into(frame: Frame, header: &mut Header) {

@@ -26,6 +26,7 @@ pub(in crate::csi::controller) fn mirrored(copies: &[u8]) -> Volume {
         source: None,
         replication: Replication::None,
         rebuild_after: Default::default(),
+        reach: Default::default(),
     };
     let mut volume = Volume::wanted(VolumeId::from_bytes([9; 16]), request);
     volume.status.phase = VolumePhase::Ready;

@@ -2,7 +2,7 @@
 
 use crate::protocol::{
     BlockSet, Configuration, ConfigurationVersion, DiskError, Extent, Frame, Generation, Incarnation, Lacks,
-    MAX_COPIES, Message, Now, Piece, Request, SealName, SerialNumber, Stamp,
+    MAX_COPIES, Message, Now, Piece, Request, SealName, SerialNumber, Session, Stamp,
 };
 use crate::replica::peer::hello::{ENCRYPTED, Hello, Nonce, Party, Reason};
 use crate::replica::peer::packet::Packet;
@@ -46,6 +46,15 @@ pub fn payload(blocks: u8) -> Payload {
 pub fn write(serial: u64, blocks: u8) -> Message {
     let request = Request::Write(range(9, blocks.into()));
     Message::Prepare { frame: frame(), serial: SerialNumber(serial), floor: SerialNumber(3), request }
+}
+
+pub fn session() -> Session {
+    Session { host: Incarnation(0x1122_3344_5566_7788), number: 9 }
+}
+
+pub fn ask(serial: u64, blocks: u8) -> Message {
+    let request = Request::Write(range(9, blocks.into()));
+    Message::Ask { session: session(), serial: SerialNumber(serial), request }
 }
 
 pub fn seal(serial: u64) -> Message {
@@ -122,6 +131,10 @@ pub fn frames() -> Vec<(&'static str, Packet)> {
             ),
         ),
         ("compared", message(Message::Compared { frame: frame(), serial, differs: Ok(BlockSet::first(2)) })),
+        ("enter", message(Message::Enter { client: Incarnation(77), attempt: 3 })),
+        ("entered", message(Message::Entered { client: Incarnation(77), attempt: 3, session: session() })),
+        ("ask", Packet::Message(ask(12, 1), payload(1))),
+        ("answer", Packet::Message(Message::Answer { session: session(), serial, result: Ok(()) }, payload(2))),
     ]
 }
 
@@ -166,7 +179,7 @@ pub fn any_message() -> impl Strategy<Value = Packet> {
         (any_stamp(), any::<u64>()).prop_map(|(stamp, number)| Frame { stamp, incarnation: Incarnation(number) });
     let numbers = (any::<u64>(), any::<u64>(), 0..1_000_000_000u32, 0..5u8);
     let hot = vec(any::<u32>().prop_map(Extent), 0..9);
-    (0..13, frame, numbers, any_request(), any_configuration(), hot).prop_map(
+    (0..17, frame, numbers, any_request(), any_configuration(), hot).prop_map(
         |(kind, frame, (one, other, nanoseconds, small), request, configuration, hot)| {
             let (serial, sent) = (SerialNumber(one), Now(Duration::new(other, nanoseconds)));
             let errors = [DiskError::NoSpace, DiskError::Failed, DiskError::Corrupt, DiskError::Fenced];
@@ -193,11 +206,19 @@ pub fn any_message() -> impl Strategy<Value = Packet> {
                     range: range(one >> 40, 1 + u32::from(small)),
                 },
                 11 => Message::Compared { frame, serial, differs: result.map(|()| BlockSet::first(nanoseconds % 300)) },
+                12 => Message::Enter { client: frame.incarnation, attempt: other },
+                13 => {
+                    let session = Session { host: Incarnation(one), number: u64::from(nanoseconds) };
+                    Message::Entered { client: frame.incarnation, attempt: other, session }
+                }
+                14 => Message::Ask { session: Session { host: frame.incarnation, number: other }, serial, request },
+                15 => Message::Answer { session: Session { host: frame.incarnation, number: other }, serial, result },
                 _ => Message::Refused(frame.stamp),
             };
             let blocks = match &message {
-                Message::Prepare { request: Request::Write(range), .. } => range.count() as u8,
-                Message::Prepared { result: Ok(()), .. } => small,
+                Message::Prepare { request: Request::Write(range), .. }
+                | Message::Ask { request: Request::Write(range), .. } => range.count() as u8,
+                Message::Prepared { result: Ok(()), .. } | Message::Answer { result: Ok(()), .. } => small,
                 Message::Copy { piece, .. } if other % 2 == 0 => piece.count() as u8,
                 _ => 0,
             };

@@ -1,0 +1,134 @@
+//! Volumes that are used on this node without a copy: no pool and no tree, a device only.
+//!
+//! Invariants: a volume has a copy on a node, or is used there without one, never both; its publication is its name here.
+
+use super::errors::{AttachFailure, VolumeFailure};
+use super::status::{HealthEntry, HealthKind, VolumeView};
+use super::{ClientPlace, Manager};
+use crate::crash::crash_point;
+use crate::mount::device_size;
+use crate::protocol::{HEARTBEAT, SILENCE};
+use crate::replica::engine::{ClientConfig, ClientStatus, MirrorInput};
+use crate::volume::{InstanceId, VolumeId};
+use std::path::PathBuf;
+use tokio::time::{Instant, sleep};
+
+impl Manager {
+    /// The publication by which the volume is used here without a copy.
+    pub fn publication(&self, volume: VolumeId) -> Option<InstanceId> {
+        self.index().clients.get(&volume).map(|place| place.publication)
+    }
+
+    /// The publication of a device that a killed engine left, and whose volume has no copy here.
+    pub fn held_publication(&self, volume: VolumeId) -> Option<InstanceId> {
+        if self.place(volume).is_some() {
+            return None;
+        }
+        self.index().held_devices.get(&volume).copied()
+    }
+
+    /// From now on the volume can be attached here.
+    pub async fn open_client(&self, config: ClientConfig, descriptor: String) -> Result<(), VolumeFailure> {
+        let (volume, publication) = (config.volume, config.publication);
+        let opened = self.engine().open_client(config).await;
+        opened.map_err(|error| VolumeFailure::Engine { volume, error })?;
+        self.index().held_devices.remove(&volume);
+        self.index().clients.insert(volume, ClientPlace { publication, descriptor });
+        Ok(())
+    }
+
+    /// It has no device any more, and cannot be attached.
+    pub async fn close_client(&self, volume: VolumeId) -> Result<(), VolumeFailure> {
+        self.engine().close_mirror(volume).await.map_err(|error| VolumeFailure::Engine { volume, error })?;
+        self.index().clients.remove(&volume);
+        Ok(())
+    }
+
+    /// Somebody uses a volume without a copy no more, or wants to: who follows the catalogue looks again.
+    pub async fn clients_changed(&self) {
+        self.inner.clients_changed.notified().await;
+    }
+
+    pub(super) async fn client_status(&self, volume: VolumeId) -> Option<ClientStatus> {
+        self.engine().client_status(volume).await.ok().flatten()
+    }
+
+    pub(super) async fn attach_client(&self, volume: VolumeId) -> Result<PathBuf, AttachFailure> {
+        let publication = self.publication(volume).ok_or(AttachFailure::NotOpen(volume))?;
+        if self.client_status(volume).await.is_none_or(|status| status.ended) {
+            self.inner.clients_changed.notify_one();
+            return Err(AttachFailure::NotWished(volume));
+        }
+        let attached = self.engine().attach(publication, volume).await;
+        attached.map_err(|error| AttachFailure::Attach { volume, error })
+    }
+
+    /// After its device has gone.
+    pub(super) fn client_detached(&self, volume: VolumeId) {
+        if self.publication(volume).is_some() {
+            self.inner.clients_changed.notify_one();
+        }
+    }
+
+    /// Whoever waits for the device gets an error, if no primary answers for as long as one is waited for.
+    pub(super) async fn abandon_client(&self, volume: VolumeId) -> Result<(), AttachFailure> {
+        let until = Instant::now() + SILENCE;
+        loop {
+            let status = self.engine().client_status(volume).await;
+            let status = status.map_err(|error| AttachFailure::Status { volume, error })?;
+            if status.is_some_and(|status| status.answers) {
+                return Err(AttachFailure::Served(volume));
+            }
+            if Instant::now() >= until {
+                break;
+            }
+            sleep(HEARTBEAT).await;
+        }
+        tracing::warn!(%volume, "its device is given up: it is to go, and no primary answers");
+        let ended = MirrorInput::Client { client: None, term: None };
+        let told = self.engine().tell_mirror(volume, ended).await;
+        told.map_err(|error| AttachFailure::Status { volume, error })
+    }
+
+    /// The device becomes as large as the volume.
+    pub async fn resize_client(&self, volume: VolumeId) -> Result<(), VolumeFailure> {
+        let engine = |error| VolumeFailure::Engine { volume, error };
+        let Some(status) = self.engine().client_status(volume).await.map_err(engine)? else { return Ok(()) };
+        let Some(device) = status.device else { return Ok(()) };
+        let found = tokio::task::spawn_blocking(move || device_size(&device).ok()).await.ok().flatten();
+        if found != Some(status.size.bytes()) {
+            crash_point("resize.device");
+            self.engine().resized(volume).await.map_err(engine)?;
+        }
+        Ok(())
+    }
+
+    /// What is known of it here.
+    pub(super) async fn view_client(&self, volume: VolumeId) -> Option<VolumeView> {
+        let place = self.index().clients.get(&volume).cloned()?;
+        let status = self.client_status(volume).await?;
+        let mut health = Vec::new();
+        if !status.answers {
+            let what = if status.ended { "it is not published here any more" } else { "no primary answers this node" };
+            let message = format!("requests of volume {volume} are not executed: {what}");
+            health.push(HealthEntry { kind: HealthKind::Inaccessible, reason: "NotServed", message });
+        }
+        Some(VolumeView {
+            volume,
+            tree: place.publication,
+            pool: String::new(),
+            size: status.size.bytes(),
+            copy: None,
+            allocated: 0,
+            device: status.device,
+            descriptor: place.descriptor,
+            verify_reads: false,
+            health,
+            layers: 0,
+            unchecked: 0,
+            merging_layers: 0,
+            mirror: None,
+            record: None,
+        })
+    }
+}

@@ -1,0 +1,234 @@
+//! Mirrored volumes that are used on this node without a copy: opened, ended and served as the catalogue says.
+//!
+//! ```text
+//!   published here, no copy here ─> open: conversations with all copies, the engine's client asks whoever is primary
+//!   published elsewhere since    ─> ended: its device gets errors ─ device gone ─> closed
+//! ```
+//! Who wishes another primary when the primary's node is gone: this node, if it uses the volume. It alone knows that it is
+//! not answered, it needs no liveness in the catalogue, and without a user nobody needs another primary. It only writes the
+//! wish, and only for a copy that it reaches; the copies' own rules decide the rest.
+//!
+//! # Invariants
+//! * A client is its publication: it is ended when the catalogue names another one, or none, and never goes on after that.
+//! * A node has a copy of a volume or uses it without one, never both: a copy that is to be made here waits.
+//! * After a start nothing is asked of a primary before the catalogue has named the publication.
+
+use super::driver::Task;
+use super::reconcile::Trouble;
+use super::record::Parties;
+use super::{LAST_PAUSE, MirrorSettings, Mirrors};
+use crate::catalog::{Catalog, ClientSpec, Descriptor, MirrorSpec, UpdateError, Volume};
+use crate::protocol::{HEARTBEAT, SILENCE};
+use crate::replica::engine::{ClientConfig, EngineHandle, MirrorInput};
+use crate::replica::manager::Manager;
+use crate::replica::peer::{Event, Party, Session};
+use crate::volume::{InstanceId, VolumeId};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
+
+/// After a wish was written: a takeover waits for a lease and its margin, and drops who is silent.
+const TAKEOVER: Duration = Duration::from_secs(15);
+/// After this time without an answer even a primary that is reached is given up: its disk may have failed.
+const BROKEN: Duration = Duration::from_secs(30);
+
+/// Copies that are heard.
+type Reached = Arc<Mutex<BTreeSet<InstanceId>>>;
+
+/// See the module.
+pub(super) struct ClientDriver {
+    session: Arc<Session>,
+    peers: Parties,
+    _tasks: [Task; 2],
+}
+
+impl ClientDriver {
+    fn begin(
+        settings: &MirrorSettings,
+        engine: EngineHandle,
+        volume: VolumeId,
+        publication: InstanceId,
+        (session, events): (Arc<Session>, mpsc::Receiver<Event>),
+    ) -> Self {
+        let reached = Reached::default();
+        let watch = Watch { catalog: settings.catalog.clone(), engine: engine.clone(), volume, publication };
+        let tasks =
+            [tokio::spawn(forward(engine, volume, events, Arc::clone(&reached))), tokio::spawn(watch.run(reached))];
+        Self { session, peers: Parties::new(), _tasks: tasks.map(Task::from) }
+    }
+
+    fn set_peers(&mut self, wanted: Parties) {
+        super::driver::follow_peers(&self.session, &mut self.peers, &wanted);
+    }
+}
+
+impl Mirrors {
+    /// Makes the next steps for a volume that is used here without a copy, or was.
+    pub(super) async fn reconcile_client(&mut self, manager: &Manager, volume: &Volume) -> Result<(), Trouble> {
+        let Some(mirror) = &volume.spec.mirror else { return Ok(()) };
+        let id = volume.id;
+        let named = mirror.client.as_ref().filter(|client| client.node == self.settings.node);
+        let named = named.map(|ClientSpec { publication, .. }| *publication);
+        if let Some(here) = manager.publication(id) {
+            let engine = manager.engine_handle();
+            engine.tell_mirror(id, MirrorInput::Client { client: named, term: None }).await?;
+            let status = engine.client_status(id).await?;
+            if status.as_ref().is_some_and(|status| status.ended && status.device.is_none()) {
+                manager.close_client(id).await?;
+                self.clients.remove(&id);
+            } else if named != Some(here) {
+                return Ok(());
+            }
+        }
+        // A device that a killed engine left belongs to its publication, whatever is named now.
+        let wanted = manager.held_publication(id).or(named);
+        if let Some(publication) = wanted.filter(|_| manager.publication(id).is_none()) {
+            if manager.copy_here(id).is_some() {
+                return Ok(());
+            }
+            self.open_client(manager, volume, publication).await?;
+            if named != wanted {
+                let ended = MirrorInput::Client { client: named, term: None };
+                manager.engine_handle().tell_mirror(id, ended).await?;
+                return Ok(());
+            }
+        }
+        if manager.publication(id).is_none() {
+            return Ok(());
+        }
+        let peers = self.copies_of(mirror);
+        if let Some(driver) = self.clients.get_mut(&id) {
+            driver.set_peers(peers);
+            if let Some(configuration) = self.settings.catalog.configuration(id).await? {
+                driver.session.set_generation(configuration.stamp.generation);
+            }
+        }
+        manager.engine_handle().tell_mirror(id, MirrorInput::Size(volume.status.size)).await?;
+        Ok(manager.resize_client(id).await?)
+    }
+
+    async fn open_client(
+        &mut self,
+        manager: &Manager,
+        volume: &Volume,
+        publication: InstanceId,
+    ) -> Result<(), Trouble> {
+        let id = volume.id;
+        let configuration = self.settings.catalog.configuration(id).await?.ok_or(Trouble::NoConfiguration)?;
+        let opened = self.settings.endpoint.open(id, publication, configuration.stamp.generation);
+        let (session, events) = opened.map_err(super::driver::OpenError::from)?;
+        let session = Arc::new(session);
+        let config = ClientConfig { volume: id, publication, size: volume.status.size, session: Arc::clone(&session) };
+        let descriptor = Descriptor::Volume { request: volume.request.clone() }.encode();
+        manager.open_client(config, descriptor).await?;
+        let engine = manager.engine_handle();
+        let driver = ClientDriver::begin(&self.settings, engine, id, publication, (session, events));
+        self.clients.insert(id, driver);
+        tracing::info!(volume = %id, %publication, "it is used on this node without a copy");
+        Ok(())
+    }
+
+    /// Where the copies are.
+    fn copies_of(&self, mirror: &MirrorSpec) -> Parties {
+        let mut parties = Parties::new();
+        for (copy, spec) in &mirror.copies {
+            let (Some(address), Ok(node)) = (self.addresses.get(&spec.node), spec.node.0.parse()) else { continue };
+            if spec.node != self.settings.node {
+                parties.insert(*copy, (Party { node, copy: *copy }, *address));
+            }
+        }
+        parties
+    }
+
+    /// The node that uses the volume without a copy, for the copies on this one.
+    pub(super) fn client_of(&self, mirror: &MirrorSpec) -> Parties {
+        let mut parties = Parties::new();
+        if let Some(ClientSpec { node, publication }) = &mirror.client
+            && *node != self.settings.node
+            && let (Some(address), Ok(name)) = (self.addresses.get(node), node.0.parse())
+        {
+            parties.insert(*publication, (Party { node: name, copy: *publication }, *address));
+        }
+        parties
+    }
+}
+
+/// Until the session or the engine is gone.
+async fn forward(engine: EngineHandle, volume: VolumeId, mut events: mpsc::Receiver<Event>, reached: Reached) {
+    while let Some(event) = events.recv().await {
+        {
+            let mut reached = reached.lock().unwrap_or_else(PoisonError::into_inner);
+            match &event {
+                Event::Connected(copy) => _ = reached.insert(*copy),
+                Event::Silent(copy) => _ = reached.remove(copy),
+                Event::Received { .. } | Event::Room(_) => {}
+            }
+        }
+        if let Err(error) = engine.tell_mirror(volume, MirrorInput::Peer(event)).await {
+            tracing::warn!(%volume, %error, "what copies say is not heard any more");
+            return;
+        }
+    }
+}
+
+/// Looks whether the volume is served, and wishes another primary if not.
+struct Watch {
+    catalog: Catalog,
+    engine: EngineHandle,
+    volume: VolumeId,
+    publication: InstanceId,
+}
+
+impl Watch {
+    async fn run(self, reached: Reached) {
+        let (mut unserved, mut rests) = (None, None);
+        loop {
+            sleep(HEARTBEAT).await;
+            let Ok(Some(status)) = self.engine.client_status(self.volume).await else { continue };
+            if status.answers || status.ended {
+                unserved = None;
+                continue;
+            }
+            let since: Duration = unserved.get_or_insert_with(Instant::now).elapsed();
+            if since < SILENCE || rests.is_some_and(|until| Instant::now() < until) {
+                continue;
+            }
+            let heard = reached.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match self.wish_another(&heard, since >= BROKEN).await {
+                Ok(None) => {}
+                Ok(Some(copy)) => {
+                    let volume = self.volume;
+                    tracing::warn!(%volume, %copy, "its primary does not answer this node: another copy is wished");
+                    rests = Some(Instant::now() + TAKEOVER);
+                }
+                Err(error) => {
+                    tracing::info!(volume = %self.volume, %error, "no other primary could be wished; it is tried again");
+                    rests = Some(Instant::now() + LAST_PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Writes the wish, if there is a better one: a member that is reached. Which one.
+    async fn wish_another(&self, heard: &BTreeSet<InstanceId>, broken: bool) -> Result<Option<InstanceId>, Trouble> {
+        let Some(mut stored) = self.catalog.get::<Volume>(&self.volume.to_string()).await? else { return Ok(None) };
+        let Some(configuration) = self.catalog.configuration(self.volume).await? else { return Ok(None) };
+        let Some(mirror) = stored.object.spec.mirror.as_mut() else { return Ok(None) };
+        let mine = mirror.client.as_ref().is_some_and(|client| client.publication == self.publication);
+        if !mine || mirror.primary.is_some_and(|copy| heard.contains(&copy) && !broken) {
+            return Ok(None);
+        }
+        let fits =
+            |copy: &InstanceId| heard.contains(copy) && configuration.is_member(*copy) && mirror.primary != Some(*copy);
+        let Some(next) = mirror.staying().map(|(copy, _)| copy).find(fits) else { return Ok(None) };
+        mirror.primary = Some(next);
+        match self.catalog.update(stored).await {
+            Ok(_) => Ok(Some(next)),
+            // Somebody has changed the volume, or may have: it is looked at again.
+            Err(UpdateError::Conflict { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
