@@ -32,7 +32,7 @@ const VERIFY_READS: &str = "verifyReads";
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
 /// Every key that Tandem knows.
-pub const PARAMETERS: [Parameter; 8] = [
+pub const PARAMETERS: [Parameter; 7] = [
     Parameter {
         key: REPLICATION,
         values: "none, sync",

@@ -131,6 +131,7 @@ impl Client {
             Message::Entered { .. } | Message::Answer { .. } | Message::Enter { .. } | Message::Ask { .. } => {}
             Message::Invite(_) | Message::Joined { .. } | Message::Prepare { .. } | Message::Prepared { .. } => {}
             Message::Renew { .. } | Message::Granted { .. } | Message::Reconciled(_) | Message::Settled(_) => {}
+            Message::Copy { .. } | Message::Compare { .. } | Message::Compared { .. } => {}
             Message::Clear { .. } | Message::Refused(_) => {}
         }
     }

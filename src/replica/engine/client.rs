@@ -163,6 +163,7 @@ impl Engine {
             MirrorInput::Client { .. }
             | MirrorInput::Configuration(_)
             | MirrorInput::Wish(_)
+            | MirrorInput::Resync(_)
             | MirrorInput::Proposed { .. } => {}
         }
     }

@@ -12,7 +12,7 @@ use super::operations::Purpose;
 use super::pieces::Parts;
 use super::tree::TreeKey;
 use super::turn::Engine;
-use super::volume::VolumeKey;
+use super::volume::{Volume, VolumeKey};
 use super::{EngineError, SealReserve};
 use crate::protocol::{
     Configuration, DiskError, HEARTBEAT, Host, Input, Member, Memory, Message, OperationId, Piece, Replica, Role,
