@@ -123,7 +123,9 @@ fn is_unfinished_xfs(device: &Path) -> Result<bool, PrepareError> {
 /// The device is used without a filesystem from now on: what is on it is its user's, also if formatting was begun here before.
 pub fn forget_formatting(mark: &Path) -> Result<(), PrepareError> {
     match remove_mark(mark) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(PrepareError::Mark { path: mark.into(), source: error }),
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(PrepareError::Mark { path: mark.into(), source: error })
+        }
         _ => Ok(()),
     }
 }

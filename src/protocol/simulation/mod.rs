@@ -265,7 +265,8 @@ fn clients_without_a_copy_lose_nothing_and_follow_the_primary() {
 #[test]
 fn mistakes_with_clients_are_found() {
     for mistake in [client::Mistake::AnySession, client::Mistake::FormerTerm] {
-        let found = (0..2000).find_map(|seed| run_without_copy(seed, Some(mistake), false).err().map(|e| (seed, e.0)));
+        let found =
+            (0..12_000).find_map(|seed| run_without_copy(seed, Some(mistake), false).err().map(|e| (seed, e.0)));
         let (seed, error) = found.unwrap_or_else(|| panic!("{mistake:?} is not found"));
         println!("{mistake:?} is found by seed {seed}: {error}");
     }

@@ -4,6 +4,8 @@
 
 use super::cluster::{Cluster, Event};
 use super::disk::Payload;
+use super::host;
+use super::node::Slot;
 use super::random::Random;
 use crate::protocol::*;
 use crate::volume::InstanceId;
@@ -213,5 +215,50 @@ impl Cluster {
         self.network.disconnect(node, other);
         let copy = self.nodes[other].disk.instance;
         self.step(node, Input::Silent(copy))
+    }
+}
+
+impl Cluster {
+    /// A core says something to another copy, with the bytes that the buffer names.
+    pub fn say(
+        &mut self,
+        node: usize,
+        life: u64,
+        to: InstanceId,
+        message: Message,
+        buffer: Buffer,
+    ) -> Result<(), String> {
+        if let Message::Prepare { serial, .. } = message
+            && let Some(process) = self.nodes[node].life(life)
+            && let Some(at) = process.replica.admission.serial(serial)
+        {
+            // Another copy may execute it before this one does.
+            let tag = process.replica.admission.entries()[at].tag;
+            let mutates = |slot: &&Slot| slot.request.is_mutation();
+            if let Some(slot) = self.nodes[node].slots.get(&tag.0).filter(mutates) {
+                self.oracle.start(slot.write);
+            }
+            if let Some(place) = host::place(tag) {
+                self.guest_begins(node, place)?;
+            }
+        }
+        let payload = match buffer {
+            Buffer::None => vec![],
+            Buffer::Request(tag) => self.payload_of(node, tag),
+            Buffer::Operation(read) => self.nodes[node].read_for(life, &message, read),
+        };
+        self.send(node, to, message, payload);
+        Ok(())
+    }
+
+    /// What a device's write puts into each of its blocks.
+    pub fn payload_of(&self, node: usize, tag: Tag) -> Payload {
+        let asked = self.nodes[node].process.as_ref().zip(host::place(tag));
+        if let Some(asked) = asked.and_then(|(process, place)| process.asked.get(&place)) {
+            return asked.payload.clone();
+        }
+        let Some(slot) = self.nodes[node].slots.get(&tag.0) else { return vec![] };
+        let Request::Write(range) = slot.request else { return vec![] };
+        (range.start()..range.end()).map(|block| (block, slot.write)).collect()
     }
 }

@@ -344,7 +344,9 @@ fn what_outlived_the_engine_is_answered_when_another_copy_was_primary_since() {
     script.give(Input::Configuration(Box::new(current)));
     let fenced = Output::Complete { tag: WRITER, result: Err(DiskError::Fenced) };
     // In this order: a life that finds the record would not know any more that it was overtaken.
-    let [Output::FenceDevice, first, Output::Persist { .. }] = &script.outputs[..] else { panic!("{:?}", script.outputs) };
+    let [Output::FenceDevice, first, Output::Persist { .. }] = &script.outputs[..] else {
+        panic!("{:?}", script.outputs)
+    };
     assert_eq!(*first, fenced);
 }
 

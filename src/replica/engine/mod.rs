@@ -132,7 +132,9 @@ pub enum EngineError {
     #[error("copy {0} is open already")]
     TreeIsOpen(InstanceId),
     /// Its disk failed, so what was acknowledged and not flushed is in memory only; the copy stays open.
-    #[error("copy {tree} is not closed, because its last flush failed: {error}; what was not flushed is kept in memory")]
+    #[error(
+        "copy {tree} is not closed, because its last flush failed: {error}; what was not flushed is kept in memory"
+    )]
     LastFlush {
         /// Which.
         tree: InstanceId,

@@ -14,6 +14,10 @@ use tokio::time::{Instant, sleep, timeout};
 /// How long the catalogue may take to say who shall use a volume: two calls at their slowest.
 const WISH_LIMIT: Duration = Duration::from_secs(12);
 
+/// How long a call waits for its copy to become primary: it takes over from a dead node within five seconds.
+const SERVED_LIMIT: Duration = Duration::from_secs(15);
+const SERVED_PAUSE: Duration = Duration::from_millis(20);
+
 impl Manager {
     /// The block device of the volume.
     pub async fn attach(&self, volume: VolumeId) -> Result<PathBuf, Failure> {
@@ -29,6 +33,9 @@ impl Manager {
         // Also if there is a device: what this copy has not heard of yet may have overtaken it.
         if let Some(mirror) = &place.mirror {
             check_wish(volume, mirror).await?;
+            if place.device.is_none() {
+                self.wait_until_served(volume).await?;
+            }
         }
         let attached = self.engine().attach(place.tree, volume).await;
         let device = attached.map_err(|error| Failure::Attach { volume, error })?;
@@ -36,6 +43,23 @@ impl Manager {
             place.device = Some(device.clone());
         }
         Ok(device)
+    }
+
+    /// A device is made when its copy answers: what the kernel asks of it meanwhile would hold up whoever makes it, beyond the
+    /// end of this process.
+    async fn wait_until_served(&self, volume: VolumeId) -> Result<(), Failure> {
+        let until = Instant::now() + SERVED_LIMIT;
+        loop {
+            let status = self.engine().mirror_status(volume).await;
+            match status.map_err(|error| Failure::Status { volume, error })? {
+                Some(status) if !status.answers => {}
+                _ => return Ok(()),
+            }
+            if Instant::now() >= until {
+                return Err(Failure::NotServed(volume));
+            }
+            sleep(SERVED_PAUSE).await;
+        }
     }
 
     /// The volume has no device any more. Unknown volumes have none.

@@ -161,6 +161,11 @@ pub enum AttachFailure {
         "volume {0} shall not be used on this node: another copy is wished to be its primary, or none; publish it here first"
     )]
     NotWished(VolumeId),
+    #[error(
+        "the copy of volume {0} on this node is to be its primary and does not serve yet (it waits for other copies, for the \
+         catalogue, or makes copies equal); see `tandem volume show {0}`, and repeat the call"
+    )]
+    NotServed(VolumeId),
     #[error("volume {volume} is mirrored, and the catalogue cannot be asked who shall use it: {problem}")]
     NoCatalogue { volume: VolumeId, problem: String },
     #[error("{0}")]
@@ -182,7 +187,7 @@ impl From<AttachFailure> for Status {
         use AttachFailure as F;
         let code = match &failure {
             F::NoVolume(_) => Code::NotFound,
-            F::NotReady(_) | F::Busy(_) | F::NotOpen(_) => Code::Aborted,
+            F::NotReady(_) | F::Busy(_) | F::NotOpen(_) | F::NotServed(_) => Code::Aborted,
             F::NotWished(_) | F::Only(_) | F::Served(_) => Code::FailedPrecondition,
             F::Attach { .. } | F::NoCatalogue { .. } | F::Status { .. } => Code::Unavailable,
             F::Detach { error: DetachError::Busy(_), .. } => Code::FailedPrecondition,

@@ -42,15 +42,11 @@ fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, attached: &Att
             }
         }
         Message::Copy { frame, serial, floor, piece } => {
-            frame_into(*frame, &mut header);
-            (header.serial, header.value) = (*serial, floor.0);
-            (header.offset, header.count) = (piece.range().offset(), piece.range().count());
+            range_into(*frame, *serial, *floor, piece.range(), &mut header);
             body.extend(piece.blocks().to_bytes());
         }
         Message::Compare { frame, serial, floor, range } => {
-            frame_into(*frame, &mut header);
-            (header.serial, header.value) = (*serial, floor.0);
-            (header.offset, header.count) = (range.offset(), range.count());
+            range_into(*frame, *serial, *floor, *range, &mut header);
             if let Attached::Digests(digests) = attached {
                 body.extend_from_slice(digests);
             }
@@ -78,8 +74,7 @@ fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, attached: &Att
         Message::Entered { client, attempt, session } => {
             (header.incarnation, header.value) = (*client, *attempt);
             // host (8), number (8)
-            body.extend(session.host.0.to_le_bytes());
-            body.extend(session.number.to_le_bytes());
+            body.extend([session.host.0, session.number].iter().flat_map(|number| number.to_le_bytes()));
         }
         Message::Ask { session, serial, request } => {
             session_into(*session, *serial, &mut header);
@@ -92,6 +87,12 @@ fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, attached: &Att
     }
     header.body = body.len() as u32;
     (header, body)
+}
+
+fn range_into(frame: Frame, serial: SerialNumber, floor: SerialNumber, range: BlockRange, header: &mut Header) {
+    frame_into(frame, header);
+    (header.serial, header.value) = (serial, floor.0);
+    (header.offset, header.count) = (range.offset(), range.count());
 }
 
 fn kind(message: &Message) -> Kind {

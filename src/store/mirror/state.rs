@@ -223,7 +223,9 @@ fn clean_free_region(
     let offset = u64::from(region) * REGION as u64;
     let (records, sets) = bytes.split_at(HOT_AREA);
     let mut sequences = [0; 2];
-    for (part, kind, start, slots) in [(Part::Record, &slot::RECORD, 0, records), (Part::Hot, &slot::HOT, HOT_AREA, sets)] {
+    for (part, kind, start, slots) in
+        [(Part::Record, &slot::RECORD, 0, records), (Part::Hot, &slot::HOT, HOT_AREA, sets)]
+    {
         match slot::newest(kind, instance, slots, |_| true) {
             Ok(Some(found)) => sequences[part as usize] = found.sequence,
             Ok(None) if slots.iter().any(|byte| *byte != 0) => {
