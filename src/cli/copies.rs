@@ -261,8 +261,14 @@ async fn resync(ResyncArguments { volume, node, target, output }: ResyncArgument
     let doing = format!("cannot resync the copy of volume {volume} on {node}");
     let request = ResyncCopyRequest { volume_id: id.clone(), node: node.clone() };
     until_done(doing.clone(), async || operator.resync_copy(request.clone()).await).await?;
-    let whole = |copies: &[Copy]| copies.iter().any(|copy| copy.node == node && copy.member);
-    watch(&mut operator, &id, &node, &doing, whole).await?;
+    // A copy that is not there any more was replaced meanwhile.
+    let over = |copies: &[Copy]| copies.iter().all(|copy| copy.node != node || copy.member);
+    watch(&mut operator, &id, &node, &doing, over).await?;
+    let there = copies(&mut operator, &id).await.map_err(refused(doing.as_str()))?;
+    if !there.iter().any(|copy| copy.node == node) {
+        let answer = format!("it is replaced by one on another node: see `tandem volume copies {volume}`");
+        return Err(CliError::Refused { doing, answer });
+    }
     let sentence = format!("volume {volume}: the copy on {node} is equal to the primary's");
     output.done(&serde_json::json!({ "id": id, "node": node, "up_to_date": true }), &sentence)
 }

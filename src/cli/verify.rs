@@ -103,6 +103,12 @@ async fn compare(Arguments { volume, target, output, rate, .. }: Arguments) -> R
         last = step;
     }
     bar.finish_and_clear();
+    if last.total_bytes == 0 || last.compared_bytes != last.total_bytes {
+        let (compared, total) = (units::bytes(last.compared_bytes), units::bytes(last.total_bytes));
+        let answer =
+            format!("it ended after {compared} of {total}: nothing is known of the rest; see the controller's log");
+        return Err(CliError::Refused { doing, answer });
+    }
     let CompareCopiesResponse { compared_bytes, nodes, differences, different_bytes, .. } = last;
     let range = |found: crate::rpc::operator::Difference| Range {
         offset: found.offset,

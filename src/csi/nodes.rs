@@ -147,10 +147,10 @@ impl Nodes {
         Ok(fit.into_iter().map(|(node, _)| node).collect())
     }
 
-    /// How many nodes there are, and who of them does not answer now; all are asked at once.
-    pub async fn silent(&self) -> Result<(usize, BTreeSet<NodeName>), Transient> {
+    /// The nodes that there are, and who of them does not answer now; all are asked at once.
+    pub async fn silent(&self) -> Result<(BTreeSet<NodeName>, BTreeSet<NodeName>), Transient> {
         let all = self.all().await?;
-        let (count, mut asked) = (all.len(), JoinSet::new());
+        let (names, mut asked) = (all.iter().map(|node| node.name.clone()).collect(), JoinSet::new());
         for Node { name, control } in all {
             asked.spawn(async move {
                 let answer = tokio::time::timeout(ANSWER_SOON, control.client().get_status(GetStatusRequest {})).await;
@@ -158,7 +158,7 @@ impl Nodes {
             });
         }
         let answers = asked.join_all().await.into_iter();
-        Ok((count, answers.filter(|(_, answers)| !answers).map(|(name, _)| name).collect()))
+        Ok((names, answers.filter(|(_, answers)| !answers).map(|(name, _)| name).collect()))
     }
 
     /// What can be promised where; all nodes are asked at once.

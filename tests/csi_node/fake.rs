@@ -171,6 +171,7 @@ impl Fake {
         let volume = state.volumes.get(id).ok_or_else(|| Status::not_found(format!("no volume {id}")))?;
         Ok(Volume {
             volume_id: id.into(),
+            pool: "default".into(),
             size_bytes: volume.size,
             ready: volume.ready,
             device: volume.device.as_ref().map(LoopDevice::text).unwrap_or_default(),

@@ -237,6 +237,9 @@ impl Controller {
         if let Some((_, error)) = found.silent.into_iter().find(|(silent, _)| silent == node) {
             return Err(Transient::Replica(error).into());
         }
+        if volume.spec.mirror.iter().flat_map(|mirror| &mirror.client).any(|client| client.node == *node) {
+            return Err(OperatorError::NoPlace(format!("node {node} uses the volume without a copy; end that first")));
+        }
         let there = found.pools.iter().find(|known| known.node == *node && known.pool == *pool);
         let Some(there) = there else {
             return Err(OperatorError::NoPlace(format!("node {node} is not known or has no pool {pool}")));

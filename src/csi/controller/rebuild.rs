@@ -36,6 +36,9 @@ const MAX_REBUILDS: usize = 4;
 const DROPPED_WITHIN: Duration = Duration::from_secs(60);
 /// How long a primary may take to say whether it serves.
 const ANSWER_SOON: Duration = Duration::from_secs(4);
+/// How often in a row a copy that replaces another one may be late and not being filled, though its node answers: it may rest for a
+/// quarter of an hour because it was slow; longer, its disk may have failed.
+const UNFILLED: u32 = 3;
 /// How long what was refused rests: a node that has room is found soon, and pools are not asked all the time.
 const REST: Duration = Duration::from_secs(15);
 
@@ -43,6 +46,10 @@ const REST: Duration = Duration::from_secs(15);
 #[derive(Default)]
 struct Memory {
     last: Option<Instant>,
+    /// Nodes that have answered.
+    seen: BTreeSet<NodeName>,
+    /// How often the copy that replaces another one was late and not being filled, one time after the other.
+    unfilled: BTreeMap<VolumeId, u32>,
     counted: BTreeMap<VolumeId, BTreeMap<InstanceId, Duration>>,
     rests: BTreeMap<VolumeId, Instant>,
     /// What the wish has left lately, and until when that counts: its count goes on until another primary has dropped it.
@@ -155,7 +162,9 @@ fn step(
         if let Some(node) = volume.spec.publications.keys().next() {
             return Err(format!("it shall be primary, since the volume is published to {node}; unpublish it there"));
         }
-        let other = now.members().find(|copy| *copy != lost && answers(copy) && !mirror.leaving.contains(copy));
+        let fits = |copy: &InstanceId| *copy != lost && answers(copy);
+        let stays = now.members().find(|copy| fits(copy) && !mirror.leaving.contains(copy));
+        let other = stays.or_else(|| now.members().find(fits));
         return other
             .map(Step::Wish)
             .ok_or_else(|| "no other copy that has every acknowledged write is reached".into());
@@ -178,6 +187,18 @@ fn step(
     Ok(Step::Replace)
 }
 
+/// Whether a wanted copy of the volume is on that node.
+fn holds(volume: &Volume, node: &NodeName) -> bool {
+    volume.spec.mirror.iter().flat_map(|mirror| mirror.copies.values()).any(|copy| copy.node == *node)
+}
+
+/// Whether a copy is being filled, in place of another one, on a node that answers.
+fn is_replacing(volume: &Volume, now: Option<&Configuration>, silent: &BTreeSet<NodeName>) -> bool {
+    let Some(mirror) = volume.spec.mirror.as_ref().filter(|mirror| !mirror.leaving.is_empty()) else { return false };
+    let is_member = |copy| now.is_some_and(|now| now.is_member(copy));
+    mirror.staying().any(|(copy, of)| !is_member(copy) && !silent.contains(&of.node))
+}
+
 impl Controller {
     /// Makes lost copies anew, until it is dropped.
     pub async fn rebuild(&self) {
@@ -195,11 +216,22 @@ impl Controller {
     }
 
     async fn look_for_lost(&self, memory: &mut Memory) -> Result<(), Transient> {
-        let (nodes, silent) = self.nodes.silent().await?;
-        if silent.len() * 2 > nodes {
+        let mut volumes = self.all::<Volume>().await?;
+        volumes.retain(|stored| stored.object.is_visible() && stored.object.spec.mirror.is_some());
+        let (nodes, mut silent) = self.nodes.silent().await?;
+        memory.seen.extend(nodes.difference(&silent).cloned());
+        // A node that is gone for good and has nothing says nothing about the network.
+        let has_copies = |node: &NodeName| volumes.iter().any(|stored| holds(&stored.object, node));
+        silent.retain(|node| memory.seen.contains(node) || has_copies(node));
+        let counted = nodes.iter().filter(|node| memory.seen.contains(*node) || has_copies(node)).count();
+        if silent.len() * 2 > counted {
             // Said once.
             if memory.last.take().is_some() {
-                tracing::warn!(silent = silent.len(), nodes, "most nodes are silent: no copy is taken for lost");
+                tracing::warn!(
+                    silent = silent.len(),
+                    nodes = counted,
+                    "most nodes are silent: no copy is taken for lost"
+                );
             }
             return Ok(());
         }
@@ -209,15 +241,14 @@ impl Controller {
             .iter()
             .filter_map(|stored| Some((stored.object.volume, Configuration::try_from(&stored.object).ok()?)));
         let configurations: BTreeMap<_, _> = read.collect();
-        let mut volumes = self.all::<Volume>().await?;
-        volumes.retain(|stored| stored.object.is_visible() && stored.object.spec.mirror.is_some());
-        let leaves = |stored: &&Stored<Volume>| {
-            stored.object.spec.mirror.as_ref().is_some_and(|mirror| !mirror.leaving.is_empty())
-        };
-        let mut around = Around { silent, lap, replacing: volumes.iter().filter(leaves).count() };
+        let replaces =
+            |stored: &&Stored<Volume>| is_replacing(&stored.object, configurations.get(&stored.object.id), &silent);
+        let replacing = volumes.iter().filter(replaces).count();
+        let mut around = Around { silent, lap, replacing };
         let there: BTreeSet<_> = volumes.iter().map(|stored| stored.object.id).collect();
         memory.counted.retain(|volume, _| there.contains(volume));
         memory.rests.retain(|volume, until| there.contains(volume) && *until > Instant::now());
+        memory.unfilled.retain(|volume, _| there.contains(volume));
         memory.left.retain(|volume, (_, until)| there.contains(volume) && *until > Instant::now());
         for stored in volumes {
             let id = stored.object.id;
@@ -249,6 +280,10 @@ impl Controller {
         }
         let Some(lost) = due(&volume).filter(|_| !memory.rests.contains_key(&id)) else { return Ok(()) };
         let primary = self.serving(&volume, now).await;
+        if self.is_filled_slowly(&volume, lost, primary.as_ref(), around, memory) {
+            memory.counted.entry(id).or_default().remove(&lost);
+            return self.write(id, |volume| _ = volume.status.missed.remove(&lost)).await;
+        }
         let done = match step(&volume, lost, now, primary.as_ref(), around) {
             Ok(Step::Nothing) => Ok(()),
             Ok(step) => {
@@ -273,6 +308,26 @@ impl Controller {
             .await?;
         }
         Ok(())
+    }
+
+    /// A copy that replaces another one may take longer than the time after which it counts as late, and its filling may
+    /// rest: it goes only if its node is silent, or if it was not being filled several times.
+    fn is_filled_slowly(
+        &self,
+        volume: &Volume,
+        late: InstanceId,
+        primary: Option<&Primary>,
+        around: &Around,
+        memory: &mut Memory,
+    ) -> bool {
+        let (Some(mirror), Some(primary)) = (&volume.spec.mirror, primary) else { return false };
+        if mirror.rebuild.is_none_or(|rebuild| rebuild.new != late) {
+            return false;
+        }
+        let times = memory.unfilled.entry(volume.id).or_default();
+        *times = if primary.filled.contains(&late) { 0 } else { *times + 1 };
+        let silent = mirror.copies.get(&late).is_some_and(|of| around.silent.contains(&of.node));
+        *times == 0 || (!silent && *times < UNFILLED)
     }
 
     /// Changes the volume, if no call works on it.

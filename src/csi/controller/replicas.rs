@@ -73,7 +73,9 @@ impl Controller {
         if mirror.copies.len() + count > MAX_COPIES {
             return Err(moving(volume.id, mirror).into());
         }
-        let taken: BTreeSet<_> = mirror.copies.values().map(|copy| copy.node.clone()).collect();
+        // Where the volume is used without a copy none is made meanwhile.
+        let client = mirror.client.iter().map(|client| client.node.clone());
+        let taken: BTreeSet<_> = mirror.copies.values().map(|copy| copy.node.clone()).chain(client).collect();
         let Pools { mut pools, silent } = self.nodes.pools().await?;
         pools.retain(|pool| !taken.contains(&pool.node));
         let asked = Wanted {

@@ -94,6 +94,20 @@ fn let_go(
     used: &BTreeMap<NodeName, Publication>,
     is_member: &impl Fn(&InstanceId) -> bool,
 ) -> bool {
+    if let Some(Rebuild { lost, new }) = mirror.rebuild
+        && is_member(&new)
+        && !is_member(&lost)
+        && mirror.copies.get(&lost).is_none_or(|of| !used.contains_key(&of.node))
+    {
+        // Whatever becomes of a third copy: this one has been replaced.
+        mirror.rebuild = None;
+        mirror.leaving.remove(&lost);
+        mirror.copies.remove(&lost);
+        if mirror.primary == Some(lost) {
+            mirror.primary = Some(new);
+        }
+        return true;
+    }
     let is_used =
         mirror.leaving.iter().any(|copy| mirror.copies.get(copy).is_some_and(|of| used.contains_key(&of.node)));
     if mirror.leaving.is_empty() || is_used || !mirror.staying().all(|(copy, _)| is_member(&copy)) {

@@ -34,6 +34,9 @@ const TAKEOVER: Duration = Duration::from_secs(15);
 /// After this time without an answer even a primary that is reached is given up: its disk may have failed.
 const BROKEN: Duration = Duration::from_secs(30);
 
+/// What that time grows to, twice as long with each wish: making many hot extents equal may take minutes.
+const LONGEST_BROKEN: Duration = Duration::from_secs(1920);
+
 /// Copies that are heard.
 type Reached = Arc<Mutex<BTreeSet<InstanceId>>>;
 
@@ -183,12 +186,12 @@ struct Watch {
 
 impl Watch {
     async fn run(self, reached: Reached) {
-        let (mut unserved, mut rests) = (None, None);
+        let (mut unserved, mut rests, mut broken) = (None, None, BROKEN);
         loop {
             sleep(HEARTBEAT).await;
             let Ok(Some(status)) = self.engine.client_status(self.volume).await else { continue };
             if status.answers || status.ended {
-                unserved = None;
+                (unserved, broken) = (None, BROKEN);
                 continue;
             }
             let since: Duration = unserved.get_or_insert_with(Instant::now).elapsed();
@@ -196,12 +199,14 @@ impl Watch {
                 continue;
             }
             let heard = reached.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match self.wish_another(&heard, since >= BROKEN).await {
+            match self.wish_another(&heard, since >= broken).await {
                 Ok(None) => {}
                 Ok(Some(copy)) => {
                     let volume = self.volume;
                     tracing::warn!(%volume, %copy, "its primary does not answer this node: another copy is wished");
-                    rests = Some(Instant::now() + TAKEOVER);
+                    // A primary that is replaced again and again makes its copies equal from the start each time.
+                    (unserved, rests) = (None, Some(Instant::now() + TAKEOVER));
+                    broken = (broken * 2).min(LONGEST_BROKEN);
                 }
                 Err(error) => {
                     tracing::info!(volume = %self.volume, %error, "no other primary could be wished; it is tried again");
@@ -222,7 +227,9 @@ impl Watch {
         }
         let fits =
             |copy: &InstanceId| heard.contains(copy) && configuration.is_member(*copy) && mirror.primary != Some(*copy);
-        let Some(next) = mirror.staying().map(|(copy, _)| copy).find(fits) else { return Ok(None) };
+        // One that is to be replaced has everything, too, while it is a member.
+        let all = mirror.staying().map(|(copy, _)| copy).chain(mirror.copies.keys().copied());
+        let Some(next) = all.into_iter().find(fits) else { return Ok(None) };
         mirror.primary = Some(next);
         match self.catalog.update(stored).await {
             Ok(_) => Ok(Some(next)),
