@@ -71,6 +71,8 @@ pub struct Host {
     sessions: u64,
     /// What the catalogue said of the client, and the term that this copy was in before it was asked.
     known: Option<(Stamp, Option<InstanceId>)>,
+    /// Who was named last, in whatever term: local devices give way to it.
+    named: Option<InstanceId>,
     entering: Option<Entering>,
     serving: Option<Serving>,
     asked: Vec<Option<Asked>>,
@@ -88,6 +90,7 @@ impl Host {
         Self {
             me,
             sessions: 0,
+            named: None,
             known: None,
             entering: None,
             serving: None,
@@ -104,12 +107,12 @@ impl Host {
         let is_it = |whose: &Entering| client == Some(whose.from);
         self.serving = self.serving.filter(|serving| is_it(&serving.whose));
         self.entering = self.entering.filter(is_it);
-        self.known = term.map(|term| (term, client));
+        (self.named, self.known) = (client, term.map(|term| (term, client)));
     }
 
     /// The client that the catalogue named last, as far as this copy was told.
     pub fn client(&self) -> Option<InstanceId> {
-        self.known.and_then(|(_, client)| client)
+        self.named
     }
 
     /// A client asks to be served.

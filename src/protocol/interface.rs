@@ -79,6 +79,12 @@ pub enum Input {
     Resync(InstanceId),
     /// Time has passed; every [`HEARTBEAT`](super::primary::HEARTBEAT).
     Tick,
+    /// Another node uses the volume in place of this one's device: what that has asked under tags below this one and has not
+    /// begun is answered with an error.
+    FenceRequests {
+        /// Above the tags of devices.
+        below: Tag,
+    },
 }
 
 /// What the core wants. Every variant with an `operation` is answered by one `Completed` unless it says otherwise.

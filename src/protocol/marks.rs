@@ -115,7 +115,8 @@ impl Replica {
             return old;
         }
         let keep = (self.hot_limit / 2).min(self.hot_limit.saturating_sub(wanted));
-        old.max(self.hot.all_but_newest(keep))
+        // Those of an earlier term are older than anything of this one: members are equal where they are.
+        old.max(SerialNumber(1)).max(self.hot.all_but_newest(keep))
     }
 
     /// Time has passed: looks for marks that nobody has written for long.

@@ -206,6 +206,7 @@ impl Replica {
                 self.start_what_is_clear(outputs);
             }
             Input::Resync(copy) => self.resync(copy),
+            Input::FenceRequests { below } => self.fence_requests(below, outputs),
             Input::Tick => {
                 (self.copying_waits, self.disk_rests) = (false, false);
                 self.judge_patience();

@@ -269,6 +269,12 @@ impl Replica {
         }
     }
 
+    /// The device that asked under these tags is given up.
+    pub(super) fn fence_requests(&mut self, below: Tag, outputs: &mut Vec<Output>) {
+        self.admission.iter_mut().filter(|entry| entry.tag.0 < below.0).for_each(|entry| entry.fenced = true);
+        self.fence_what_waits(outputs);
+    }
+
     /// This copy is primary, may become it, or does not know yet.
     fn may_serve_later(&self) -> bool {
         let me = Some(self.me);

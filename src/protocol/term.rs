@@ -222,7 +222,9 @@ impl Replica {
         match known {
             // A member stays one, or a candidate was admitted: its session goes on under the next version.
             Some(peer) if member => {
-                Peer { member, joined: false, owes: 0, sync: super::copying::Sync::Idle, ..peer.clone() }
+                // One that is to be compared anew was admitted meanwhile: it goes again.
+                let out = peer.out || peer.anew;
+                Peer { member, joined: false, owes: 0, out, sync: super::copying::Sync::Idle, ..peer.clone() }
             }
             Some(_) | None => Peer::new(copy, member, member && self.silent.contains(&copy)),
         }

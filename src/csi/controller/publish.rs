@@ -62,10 +62,9 @@ impl Controller {
         let capability = &wanted.capability;
         let publication = Publication { readonly: wanted.readonly, access: capability.access, mode: capability.mode };
         match stored.object.spec.publications.get(&node) {
-            Some(published) if *published == publication && without_copy => {
-                return Ok(self.await_client(id, &node).await?);
+            Some(published) if *published == publication => {
+                return Ok(self.await_client(&stored.object, &node).await?);
             }
-            Some(published) if *published == publication => return Ok(()),
             Some(_) => return Err(PublishError::Incompatible { id, node }),
             None => {}
         }
@@ -82,18 +81,24 @@ impl Controller {
         }
         published.spec.publications.insert(node.clone(), publication);
         self.change(stored, |volume| volume.spec.clone_from(&published.spec)).await?;
-        if without_copy { Ok(self.await_client(id, &node).await?) } else { Ok(()) }
+        Ok(self.await_client(&published, &node).await?)
     }
 
-    /// Waits until a node that has no copy of the volume has heard that it may use it.
-    async fn await_client(&self, id: VolumeId, node: &NodeName) -> Result<(), Transient> {
+    /// Waits until a node that has no copy of the volume has heard that it may use it, by this publication.
+    async fn await_client(&self, volume: &Volume, node: &NodeName) -> Result<(), Transient> {
+        let client = volume.spec.mirror.as_ref().and_then(|mirror| mirror.client.as_ref());
+        let Some(client) = client.filter(|client| client.node == *node) else { return Ok(()) };
+        let (id, publication) = (volume.id, client.publication);
         let (control, deadline) = (self.nodes.holder(Some(node)).await?.control, Instant::now() + COPIES_LIMIT);
         loop {
             let asked = control.client().get_volume(GetVolumeRequest { volume_id: id.to_string() }).await;
             match asked.map_err(|status| control.refusal(status)) {
-                Ok(_) => return Ok(()),
-                Err(ControlError::NotFound(_)) if Instant::now() < deadline => tokio::time::sleep(LOOK_EVERY).await,
-                Err(ControlError::NotFound(_)) => {
+                // Not the publication before.
+                Ok(answer) if answer.get_ref().tree_id == publication.to_string() => return Ok(()),
+                Ok(_) | Err(ControlError::NotFound(_)) if Instant::now() < deadline => {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+                Ok(_) | Err(ControlError::NotFound(_)) => {
                     let text = format!("node {node} has not heard yet that it may use volume {id}; repeat the call");
                     return Err(Transient::Replica(ControlError::Unknown(text)));
                 }

@@ -61,6 +61,8 @@ pub(super) struct Remote {
     pub publication: InstanceId,
     pub session: Arc<Session>,
     core: Client,
+    /// What found a full queue: at most what the core asks in one session.
+    unsent: Vec<(InstanceId, Message, Option<OperationId>)>,
     ended: bool,
     /// Heartbeats for which its last flush has waited for a primary.
     pub leaving: Option<u8>,
@@ -81,7 +83,8 @@ impl Engine {
         let key = self.add_volume(TreeKey::NONE, id, size, Replica::sole(publication));
         let core = Client::new(session.incarnation());
         if let Some(volume) = self.volume_mut(key) {
-            volume.remote = Some(Box::new(Remote { publication, session, core, ended: false, leaving: None }));
+            volume.remote =
+                Some(Box::new(Remote { publication, session, core, unsent: vec![], ended: false, leaving: None }));
         }
         if self.mirrored.is_empty() {
             self.next_heartbeat = self.now.0;
@@ -170,10 +173,10 @@ impl Engine {
 
     fn client_event(&mut self, key: VolumeKey, event: Event) {
         match event {
-            // What found a full queue is asked in a new session, with all the rest.
-            Event::Connected(copy) | Event::Room(copy) => {
+            Event::Connected(copy) => {
                 self.with_client(key, None, |core, outputs| core.connected(copy, outputs));
             }
+            Event::Room(_) => self.send_unsent(key),
             Event::Silent(copy) => self.with_client(key, None, |core, outputs| core.silent(copy, outputs)),
             Event::Received { from, message, payload } => {
                 let Some(remote) = self.volume_mut(key).and_then(|volume| volume.remote.as_ref()) else { return };
@@ -218,6 +221,18 @@ impl Engine {
         }
     }
 
+    /// What found a full queue and was never sent goes now, in its session; unless it is over, or answered in another one.
+    fn send_unsent(&mut self, key: VolumeKey) {
+        let Some(remote) = self.volume_mut(key).and_then(|volume| volume.remote.as_mut()) else { return };
+        for (to, message, operation) in std::mem::take(&mut remote.unsent) {
+            let remote = self.volume_mut(key).and_then(|volume| volume.remote.as_ref());
+            let waits = |remote: &Box<Remote>| operation.is_none_or(|asked| remote.core.request(asked).is_some());
+            if remote.is_some_and(waits) {
+                self.send_asked(key, to, &message, operation);
+            }
+        }
+    }
+
     fn send_asked(&mut self, key: VolumeKey, to: InstanceId, message: &Message, operation: Option<OperationId>) {
         let Self { volumes, arena, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref() else { return };
@@ -237,7 +252,14 @@ impl Engine {
         match remote.session.send(to, message, &payload) {
             Ok(()) => self.note_unsent(key),
             // An event follows, and with it a new session.
-            Err(SendError::Disconnected | SendError::NoPeer | SendError::Full) => {}
+            Err(SendError::Disconnected | SendError::NoPeer) => {}
+            Err(SendError::Full) => {
+                if let Some(remote) = self.volume_mut(key).and_then(|volume| volume.remote.as_mut()) {
+                    // A new session asks everything again: what is left of the one before is of no use.
+                    remote.unsent.retain(|(_, before, _)| same_session(before, message));
+                    remote.unsent.push((to, message.clone(), operation));
+                }
+            }
             Err(error @ SendError::Payload) => {
                 tracing::error!(volume = %volume.id, %to, ?message, %error, "not sent");
             }
@@ -256,6 +278,14 @@ impl Engine {
         (device.flushing, remote.leaving) = (true, Some(0));
         let tag = Tag(self.arena.slots.count() + RESERVED_SLOTS);
         self.step(key, Input::Request { tag, request: Request::Flush });
+    }
+}
+
+/// Whether both are asked in one session.
+fn same_session(one: &Message, other: &Message) -> bool {
+    match (one, other) {
+        (Message::Ask { session: one, .. }, Message::Ask { session: other, .. }) => one == other,
+        _ => false,
     }
 }
 

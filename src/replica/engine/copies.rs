@@ -370,6 +370,13 @@ impl Engine {
                 self.seal_again(key, operation, control);
             }
             self.step(key, Input::Tick);
+            if self
+                .volume_mut(key)
+                .is_some_and(|volume| volume.device.is_none() && volume.replica.waiting_for_space() > 0)
+            {
+                // A client's: what a device asks is looked after by the patrol.
+                self.step(key, Input::SpaceFreed);
+            }
             self.name_slow_copies(key);
             self.settle_client(key);
         }

@@ -167,6 +167,14 @@ impl EngineHandle {
         }
     }
 
+    /// Whether the volume has a device that works.
+    ///
+    /// # Errors
+    /// The engine is gone, or the device waits for its copy.
+    pub async fn has_device(&self, volume: VolumeId) -> Result<bool, EngineError> {
+        Ok(self.find(volume).await?.is_some_and(|found| found.device.is_some() && !found.broken))
+    }
+
     /// A served connection without loop device.
     async fn make_device(&self, tree: InstanceId, volume: VolumeId) -> Result<DeviceControl, AttachError> {
         let (device, control) = self

@@ -154,7 +154,13 @@ impl Engine {
         mirror.guests.core.told(client, term);
         let after = mirror.guests.own_the_volume();
         self.settle_client(key);
-        if before && !after {
+        if !before && after {
+            // Whoever has a device here was published before: what it asks is older than what the client does.
+            self.fence_device(key);
+            let below = Tag(self.arena.slots.count() + RESERVED_SLOTS);
+            self.step(key, Input::FenceRequests { below });
+        }
+        if before != after {
             self.read_again(key);
         }
     }

@@ -40,6 +40,9 @@ impl Engine {
     pub fn read_requests(&mut self, key: VolumeKey) {
         if self.volume_mut(key).is_some_and(|volume| volume.opening.is_some() || volume.is_left_to_guests()) {
             // They wait in the kernel while the volume gets another core, or ends what a client has asked for.
+            if let Some(device) = self.device_mut(key) {
+                device.ready = false;
+            }
             return;
         }
         loop {

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 const WISH_LIMIT: Duration = Duration::from_secs(12);
 
 /// How long a call waits for its copy to become primary: it takes over from a dead node within five seconds.
-const SERVED_LIMIT: Duration = Duration::from_secs(15);
+pub(super) const SERVED_LIMIT: Duration = Duration::from_secs(15);
 const SERVED_PAUSE: Duration = Duration::from_millis(20);
 
 impl Manager {
@@ -33,7 +33,8 @@ impl Manager {
         // Also if there is a device: what this copy has not heard of yet may have overtaken it.
         if let Some(mirror) = &place.mirror {
             check_wish(volume, mirror).await?;
-            if place.device.is_none() {
+            let works = self.engine().has_device(volume).await;
+            if !works.map_err(|error| Failure::Status { volume, error })? {
                 self.wait_until_served(volume).await?;
             }
         }

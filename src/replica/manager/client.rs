@@ -2,6 +2,7 @@
 //!
 //! Invariants: a volume has a copy on a node, or is used there without one, never both; its publication is its name here.
 
+use super::attach::SERVED_LIMIT;
 use super::errors::{AttachFailure, VolumeFailure};
 use super::status::{HealthEntry, HealthKind, VolumeView};
 use super::{ClientPlace, Manager};
@@ -58,6 +59,13 @@ impl Manager {
         if self.client_status(volume).await.is_none_or(|status| status.ended) {
             self.inner.clients_changed.notify_one();
             return Err(AttachFailure::NotWished(volume));
+        }
+        let until = Instant::now() + SERVED_LIMIT;
+        while self.client_status(volume).await.is_some_and(|status| status.device.is_none() && !status.answers) {
+            if Instant::now() >= until {
+                return Err(AttachFailure::NotServed(volume));
+            }
+            sleep(HEARTBEAT).await;
         }
         let attached = self.engine().attach(publication, volume).await;
         attached.map_err(|error| AttachFailure::Attach { volume, error })

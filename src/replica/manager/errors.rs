@@ -162,8 +162,7 @@ pub enum AttachFailure {
     )]
     NotWished(VolumeId),
     #[error(
-        "the copy of volume {0} on this node is to be its primary and does not serve yet (it waits for other copies, for the \
-         catalogue, or makes copies equal); see `tandem volume show {0}`, and repeat the call"
+        "volume {0} is not served to this node yet (a copy waits for others, for the catalogue, or makes copies equal); see `tandem volume show {0}`, and repeat the call"
     )]
     NotServed(VolumeId),
     #[error("volume {volume} is mirrored, and the catalogue cannot be asked who shall use it: {problem}")]

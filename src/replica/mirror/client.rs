@@ -85,8 +85,9 @@ impl Mirrors {
                 return Ok(());
             }
         }
-        // A device that a killed engine left belongs to its publication, whatever is named now.
-        let wanted = manager.held_publication(id).or(named);
+        // A device that a killed engine left belongs to its publication, whatever is named now. That of a copy waits for its pool.
+        let is_copy = |held: &InstanceId| mirror.copies.contains_key(held) || volume.status.copies.contains(held);
+        let wanted = manager.held_publication(id).filter(|held| !is_copy(held)).or(named);
         if let Some(publication) = wanted.filter(|_| manager.publication(id).is_none()) {
             if manager.copy_here(id).is_some() {
                 return Ok(());

@@ -73,6 +73,10 @@ impl Mirrors {
         // As long as it is used here without a copy, none is made.
         let wanted = wanted.filter(|_| manager.publication(id).is_none());
         let wanted = wanted.map(|(copy, spec)| (copy, spec.clone()));
+        if here.is_some() && manager.publication(id).is_some() {
+            // Never removed for that: its device goes first.
+            return Ok(());
+        }
         match (wanted, here) {
             (None, None) if deleted => self.unconfirm_all(stored, &mirror).await,
             (None, None) => Ok(()),

@@ -254,6 +254,9 @@ fn read_region(
     if let Some(found) = slot::newest(&slot::HOT, instance, sets, |of| of == volume)? {
         mirror.hot = slot::decode_hot(found.body)?;
         mirror.sequences[Part::Hot as usize] = found.sequence;
+    } else if let Some(found) = slot::newest(&slot::HOT, instance, sets, |_| true)? {
+        // Of a volume that had the region before: this one's first set goes on from there, and may have been torn.
+        mirror.sequences[Part::Hot as usize] = found.sequence;
     }
     Ok(Some((volume, mirror)))
 }

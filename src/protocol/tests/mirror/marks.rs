@@ -52,6 +52,25 @@ fn a_flush_for_room_begins_only_when_it_makes_some() {
     assert!(!script.wants(flushes));
 }
 
+/// Marks of the term before were counted among those that a flush could clear, and cleared by none: flush followed flush, and
+/// writes to other extents waited, for the first minute of a term.
+#[test]
+fn marks_of_an_earlier_term_make_room() {
+    let mut script = Script::serving();
+    for (number, serial) in [(10, 1), (20, 2), (30, 3)] {
+        script.write_whole(number, serial);
+        script.give(Input::Replied { tag: WRITER });
+    }
+    script.replica.hot.new_term();
+    script.replica.hot_limit = 4;
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(40)) });
+    let flush = script.flush().expect("there are too many");
+    script.give(Input::Completed { operation: flush, result: Ok(()) });
+    script.hear_prepared(5);
+    assert!(script.clears() && !script.flushes(), "{:?}", script.outputs);
+    assert_eq!(script.replica.hot_extents(), [Extent(40)]);
+}
+
 /// It marked the first of its extents, which nobody could clear before it had begun.
 #[test]
 fn a_write_marks_all_of_its_extents_or_none() {
