@@ -125,8 +125,20 @@ async fn a_volume_for_every_node_names_the_one_that_uses_it_without_a_copy() {
     let mirror = async || object(&driver, id).await.spec.mirror.expect("mirrored");
     let publish = |node: &'static str| driver.publish(id, node, Mode::SingleNodeWriter, false);
     let primary = mirror().await.primary;
-    // What its replica does when it hears of it.
-    nodes.fakes[0].state().volumes.insert(id.into(), Default::default());
+    // What its replica does when it hears of it, some time later.
+    let (catalog, fake, known) = (driver.catalog.clone(), nodes.fakes[0].clone(), id.to_owned());
+    let hears = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let stored = catalog.get::<Object>(&known).await.expect("readable");
+            let client = stored.and_then(|stored| stored.object.spec.mirror).and_then(|mirror| mirror.client);
+            if let Some(client) = client {
+                let tree_id = client.publication.to_string();
+                let volume = tandem::rpc::control::Volume { tree_id, ..Default::default() };
+                fake.state().volumes.insert(known.clone(), volume);
+            }
+        }
+    });
     // The others have the most room.
     publish("node-1").await.expect("published");
     let first = mirror().await.client.expect("a client");
@@ -140,6 +152,7 @@ async fn a_volume_for_every_node_names_the_one_that_uses_it_without_a_copy() {
     publish("node-1").await.expect("published");
     assert_ne!(mirror().await.client.expect("a client").publication, first.publication);
     driver.unpublish(id, "").await.expect("unpublished");
+    hears.abort();
     publish("node-2").await.expect("published where it has a copy");
     let now = mirror().await;
     let wished = now.primary.expect("a wish");
