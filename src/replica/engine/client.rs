@@ -226,8 +226,7 @@ impl Engine {
         let Some(remote) = self.volume_mut(key).and_then(|volume| volume.remote.as_mut()) else { return };
         for (to, message, operation) in std::mem::take(&mut remote.unsent) {
             let remote = self.volume_mut(key).and_then(|volume| volume.remote.as_ref());
-            let waits = |remote: &Box<Remote>| operation.is_none_or(|asked| remote.core.request(asked).is_some());
-            if remote.is_some_and(waits) {
+            if remote.is_some_and(|remote| operation.is_none_or(|asked| remote.core.request(asked).is_some())) {
                 self.send_asked(key, to, &message, operation);
             }
         }
