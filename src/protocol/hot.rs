@@ -193,6 +193,13 @@ impl Hot {
         }
     }
 
+    /// Forgets what is from before this term: everything is compared anyway.
+    pub fn forget_old(&mut self) {
+        let before = self.marks.len();
+        self.marks.retain(|mark| !mark.old);
+        self.stale |= self.marks.len() != before;
+    }
+
     /// The set to be made durable next, if it is not and nothing is being written.
     pub fn write(&mut self, operation: OperationId) -> Option<Box<[Extent]>> {
         if !self.stale || self.writing.is_some() {

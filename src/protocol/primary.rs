@@ -156,10 +156,12 @@ impl Replica {
         if peer.joined && !restarted && (peer.member || peer.sync != Sync::Idle) {
             return;
         }
-        let admitting = self.proposal.as_ref().or(self.adopting()).is_some_and(|next| next.is_member(from));
+        let next = self.proposal.as_ref().or(self.adopting());
+        let (admitting, dropping) = next.map_or((false, false), |next| (next.is_member(from), !next.is_member(from)));
+        let dropping = dropping && !planted!(self, TakeBackDropped);
         let peer = &mut self.peers[position];
-        if admitting && !peer.member {
-            // Its admission may be committed already: it stays awaited until that is known.
+        if (admitting && !peer.member) || (dropping && peer.member) {
+            // Its admission or its removal may be committed already: it stays awaited, or out, until that is known.
             (peer.incarnation, peer.out) = (known, true);
             return;
         }

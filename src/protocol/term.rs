@@ -176,6 +176,11 @@ impl Replica {
         if self.record.configuration.term != before.configuration.term {
             (self.applies, self.floor, self.settled) = (Vec::new(), SerialNumber::default(), false);
             self.hot.new_term();
+            // What lacks everything is compared whole before it is a member again, however often that is begun; marks of all
+            // attempts together could be more than there is room for. That it is not intact is durable with the record.
+            if self.record.configuration.candidates.get(&self.me) == Some(&Lacks::Everything) {
+                self.hot.forget_old();
+            }
         }
         self.open_guard();
         let Some(adoption) = self.adoption.take_if(|a| a.configuration.stamp == self.record.configuration.stamp) else {

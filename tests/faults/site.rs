@@ -12,6 +12,7 @@ use tandem::csi::control::{Client, Control};
 use tandem::rpc::control::{DetachVolumeRequest, GetVolumeRequest, Mirror};
 use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, BlockVolume, access_mode::Mode};
 use tandem::rpc::csi::*;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::{Code, Status};
 
 /// How long anything may take on a machine that is busy with other tests. A copy that was slow is left alone for a minute.
@@ -21,8 +22,10 @@ pub const SIZE: i64 = 64 * MIB;
 /// and of the part of it that loads write to; the rest is for tests that know themselves what is there.
 pub const LOADED: i64 = 48 * MIB;
 
-/// One cluster at a time: two would take each other's time, and a lease is two seconds.
-static MACHINE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+/// Clusters at a time: most of a case is waiting for leases and silences, and more than two would take each other's time
+/// while a lease is two seconds.
+const CLUSTERS: usize = 2;
+static MACHINE: Semaphore = Semaphore::const_new(CLUSTERS);
 
 pub struct Site {
     pub cluster: Cluster,
@@ -31,7 +34,7 @@ pub struct Site {
     capability: VolumeCapability,
     /// Processes die in the middle of calls.
     kills: bool,
-    _machine: tokio::sync::MutexGuard<'static, ()>,
+    _machine: SemaphorePermit<'static>,
 }
 
 impl Site {
@@ -94,7 +97,7 @@ impl Site {
         capability: VolumeCapability,
         environment: Vec<(&'static str, String)>,
     ) -> Self {
-        let machine = MACHINE.lock().await;
+        let machine = MACHINE.acquire().await.expect("never closed");
         let cluster = Cluster::up_with(nodes, environment);
         let requisite: Vec<_> = (1..=copies).map(place).collect();
         let access = ("access", access.to_owned());

@@ -3,6 +3,7 @@
 use super::world::{Node, World, block_of, copy, range_of};
 use super::{Granularity, Invariant};
 use crate::protocol::*;
+use crate::volume::InstanceId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -76,12 +77,14 @@ impl Disk {
         known.union(&suspected).filter_map(missing).collect()
     }
 
-    fn persist(&mut self, record: Record, boot: u8) {
+    /// As in the store, only a member's layers say what others lack.
+    fn persist(&mut self, me: InstanceId, record: Record, boot: u8) {
         let before = self.record.configuration.stamp;
         let hot: BTreeSet<usize> = self.hot.iter().map(|extent| extent.0 as usize).collect();
         for lacks in record.configuration.candidates.values() {
             if let Lacks::Since(since) = lacks
                 && *since > before
+                && record.configuration.is_member(me)
             {
                 self.lacking.insert(*since, (hot.clone(), hot.clone()));
             }
@@ -179,7 +182,7 @@ impl World {
                     disk.lacking.entry(since).and_modify(|(_, stable)| stable.extend(blocks));
                 }
             }
-            Operation::Persist(record) => disk.persist(*record, *boot),
+            Operation::Persist(record) => disk.persist(copy(node), *record, *boot),
             Operation::WriteHot(extents) => disk.hot = extents.iter().copied().collect(),
             Operation::Compare { .. } | Operation::NextRange => {}
         }

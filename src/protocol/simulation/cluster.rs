@@ -112,7 +112,7 @@ impl Cluster {
         let all = (1..=count + spare as u8).map(|n| InstanceId::from_bytes([n; 16]));
         let nodes: Vec<Node> = all
             .map(|instance| {
-                let disk = Disk::blank(instance, catalogue.clone());
+                let disk = Disk::blank(instance, catalogue.clone(), planted);
                 Node::new(disk, random.below(2000) as i64 - 1000)
             })
             .collect();

@@ -4,6 +4,7 @@
 //! leaves each block that was not flushed as any of the versions since the last flush, or torn.
 
 use super::random::Random;
+use crate::protocol::tests::Planted;
 use crate::protocol::*;
 use crate::volume::{BlockRange, InstanceId, MAX_REQUEST_BLOCKS};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -58,6 +59,7 @@ pub struct Disk {
     blocks: BTreeMap<u64, Block>,
     writings: u64,
     lacking: BTreeMap<Stamp, Known>,
+    planted: Option<Planted>,
     pub seals: BTreeMap<u32, Payload>,
 }
 
@@ -67,7 +69,7 @@ fn extent_start(extent: &Extent) -> u64 {
 
 impl Disk {
     /// An empty disk.
-    pub fn blank(instance: InstanceId, configuration: Configuration) -> Self {
+    pub fn blank(instance: InstanceId, configuration: Configuration, planted: Option<Planted>) -> Self {
         let record = Record { intact: configuration.is_member(instance), configuration };
         Self {
             instance,
@@ -77,6 +79,7 @@ impl Disk {
             blocks: BTreeMap::new(),
             writings: 0,
             lacking: BTreeMap::new(),
+            planted,
             seals: BTreeMap::new(),
         }
     }
@@ -94,13 +97,12 @@ impl Disk {
         blocks.map(|(block, found)| (*block, found.now())).filter(|(_, content)| *content != 0).collect()
     }
 
-    /// The range has exactly this content afterwards. What is written is known, also where it is zeros and was zeros.
+    /// The range has exactly this content afterwards.
     pub fn write(&mut self, range: BlockRange, payload: &Payload) {
         self.zero(range, payload);
         for (block, content) in payload {
             self.put(*block, *content);
         }
-        self.lacking.values_mut().for_each(|known| known.unflushed.extend(range.start()..range.end()));
     }
 
     /// The range reads as zeros afterwards, but for what follows; what was never written needs nothing for that.
@@ -136,11 +138,14 @@ impl Disk {
         }
     }
 
+    /// As in the store, only a member's layers say what others lack.
     pub fn persist(&mut self, record: Record, boot: u64) {
         let before = self.record.configuration.stamp;
+        let counts = record.configuration.is_member(self.instance) || self.planted == Some(Planted::CandidateKeepsBase);
         for lacks in record.configuration.candidates.values() {
             if let Lacks::Since(since) = lacks
                 && *since > before
+                && counts
             {
                 let known = Known { since: self.writings, extents: self.hot.clone(), ..Known::default() };
                 self.lacking.insert(*since, known);
@@ -172,14 +177,7 @@ impl Disk {
                 }
             }
         }
-        for known in self.lacking.values_mut() {
-            // Zeros that were written where nothing was are in the map alone.
-            known.unflushed.retain(|block| !self.blocks.contains_key(block));
-            let zeros = std::mem::take(&mut known.unflushed);
-            if !zeros.is_empty() && random.percent(50) {
-                known.blocks.extend(zeros);
-            }
-        }
+        self.lacking.values_mut().for_each(|known| known.unflushed.clear());
     }
 
     /// What of a range differs from another copy's.

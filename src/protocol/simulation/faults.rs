@@ -247,7 +247,7 @@ impl Cluster {
         let new = InstanceId::from_bytes([self.instances; 16]);
         self.note(|| format!("node {node}: a blank disk {new:?} in place of {old:?}"));
         let nothing = Configuration::first(Generation(0), new, Default::default());
-        self.nodes[node].disk = Disk::blank(new, Configuration { primary: None, ..nothing });
+        self.nodes[node].disk = Disk::blank(new, Configuration { primary: None, ..nothing }, self.planted);
         if self.spec.copies.remove(&old) {
             self.spec.copies.insert(new);
         }

@@ -59,4 +59,8 @@ pub(in crate::protocol) enum Planted {
     CoverMarking,
     /// Marks go although this copy's disk has failed a write that the peers have executed.
     ClearAfterFailure,
+    /// A member that comes back while its removal may be committed counts again.
+    TakeBackDropped,
+    /// The store takes a candidate's layers for what others lack since they left.
+    CandidateKeepsBase,
 }

@@ -122,6 +122,8 @@ pub(in crate::store) struct Mirrors {
 
 impl Mirror {
     /// What copies other than `me` lack under the next configuration, and the stamps among them that want a base of now.
+    /// Only a member's layers above a base say what differs: what a candidate is brought later may read as zeros in it already,
+    /// which its layers do not show.
     pub fn lacking(&self, next: &Configuration, me: InstanceId) -> (Vec<Lacking>, Vec<Stamp>) {
         let (mut lacking, mut left): (Vec<Lacking>, Vec<Stamp>) = (Vec::new(), Vec::new());
         for (copy, lacks) in &next.candidates {
@@ -133,7 +135,7 @@ impl Mirror {
             lacking.push(known.cloned().unwrap_or_else(|| Lacking { since, base: None, hot: Arc::default() }));
             // Who left before this copy's record did so unseen.
             let seen = self.kept.as_ref().is_some_and(|kept| since > kept.record.configuration.stamp);
-            left.extend((known.is_none() && seen).then_some(since));
+            left.extend((known.is_none() && seen && next.is_member(me)).then_some(since));
         }
         (lacking, left)
     }

@@ -343,3 +343,26 @@ fn a_copy_keeps_no_base_for_itself() {
     assert_eq!(bench.persist_with(id, outdated, Reserve::Promised), Ok(()));
     assert_eq!(bench.store().tree.bases.len(), 0);
 }
+
+/// What a candidate is brought may read as zeros in it before: no layer above a base would show that, and the copy that left
+/// may have something else there.
+#[test]
+fn what_a_candidate_saw_leave_lacks_the_whole_volume() {
+    let (mut bench, id) = mirrored();
+    let filled = |version: u64, left: &[(u8, u64)]| {
+        let mut record = record(version, left);
+        record.configuration.primary = Some(copy(3));
+        record.configuration.candidates.insert(copy(1), Lacks::Everything);
+        Record { intact: false, ..record }
+    };
+    for next in [filled(2, &[]), filled(3, &[(2, 3)])] {
+        assert_eq!(bench.persist_with(id, next, Reserve::Promised), Ok(()));
+    }
+    bench.simple(id, Request::WriteZeroes(range(5, 1)));
+    let whole = compared(0, 8 * EXTENT_BLOCKS + 10);
+    assert_eq!(bench.plan(id, Some(Lacks::Since(stamp(3))), &[]), whole);
+    // Later it is a member, and primary.
+    bench.persist(id, 4, &[(2, 3), (3, 4)]);
+    assert_eq!(bench.plan(id, Some(Lacks::Since(stamp(3))), &[]), whole);
+    assert_eq!(bench.plan(id, Some(Lacks::Since(stamp(4))), &[]), []);
+}

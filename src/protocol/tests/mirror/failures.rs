@@ -1,4 +1,4 @@
-//! Disks that fail at once, by hand: what is tried again, and when.
+//! Disks that fail at once, and answers of the catalogue that are late, by hand: what is tried again, and when.
 
 use super::*;
 
@@ -33,4 +33,25 @@ fn a_flush_of_its_own_that_failed_is_tried_again_with_the_next_tick() {
         }
         assert_eq!(script.proposal().expect("it leaves").primary, None);
     }
+}
+
+/// The removal of a member was on its way to the catalogue when the member came back, and everything went on. It landed
+/// seconds later, after a power cut here: what the member had and this copy had lost was acknowledged, and gone. (The simulator
+/// found it with seed 30131174278911.)
+#[test]
+fn a_member_that_comes_back_while_its_removal_may_be_committed_stays_out() {
+    let mut script = Script::primary(true);
+    script.give(Input::Silent(copy(2)));
+    script.finish();
+    let without = script.proposal().expect("the silent one is dropped");
+    assert!(!without.is_member(copy(2)));
+    script.give(Input::Connected(copy(2)));
+    script.hear(Script::joined(FIRST, &[]));
+    script.hear(Message::Settled(Frame { stamp: version(2), incarnation: FIRST }));
+    assert_eq!(script.replica.role(), Role::Primary(Primary::Reconciling));
+    script.give(Input::Proposed { stamp: without.stamp, outcome: Outcome::Ambiguous });
+    assert!(script.wants(|output| *output == Output::ReadConfiguration));
+    script.give(Input::Configuration(Box::new(without)));
+    script.finish();
+    assert_eq!(script.replica.role(), Role::Primary(Primary::Serving));
 }

@@ -196,3 +196,23 @@ fn writes_all_over_16_gib_are_marked_once() {
         assert!(!write(&mut script, number), "it is marked");
     }
 }
+
+/// Of a long fill that was begun anew by term after term they were more than there is room for, and it could never end.
+#[test]
+fn a_candidate_that_lacks_everything_forgets_marks_of_earlier_terms() {
+    for (lacks, left) in [(Lacks::Everything, vec![]), (Lacks::Since(version(1)), vec![Extent(0), Extent(7)])] {
+        let mut configuration = Configuration::first(Generation(1), copy(2), BTreeSet::new());
+        configuration.candidates.insert(copy(1), lacks);
+        let record = Record { configuration: configuration.clone(), intact: false };
+        let hot = vec![Extent(0), Extent(7)];
+        let member = Member { copy: copy(1), incarnation: FIRST, record, hot, memory: Memory::Kept };
+        let replica = Replica::open(Now::default(), member);
+        let mut script = Script { replica, outputs: vec![], now: Now::default() };
+        script.give(Input::Configuration(Box::new(configuration.clone())));
+        assert_eq!(script.replica.hot.len(), 2, "the term goes on");
+        let next = configuration.with_primary(copy(2));
+        script.give(Input::Configuration(Box::new(Configuration { secondaries: BTreeSet::new(), ..next })));
+        script.finish();
+        assert_eq!(script.replica.hot.extents(), left, "{lacks:?}");
+    }
+}
