@@ -14,6 +14,8 @@ mod crashes;
 mod fake;
 #[path = "csi_controller/groups.rs"]
 mod groups;
+#[path = "csi_controller/half_made.rs"]
+mod half_made;
 #[path = "csi_controller/metadata.rs"]
 mod metadata;
 #[path = "csi_controller/mirror_snapshots.rs"]

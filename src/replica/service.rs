@@ -126,6 +126,7 @@ impl From<VolumeView> for rpc::Volume {
             mirror: v.mirror.map(Into::into),
             record: v.record.map(|record| record_message(v.volume, record)),
             tree_id: v.tree.to_string(),
+            written: v.written,
         }
     }
 }
@@ -288,9 +289,13 @@ impl Replica for ReplicaService {
         &self,
         r: Request<rpc::DeleteVolumeRequest>,
     ) -> Result<Response<rpc::DeleteVolumeResponse>, Status> {
-        if let Ok(volume) = r.into_inner().volume_id.parse() {
+        let rpc::DeleteVolumeRequest { volume_id, unwritten } = r.into_inner();
+        if let Ok(volume) = volume_id.parse() {
             let manager = self.manager.clone();
-            to_the_end(async move { manager.delete_volume(volume).await }).await?;
+            to_the_end(async move {
+                if unwritten { manager.delete_unwritten(volume).await } else { manager.delete_volume(volume).await }
+            })
+            .await?;
         }
         Ok(Response::new(rpc::DeleteVolumeResponse {}))
     }

@@ -175,7 +175,7 @@ impl Manager {
 
     /// The copy was closed and goes away with everything in it.
     pub async fn delete_copy(&self, volume: VolumeId) -> Result<(), Failure> {
-        self.delete(volume).await
+        self.delete(volume, false).await
     }
 
     /// The copy is open: its catalogue is asked here, and its seals take their space from there.

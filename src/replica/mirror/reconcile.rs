@@ -12,7 +12,7 @@ use super::record::{CopyRecord, PeerRecord};
 use super::{Mirrors, OlderCatalogue};
 use crate::catalog::{
     Catalog, CatalogError, ConfigurationError, CopyReport, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError,
-    Volume, VolumeSpec,
+    Volume, VolumePhase, VolumeSpec,
 };
 use crate::protocol::{Configuration, Record};
 use crate::replica::engine::EngineError;
@@ -215,6 +215,11 @@ impl Mirrors {
             // A catalogue that is older than the copy removes nothing; of a volume that is deleted it has the configuration to
             // the end. A copy that has never acted has nothing to lose.
             self.committed(manager, volume).await?;
+        }
+        // Whoever deletes what he knows says that it was made. A clone has something from the beginning.
+        let is_unknown = wanted.status.phase == VolumePhase::Creating && wanted.spec.base.is_none();
+        if deleted && is_unknown && manager.copy_info(volume).await?.written {
+            return Err(VolumeFailure::Written(volume).into());
         }
         if here.attached {
             return Err(VolumeFailure::Attached(volume).into());
