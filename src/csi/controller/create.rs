@@ -121,7 +121,7 @@ impl Controller {
                 (Replication::Sync { .. }, Some(snapshot)) => self.place_clones(wanted, size, found, snapshot).await?,
                 (Replication::Sync { .. } | Replication::None, snapshot) => {
                     let base = snapshot.map(|snapshot| Base { snapshot, clones: BTreeSet::new() });
-                    Placed { node: Some(self.place_beside(wanted, &found.holders)?), base, mirror: None }
+                    Placed { node: Some(self.place_beside(wanted, &found.holders).await?), base, mirror: None }
                 }
             },
         };

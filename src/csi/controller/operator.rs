@@ -234,7 +234,7 @@ impl Controller {
     /// A place for one more copy of the volume on this node.
     async fn place_at(&self, volume: &Volume, node: &NodeName) -> Result<CopySpec, OperatorError> {
         let (found, pool) = (self.nodes.pools().await?, &volume.request.pool);
-        if let Some((_, error)) = found.silent.into_iter().find(|(silent, _)| silent == node) {
+        if let Some((_, error)) = found.silent.into_iter().chain(found.gone).find(|(silent, _)| silent == node) {
             return Err(Transient::Replica(error).into());
         }
         if volume.spec.mirror.iter().flat_map(|mirror| &mirror.client).any(|client| client.node == *node) {
