@@ -109,7 +109,7 @@ pub fn refused(doing: impl Into<String>) -> impl FnOnce(Status) -> CliError {
 /// The name that a person gave it, from the text that the controller keeps beside each copy; empty if there is none.
 pub fn name_of(descriptor: &str) -> String {
     match Descriptor::decode(descriptor) {
-        Some(Descriptor::Volume { request }) => request.name,
+        Some(Descriptor::Volume { request, .. }) => request.name,
         Some(Descriptor::Snapshot { name, .. }) => name.unwrap_or_default(),
         None => String::new(),
     }

@@ -66,7 +66,7 @@ fn on_disk(id: VolumeId, number: u8, known: Option<&Configuration>, all: &[u8]) 
         pool: "default".into(),
         size_bytes: GIB,
         ready: true,
-        descriptor: Descriptor::Volume { request: request("pvc") }.encode(),
+        descriptor: Descriptor::Volume { request: request("pvc"), rebuild_after: None }.encode(),
         record: Some(record),
         ..Default::default()
     }
@@ -106,7 +106,7 @@ async fn volumes_come_back_with_their_copies_under_a_raised_generation() {
     let newest = version(7, &[1], &[(2, 6)]);
     put(&nodes, 1, on_disk(id, 1, Some(&newest), &[1, 2]));
     put(&nodes, 2, on_disk(id, 2, Some(&version(5, &[1, 2], &[])), &[1, 2]));
-    let descriptor = Descriptor::Volume { request: request("alone") }.encode();
+    let descriptor = Descriptor::Volume { request: request("alone"), rebuild_after: None }.encode();
     put(&nodes, 3, control::Volume { descriptor, record: None, ..on_disk(single, 3, None, &[]) });
     let report = recover(&driver).await;
     assert_eq!((report.volumes, report.kept, &report.problems), (2, 0, &vec![]), "{report:?}");

@@ -233,7 +233,7 @@ fn ensure_request(volume: &Volume) -> control::EnsureVolumeRequest {
         volume_id: volume.id.to_string(),
         pool: volume.request.pool.clone(),
         size_bytes: volume.spec.size.bytes(),
-        descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
+        descriptor: Descriptor::of(volume).encode(),
         verify_reads: volume.spec.verify_reads,
         source,
     }

@@ -215,11 +215,11 @@ fn wanted(id: VolumeId, copy: &control::Volume, replication: Replication, report
         report.problems.push(format!("volume {id} of {} bytes is none of ours", copy.size_bytes));
         return None;
     };
-    let request = match Descriptor::decode(&copy.descriptor) {
-        Some(Descriptor::Volume { request }) => request,
+    let (request, rebuild_after) = match Descriptor::decode(&copy.descriptor) {
+        Some(Descriptor::Volume { request, rebuild_after }) => (request, rebuild_after),
         Some(Descriptor::Snapshot { .. }) | None => {
             report.problems.push(format!("volume {id} has lost its name and what it was made for; it can be used"));
-            VolumeRequest {
+            let request = VolumeRequest {
                 name: lost_name(&id.to_string()),
                 size,
                 pool: copy.pool.clone(),
@@ -230,11 +230,13 @@ fn wanted(id: VolumeId, copy: &control::Volume, replication: Replication, report
                 replication,
                 rebuild_after: Default::default(),
                 reach: Reach::default(),
-            }
+            };
+            (request, None)
         }
     };
     let mut volume = Volume::wanted(id, request);
     volume.spec.size = size;
+    volume.spec.rebuild_after = rebuild_after.unwrap_or(volume.spec.rebuild_after);
     volume.spec.verify_reads = copy.verify_reads;
     volume.status.size = size;
     volume.status.verify_reads = copy.verify_reads;
@@ -260,8 +262,8 @@ async fn recover_snapshot(
         report.problems.push(format!("snapshot {id} has an impossible size, {} bytes", sealed.size_bytes));
         return Ok(None);
     };
-    let (name, group) = match Descriptor::decode(&sealed.descriptor) {
-        Some(Descriptor::Snapshot { name, group }) => (name, group),
+    let (name, group, made_for) = match Descriptor::decode(&sealed.descriptor) {
+        Some(Descriptor::Snapshot { name, group, made_for }) => (name, group, made_for),
         // Its descriptor lies beside a snapshot before it has the name; only a copy that followed a seal in the middle of its
         // resync has none.
         Some(Descriptor::Volume { .. }) | None
@@ -272,7 +274,7 @@ async fn recover_snapshot(
         }
         Some(Descriptor::Volume { .. }) | None => {
             report.problems.push(format!("snapshot {id} has lost its name; it can be used"));
-            (Some(lost_name(&id.to_string())), None)
+            (Some(lost_name(&id.to_string())), None, None)
         }
     };
     let is_whole =
@@ -290,7 +292,7 @@ async fn recover_snapshot(
     let status = SnapshotStatus::Ready { size, created_ms: sealed.created_ms };
     let member_of = group.as_ref().map(|group| group.id);
     let node = Some(holder.clone()).filter(|_| !alone);
-    let mut snapshot = Snapshot { name, group: member_of, status, ..Snapshot::wanted(id, volume, node) };
+    let mut snapshot = Snapshot { name, group: member_of, made_for, status, ..Snapshot::wanted(id, volume, node) };
     if found.is_mirrored(volume) {
         for (node, sealed) in answers {
             match sealed.copy_id.parse() {

@@ -131,7 +131,7 @@ impl Mirrors {
             volume: volume.id,
             pool,
             size: volume.spec.size,
-            descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
+            descriptor: Descriptor::of(volume).encode(),
             verify_reads: volume.spec.verify_reads,
             source: base.map_or(Source::Blank, |base| Source::Snapshot(base.snapshot)),
         };
@@ -153,8 +153,11 @@ impl Mirrors {
             manager.write_copy_record(volume, record.encode()).await?;
         }
         let client = stored.object.spec.mirror.as_ref().map(|mirror| self.client_of(mirror)).unwrap_or_default();
-        let (spec, size) = (stored.object.spec.clone(), record.size.unwrap_or(stored.object.status.size));
-        let report = follow(manager, volume, &spec).await?;
+        let size = record.size.unwrap_or(stored.object.status.size);
+        let report = follow(manager, volume, &stored.object.spec).await?;
+        if let Some(descriptor) = renewed(&here.descriptor, &stored.object) {
+            manager.modify_volume(volume, None, Some(descriptor.encode())).await?;
+        }
         confirm(&self.settings.catalog, stored, copy, report).await?;
         if !self.drivers.contains_key(&volume) {
             // Until it has a record of its own it has never acted, and nobody could count on it without its answer.
@@ -265,6 +268,13 @@ async fn follow(manager: &Manager, volume: VolumeId, wanted: &VolumeSpec) -> Res
         manager.modify_volume(volume, Some(wanted.verify_reads), None).await?;
     }
     Ok(CopyReport { size: info.size, verify_reads: wanted.verify_reads, refused })
+}
+
+/// What shall lie beside the copy, if what does is not what is wanted now. One that says something else altogether stays.
+fn renewed(there: &str, volume: &Volume) -> Option<Descriptor> {
+    let (now, there) = (Descriptor::of(volume), Descriptor::decode(there)?);
+    let is_its = matches!(&there, Descriptor::Volume { request, .. } if *request == volume.request);
+    (is_its && there != now).then_some(now)
 }
 
 /// The catalogue says that the copy is durably on its node, and what it is.
