@@ -78,7 +78,7 @@ async fn without_descriptors_the_data_is_still_reachable() {
     let snapshot = driver.snapshot("snap", &volume).await.expect("taken").snapshot_id;
     drop(driver);
     lose_the_catalogue(&site);
-    site.fake.state().volumes.values_mut().for_each(|volume| volume.descriptor = "rubbish \0".into());
+    site.fake.state().volumes.values_mut().for_each(|volume| volume.descriptor = "rubbish \0".repeat(1 << 20));
     site.fake.state().snapshots.values_mut().for_each(|snapshot| snapshot.descriptor.clear());
     let driver = site.driver();
     let report = driver.controller.recover().await.expect("recovered");

@@ -9,7 +9,7 @@ use super::mirror::{COPIES_LIMIT, LOOK_EVERY};
 use super::names;
 use super::place::certain;
 use super::request::present;
-use crate::catalog::{CopySpec, MirrorSpec, NodeName, Stored, Volume};
+use crate::catalog::{CopySpec, Descriptor, MirrorSpec, NodeName, Stored, Volume};
 use crate::csi::control::ControlError;
 use crate::csi::errors::{ArgumentError, OperatorError, Transient};
 use crate::csi::handler::answer;
@@ -254,6 +254,19 @@ impl Controller {
         Ok(CopySpec { node: node.clone(), pool: pool.clone() })
     }
 
+    /// The volumes that callers know.
+    pub async fn list_described(&self) -> Result<Vec<rpc::Volume>, OperatorError> {
+        let described = |volume: Volume| rpc::Volume {
+            volume_id: volume.id.to_string(),
+            pool: volume.request.pool.clone(),
+            size_bytes: volume.status.size.bytes(),
+            verify_reads: volume.status.verify_reads,
+            descriptor: Descriptor::of(&volume).encode(),
+        };
+        let known = self.all::<Volume>().await?.into_iter().map(|stored| stored.object).filter(Volume::is_visible);
+        Ok(known.map(described).collect())
+    }
+
     /// The copies that are wanted, and how far they are.
     pub async fn list_copies(&self, Of(id): Of) -> Result<Vec<rpc::Copy>, OperatorError> {
         let (stored, mirror) = self.with_copies(&id).await?;
@@ -325,6 +338,14 @@ impl operator_server::Operator for OperatorService {
             }
         });
         Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<rpc::ListVolumesRequest>,
+    ) -> Result<Response<rpc::ListVolumesResponse>, Status> {
+        let listed = self.0.list_described().await.map_err(|error| failed("ListVolumes", &error))?;
+        Ok(Response::new(rpc::ListVolumesResponse { volumes: listed }))
     }
 
     async fn list_copies(
