@@ -154,10 +154,18 @@ pub fn health(volume: &control::Volume) -> Vec<Health> {
             Kind::Degraded => "degraded",
             Kind::Inaccessible => "inaccessible",
             Kind::DataLoss => "data loss",
+            Kind::Note => "note",
         };
         Health { kind: kind.into(), reason: h.reason.clone(), message: h.message.clone() }
     };
     volume.health.iter().map(entry).collect()
+}
+
+impl Health {
+    /// Whether something is to be done about it.
+    pub fn is_problem(&self) -> bool {
+        self.kind != "note"
+    }
 }
 
 impl std::fmt::Display for Health {

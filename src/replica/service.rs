@@ -27,17 +27,29 @@ const EXTENTS_PER_MESSAGE: usize = 4096;
 pub struct ReplicaService {
     manager: Manager,
     node_id: String,
+    /// Whether its connections to other replicas are encrypted, if there are others.
+    encrypted: Option<bool>,
 }
 
 impl ReplicaService {
-    /// Serves `manager` as the node `node_id`.
-    pub fn new(manager: Manager, node_id: String) -> Self {
-        Self { manager, node_id }
+    /// Serves `manager` as the node `node_id`, whose connections to other replicas are encrypted or not, if there are others.
+    pub fn new(manager: Manager, node_id: String, encrypted: Option<bool>) -> Self {
+        Self { manager, node_id, encrypted }
+    }
+
+    fn told(&self, view: VolumeView) -> rpc::Volume {
+        let mut volume = rpc::Volume::from(view);
+        if self.encrypted == Some(false) && volume.record.is_some() {
+            let message = "what its copies send each other is not encrypted: their nodes have --encryption off".to_owned();
+            let (kind, reason) = (rpc::health::Kind::Note.into(), "NotEncrypted".to_owned());
+            volume.health.push(rpc::Health { kind, reason, message });
+        }
+        volume
     }
 
     async fn view(&self, volume: VolumeId) -> Result<Response<rpc::Volume>, Status> {
         let view = self.manager.volume(volume).await;
-        Ok(Response::new(view.ok_or(VolumeFailure::NoVolume(volume))?.into()))
+        Ok(Response::new(self.told(view.ok_or(VolumeFailure::NoVolume(volume))?)))
     }
 }
 
@@ -257,6 +269,7 @@ impl Replica for ReplicaService {
             recovered_requests: engine.recovered_requests,
             attached_volumes: self.manager.attached().len() as u64,
             holder_connected: engine.holder_connected,
+            encryption: self.encrypted.map_or("", |on| if on { "on" } else { "off" }).to_owned(),
         }))
     }
 
@@ -308,7 +321,7 @@ impl Replica for ReplicaService {
         &self,
         _: Request<rpc::ListVolumesRequest>,
     ) -> Result<Response<rpc::ListVolumesResponse>, Status> {
-        let volumes = self.manager.volumes().await.into_iter().map(Into::into).collect();
+        let volumes = self.manager.volumes().await.into_iter().map(|view| self.told(view)).collect();
         Ok(Response::new(rpc::ListVolumesResponse { volumes }))
     }
 
