@@ -46,6 +46,7 @@ impl Controller {
             return Err(DeleteVolumeError::InUse { id, by: format!("it is published to {}", nodes.join(", ")) });
         }
         if !stored.object.spec.deleted {
+            self.check_detached(&stored.object).await?;
             stored = self.change(stored, |volume| volume.spec.deleted = true).await?;
         }
         let base = stored.object.spec.base.as_ref().map(|base| base.snapshot);
@@ -71,6 +72,20 @@ impl Controller {
                 Err(error)
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// A deletion that will be refused is not written down first: a backup that has it would delete the volume one day.
+    async fn check_detached(&self, volume: &Volume) -> Result<(), DeleteVolumeError> {
+        if volume.spec.mirror.is_some() {
+            // Its nodes wait for its devices to go, and nothing is taken back.
+            return Ok(());
+        }
+        match self.copy_at(volume, volume.spec.node.as_ref()).await? {
+            Some(copy) if !copy.device.is_empty() => {
+                Err(DeleteVolumeError::InUse { id: volume.id, by: format!("its device {} is attached", copy.device) })
+            }
+            _ => Ok(()),
         }
     }
 

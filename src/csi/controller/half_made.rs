@@ -48,7 +48,8 @@ impl Controller {
         Ok(self.copy_at(volume, volume.spec.node.as_ref()).await?.is_some())
     }
 
-    async fn copy_at(
+    /// What the node has of it.
+    pub(super) async fn copy_at(
         &self,
         volume: &Volume,
         node: Option<&NodeName>,
