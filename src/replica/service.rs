@@ -37,19 +37,10 @@ impl ReplicaService {
         Self { manager, node_id, encrypted }
     }
 
-    fn told(&self, view: VolumeView) -> rpc::Volume {
-        let mut volume = rpc::Volume::from(view);
-        if self.encrypted == Some(false) && volume.record.is_some() {
-            let message = "what its copies send each other is not encrypted: their nodes have --encryption off".to_owned();
-            let (kind, reason) = (rpc::health::Kind::Note.into(), "NotEncrypted".to_owned());
-            volume.health.push(rpc::Health { kind, reason, message });
-        }
-        volume
-    }
 
     async fn view(&self, volume: VolumeId) -> Result<Response<rpc::Volume>, Status> {
         let view = self.manager.volume(volume).await;
-        Ok(Response::new(self.told(view.ok_or(VolumeFailure::NoVolume(volume))?)))
+        Ok(Response::new(told(view.ok_or(VolumeFailure::NoVolume(volume))?.into(), self.encrypted)))
     }
 }
 
@@ -141,6 +132,16 @@ impl From<VolumeView> for rpc::Volume {
             written: v.written,
         }
     }
+}
+
+/// With what follows for it from the setting of this node.
+fn told(mut volume: rpc::Volume, encrypted: Option<bool>) -> rpc::Volume {
+    if encrypted == Some(false) && volume.record.is_some() {
+        let message = "what its copies send each other is not encrypted: their nodes have --encryption off".to_owned();
+        let (kind, reason) = (rpc::health::Kind::Note.into(), "NotEncrypted".to_owned());
+        volume.health.push(rpc::Health { kind, reason, message });
+    }
+    volume
 }
 
 fn record_message(volume: VolumeId, record: RecordView) -> rpc::CopyRecord {
@@ -321,7 +322,7 @@ impl Replica for ReplicaService {
         &self,
         _: Request<rpc::ListVolumesRequest>,
     ) -> Result<Response<rpc::ListVolumesResponse>, Status> {
-        let volumes = self.manager.volumes().await.into_iter().map(|view| self.told(view)).collect();
+        let volumes = self.manager.volumes().await.into_iter().map(|view| told(view.into(), self.encrypted)).collect();
         Ok(Response::new(rpc::ListVolumesResponse { volumes }))
     }
 
@@ -484,3 +485,6 @@ fn walk(stream: &ExtentStream, start: u64, send: &mpsc::Sender<Result<rpc::GetEx
     // Always a last message, so that the size is known even if nothing is allocated. A reader that left needs none.
     let _ = send.blocking_send(Ok(rpc::GetExtentsResponse { size_bytes, extents }));
 }
+
+#[cfg(test)]
+mod tests;
