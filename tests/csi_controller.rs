@@ -10,6 +10,8 @@ mod compare;
 mod copies;
 #[path = "csi_controller/crashes.rs"]
 mod crashes;
+#[path = "csi_controller/departed.rs"]
+mod departed;
 #[path = "csi_controller/fake.rs"]
 mod fake;
 #[path = "csi_controller/groups.rs"]

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tandem::catalog::{
-    Catalog, Descriptor, MirrorSpec, RebuildAfter, Remote, Stored, Volume, VolumeConfiguration, VolumePhase, serve,
+    Catalog, Descriptor, MirrorSpec, Node, RebuildAfter, Remote, Stored, Volume, VolumeConfiguration, VolumePhase, serve,
 };
 use tandem::protocol::{Configuration, Generation, Lacks};
 use tandem::replica::manager::AttachFailure;
@@ -118,6 +118,39 @@ async fn an_old_catalogue_takes_no_copy_away() {
     until_all_is_seen(&mut site).await;
     assert!(second.manager.copy_here(volume.id).is_some(), "it is newer than what deletes it");
     first.manager.detach(volume.id).await.expect("detached");
+    first.kill().await;
+    second.kill().await;
+}
+
+/// A person has taken the node for gone, and what was on it was deleted without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_comes_back_gives_up_what_was_deleted_without_it() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let (volume, sole) = (site.create(&["n1", "n2"]).await, site.create_sole("n2", &second).await);
+    site.wish(volume.id, Some(volume.copies["n1"])).await;
+    let device = first.attach(volume.id).await;
+    write(&device, 0..8, 7).await;
+    first.until_up_to_date(volume.id, volume.copies["n2"]).await;
+    first.manager.detach(volume.id).await.expect("detached");
+    second.kill().await;
+    let id = volume.id.to_string();
+    for gone in [&id, &sole.id.to_string()] {
+        let stored = site.file.get::<Volume>(gone).await.expect("reads").expect("is there");
+        site.file.delete(&stored).await.expect("deleted");
+    }
+    let stored = site.file.get::<VolumeConfiguration>(&id).await.expect("reads").expect("is there");
+    site.file.delete(&stored).await.expect("deleted");
+    let own = async || site.file.get::<Node>("n2").await.expect("reads").expect("is there");
+    let mut stored = own().await;
+    stored.object.given_up.volumes = [volume.id, sole.id].into();
+    site.file.update(stored).await.expect("removed, and back");
+    let second = site.start("n2", site.catalog()).await;
+    eventually("its list is empty", async || own().await.object.given_up.is_empty().then_some(())).await;
+    assert!(second.manager.copy_here(volume.id).is_none() && second.manager.volume(sole.id).await.is_none());
+    assert!(first.manager.copy_here(volume.id).is_some(), "nobody has said so to this one");
     first.kill().await;
     second.kill().await;
 }

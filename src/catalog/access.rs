@@ -28,7 +28,7 @@ pub(super) fn may<T: Guarded>(who: &Identity, write: &Write<'_, T>) -> bool {
 }
 
 impl Guarded for Node {
-    /// Its own. Nobody takes it out: a node that is silent for long is passed over.
+    /// Its own. A controller says that it is removed, and it says that it is back.
     fn node_may(node: &NodeName, write: &Write<'_, Self>) -> bool {
         write.after.is_some_and(|after| after.name == *node)
     }

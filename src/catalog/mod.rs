@@ -26,7 +26,7 @@ mod watch;
 pub use configuration::ConfigurationError;
 pub use embedded::Embedded;
 pub use objects::{
-    Access, AccessMode, BadConfiguration, Base, ClientSpec, CopyReport, CopySpec, Descriptor, FsType, GroupMember,
+    Access, AccessMode, BadConfiguration, Base, ClientSpec, CopyReport, CopySpec, Descriptor, FsType, GivenUp, GroupMember,
     GroupSnapshot, GroupStatus, MirrorSpec, Missed, Node, NodeName, Publication, Reach, Rebuild, RebuildAfter,
     Replication, Snapshot, SnapshotStatus, Source, Volume, VolumeConfiguration, VolumePhase, VolumeRequest, VolumeSpec,
     VolumeStatus,

@@ -10,7 +10,7 @@ pub use mirror::{
     BadConfiguration, ClientSpec, CopyReport, CopySpec, MirrorSpec, Missed, Reach, Rebuild, RebuildAfter, Replication,
     VolumeConfiguration,
 };
-pub use node::Node;
+pub use node::{GivenUp, Node};
 
 use super::Object;
 use crate::volume::{GroupSnapshotId, InstanceId, SnapshotId, VolumeId, VolumeSize};

@@ -2,7 +2,7 @@
 //!
 //! Invariants: which node a volume is on is read from the catalogue, never guessed; a node that does not answer is named
 //! in the error, and stops nothing that does not need it; one that has not answered for long stops nothing that could be
-//! elsewhere.
+//! elsewhere; one that a person has removed is none before it says that it is back.
 
 use super::control::{Control, ControlError};
 use super::errors::Transient;
@@ -121,13 +121,14 @@ impl Announced {
     }
 
     async fn get(&self, name: &NodeName) -> Result<Option<Node>, Transient> {
-        let stored = self.0.catalog.get::<catalog::Node>(&name.0).await?;
+        let stored = self.0.catalog.get::<catalog::Node>(&name.0).await?.filter(|stored| !stored.object.removed);
         Ok(stored.map(|stored| self.node(stored.object)))
     }
 
     async fn list(&self) -> Result<Vec<(Node, bool)>, Transient> {
         let stored = self.0.catalog.list::<catalog::Node>().await?.into_iter();
         Ok(stored
+            .filter(|stored| !stored.object.removed)
             .map(|stored| (stored.object.encrypted, stored.object))
             .map(|(e, node)| (self.node(node), e))
             .collect())

@@ -65,7 +65,7 @@ impl Cluster {
         });
         self.machines.push(Some(machine));
         self.fakes.push(fake);
-        let node = Node { name: name(number), mirror: control, control, encrypted };
+        let node = Node::new(name(number), control, control, encrypted);
         catalog.create(node).await.expect("announced");
     }
 

@@ -203,7 +203,7 @@ impl Site {
     /// What `tandem replica` says of itself at its start.
     pub async fn announce(&self, node: &str) {
         let address = self.nodes[node];
-        let wanted = Node { name: NodeName(node.into()), mirror: address, control: address, encrypted: false };
+        let wanted = Node::new(NodeName(node.into()), address, address, false);
         match self.file.get::<Node>(&wanted.key()).await.expect("reads") {
             Some(stored) => drop(self.file.update(Stored { object: wanted, ..stored }).await.expect("updated")),
             None => drop(self.file.create(wanted).await.expect("created")),

@@ -51,9 +51,15 @@ impl Controller {
         }
         let base = stored.object.spec.base.as_ref().map(|base| base.snapshot);
         if stored.object.spec.mirror.is_some() {
+            self.give_up_copies(stored).await?;
             self.erase_mirror(id).await?;
             // The nodes have changed its status since.
             let Some(stored) = self.get::<Volume>(id).await? else { return Ok(()) };
+            self.remove(&stored).await?;
+            self.drop_made_for(id, base).await;
+            return Ok(());
+        }
+        if self.gives_up_sole(&stored.object).await? {
             self.remove(&stored).await?;
             self.drop_made_for(id, base).await;
             return Ok(());
@@ -77,8 +83,8 @@ impl Controller {
 
     /// A deletion that will be refused is not written down first: a backup that has it would delete the volume one day.
     async fn check_detached(&self, volume: &Volume) -> Result<(), DeleteVolumeError> {
-        if volume.spec.mirror.is_some() {
-            // Its nodes wait for its devices to go, and nothing is taken back.
+        if volume.spec.mirror.is_some() || self.is_away(volume).await? {
+            // Nothing is taken back: the nodes of a mirrored volume wait for its devices to go.
             return Ok(());
         }
         match self.copy_at(volume, volume.spec.node.as_ref()).await? {

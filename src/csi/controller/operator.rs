@@ -340,6 +340,23 @@ impl operator_server::Operator for OperatorService {
         Ok(Response::new(ReceiverStream::new(receive)))
     }
 
+    async fn list_nodes(
+        &self,
+        _: Request<rpc::ListNodesRequest>,
+    ) -> Result<Response<rpc::ListNodesResponse>, Status> {
+        let nodes = self.0.list_nodes().await.map_err(|error| failed("ListNodes", &error))?;
+        Ok(Response::new(rpc::ListNodesResponse { nodes }))
+    }
+
+    async fn remove_node(
+        &self,
+        r: Request<rpc::RemoveNodeRequest>,
+    ) -> Result<Response<rpc::RemoveNodeResponse>, Status> {
+        let rpc::RemoveNodeRequest { name, force } = r.into_inner();
+        self.0.remove_node(&name, force).await.map_err(|error| failed("RemoveNode", &error))?;
+        Ok(Response::new(rpc::RemoveNodeResponse {}))
+    }
+
     async fn list_volumes(
         &self,
         _: Request<rpc::ListVolumesRequest>,

@@ -228,6 +228,8 @@ impl Controller {
         memory.seen.extend(nodes.difference(&silent).cloned());
         // A node that is gone for good and has nothing says nothing about the network.
         let has_copies = |node: &NodeName| volumes.iter().any(|stored| holds(&stored.object, node));
+        let places = volumes.iter().flat_map(|s| &s.object.spec.mirror).flat_map(|mirror| mirror.copies.values());
+        let removed: Vec<_> = places.map(|of| &of.node).filter(|node| !nodes.contains(*node)).cloned().collect();
         silent.retain(|node| memory.seen.contains(node) || has_copies(node));
         let counted = nodes.iter().filter(|node| memory.seen.contains(*node) || has_copies(node)).count();
         if silent.len() * 2 > counted {
@@ -241,6 +243,8 @@ impl Controller {
             }
             return Ok(());
         }
+        // Nobody asks these, and what they have is missed like what any silent node has.
+        silent.extend(removed);
         let lap = memory.lap(Instant::now());
         let stored = self.all::<VolumeConfiguration>().await?;
         let read = stored

@@ -16,7 +16,7 @@ use crate::catalog::{
 };
 use crate::protocol::{Configuration, Record};
 use crate::replica::engine::EngineError;
-use crate::replica::manager::{CopyHere, Manager, NewVolume, Source, VolumeFailure};
+use crate::replica::manager::{CopyHere, Manager, NewVolume, SnapshotFailure, Source, VolumeFailure};
 use crate::replica::pool::{BadPoolName, PoolName};
 use crate::volume::{InstanceId, VolumeId};
 
@@ -31,6 +31,8 @@ pub(super) enum Trouble {
     Update(#[from] UpdateError),
     #[error(transparent)]
     Manager(#[from] VolumeFailure),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotFailure),
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
@@ -224,11 +226,16 @@ impl Mirrors {
         if deleted && is_unknown && manager.copy_info(volume).await?.written {
             return Err(VolumeFailure::Written(volume).into());
         }
+        self.take_away(manager, here).await
+    }
+
+    /// From now on it is decided that the copy goes.
+    pub(super) async fn take_away(&mut self, manager: &Manager, here: &CopyHere) -> Result<(), Trouble> {
         if here.attached {
-            return Err(VolumeFailure::Attached(volume).into());
+            return Err(VolumeFailure::Attached(here.volume).into());
         }
         let record = CopyRecord { removing: true, ..CopyRecord::decode(&here.record).unwrap_or_default() };
-        manager.write_copy_record(volume, record.encode()).await?;
+        manager.write_copy_record(here.volume, record.encode()).await?;
         self.finish_removal(manager, here).await
     }
 
