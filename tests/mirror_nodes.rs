@@ -11,7 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tandem::catalog::{
-    Catalog, Descriptor, MirrorSpec, Node, RebuildAfter, Remote, Stored, Volume, VolumeConfiguration, VolumePhase, serve,
+    Catalog, Descriptor, MirrorSpec, Node, RebuildAfter, Remote, Stored, Volume, VolumeConfiguration, VolumePhase,
+    serve,
 };
 use tandem::protocol::{Configuration, Generation, Lacks};
 use tandem::replica::manager::AttachFailure;
@@ -143,7 +144,8 @@ async fn a_node_that_comes_back_gives_up_what_was_deleted_without_it() {
     }
     let stored = site.file.get::<VolumeConfiguration>(&id).await.expect("reads").expect("is there");
     site.file.delete(&stored).await.expect("deleted");
-    let own = async || site.file.get::<Node>("n2").await.expect("reads").expect("is there");
+    let file = site.file.clone();
+    let own = async || file.get::<Node>("n2").await.expect("reads").expect("is there");
     let mut stored = own().await;
     stored.object.given_up.volumes = [volume.id, sole.id].into();
     site.file.update(stored).await.expect("removed, and back");

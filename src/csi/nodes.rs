@@ -93,12 +93,7 @@ impl Announced {
     }
 
     /// The same; nobody waits for the pools of a node that was silent for so long.
-    pub fn with_patience(
-        catalog: Catalog,
-        credentials: Arc<Credentials>,
-        encrypted: bool,
-        patience: Duration,
-    ) -> Self {
+    pub fn with_patience(catalog: Catalog, credentials: Arc<Credentials>, encrypted: bool, patience: Duration) -> Self {
         let (known, silence) = Default::default();
         Self(Arc::new(Cluster { catalog, credentials, encrypted, patience, silence, known }))
     }

@@ -37,7 +37,6 @@ impl ReplicaService {
         Self { manager, node_id, encrypted }
     }
 
-
     async fn view(&self, volume: VolumeId) -> Result<Response<rpc::Volume>, Status> {
         let view = self.manager.volume(volume).await;
         Ok(Response::new(told(view.ok_or(VolumeFailure::NoVolume(volume))?.into(), self.encrypted)))

@@ -45,7 +45,8 @@ async fn nobody_waits_for_a_node_that_a_person_has_removed() {
     assert_eq!(needed.code(), Code::FailedPrecondition);
     assert!(needed.message().contains(&format!("sole ({sole})")) && !needed.message().contains("pvc"), "{needed:?}");
     remove(&driver, "node-2", true).await.expect("a person says so");
-    let told: Vec<_> = nodes_of(&driver).await.into_iter().map(|node| (node.name, node.answers, node.removed)).collect();
+    let told: Vec<_> =
+        nodes_of(&driver).await.into_iter().map(|node| (node.name, node.answers, node.removed)).collect();
     assert_eq!(told, [("node-1".into(), true, false), ("node-2".into(), false, true)]);
 
     driver.delete(&mirrored).await.expect("nobody waits");
@@ -53,7 +54,8 @@ async fn nobody_waits_for_a_node_that_a_person_has_removed() {
     driver.delete(&sole).await.expect("nobody waits");
     assert!(driver.volumes().await.is_empty() && snapshots(&driver).await.is_empty());
     let id = |text: &String| text.parse().expect("an id");
-    let expected = GivenUp { volumes: [id(&mirrored), id(&sole)].into(), snapshots: [snapshot.parse().expect("an id")].into() };
+    let expected =
+        GivenUp { volumes: [id(&mirrored), id(&sole)].into(), snapshots: [snapshot.parse().expect("an id")].into() };
     assert_eq!(given_up(&driver, "node-2").await, expected, "it goes if the node ever comes back");
     assert_eq!(driver.create(wanted("new", GIB)).await.expect("made").accessible_topology, [place("node-1")]);
     assert_eq!(refused(driver.create(at("there", &[2])).await), Code::ResourceExhausted);

@@ -121,11 +121,10 @@ async fn a_mirrored_volume_goes_only_when_every_node_says_that_it_is_empty() {
     let mut newer = Configuration { stamp: known.stamp, ..known };
     newer.stamp.version = newer.stamp.version.next();
     let text = VolumeConfiguration::new(id.parse().expect("an id"), &newer).encode();
-    let changes: [&dyn Fn(&mut control::Volume); 3] = [
-        &|volume| volume.written = true,
-        &|volume| volume.device = "/dev/loop7".into(),
-        &|volume| volume.record = Some(control::CopyRecord { configuration: text.clone(), ..Default::default() }),
-    ];
+    let changes: [&dyn Fn(&mut control::Volume); 3] =
+        [&|volume| volume.written = true, &|volume| volume.device = "/dev/loop7".into(), &|volume| {
+            volume.record = Some(control::CopyRecord { configuration: text.clone(), ..Default::default() })
+        }];
     for (number, change) in changes.into_iter().enumerate() {
         let before = nodes.fakes[1].state().volumes[&id].clone();
         change(nodes.fakes[1].state().volumes.get_mut(&id).expect("there"));
@@ -159,7 +158,8 @@ async fn a_snapshot_of_a_mirrored_volume_is_on_the_nodes_that_were_told() {
     let _work = make_copies(&driver.catalog, &ALL);
     let id = volume(&nodes, &driver, "pvc").await;
     let taken = driver.snapshot("snap", &id).await.expect("taken");
-    let before = driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there").object;
+    let before =
+        driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there").object;
     for recovers in [false, true] {
         creating_snapshot(&driver, &taken.snapshot_id).await;
         if recovers {
@@ -181,6 +181,7 @@ async fn a_snapshot_of_a_mirrored_volume_is_on_the_nodes_that_were_told() {
     creating_snapshot(&driver, &taken.snapshot_id).await;
     nodes.fakes[1].state().snapshots.values_mut().for_each(|snapshot| snapshot.descriptor.clear());
     driver.controller.sweep().await.expect("swept");
-    let after = driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there").object;
+    let after =
+        driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there").object;
     assert_eq!((after.copies.len(), after.strays.len()), (1, 1), "{after:?}");
 }

@@ -33,7 +33,9 @@ pub enum RemoveError {
     #[error("node {0} answers: it is not gone; stop `tandem replica` on it first")]
     Answers(NodeName),
     /// It has what nobody else has.
-    #[error("only node {node} has every acknowledged write of {volumes}: without it they are lost; --force removes it nevertheless")]
+    #[error(
+        "only node {node} has every acknowledged write of {volumes}: without it they are lost; --force removes it nevertheless"
+    )]
     Needed {
         /// The node.
         node: NodeName,
@@ -129,7 +131,8 @@ impl Controller {
                 return Ok(false);
             };
             if stored.object.given_up.is_full() {
-                let text = format!("node {node} was removed, and as much was deleted without it as can be written down");
+                let text =
+                    format!("node {node} was removed, and as much was deleted without it as can be written down");
                 return Err(ControlError::Unknown(text).into());
             }
             write(&mut stored.object.given_up);

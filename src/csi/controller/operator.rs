@@ -340,10 +340,7 @@ impl operator_server::Operator for OperatorService {
         Ok(Response::new(ReceiverStream::new(receive)))
     }
 
-    async fn list_nodes(
-        &self,
-        _: Request<rpc::ListNodesRequest>,
-    ) -> Result<Response<rpc::ListNodesResponse>, Status> {
+    async fn list_nodes(&self, _: Request<rpc::ListNodesRequest>) -> Result<Response<rpc::ListNodesResponse>, Status> {
         let nodes = self.0.list_nodes().await.map_err(|error| failed("ListNodes", &error))?;
         Ok(Response::new(rpc::ListNodesResponse { nodes }))
     }

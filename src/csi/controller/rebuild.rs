@@ -283,7 +283,8 @@ impl Controller {
         let primary = if missed.is_empty() { None } else { self.serving(&volume, now).await };
         leave_out_filled(&mut missed, primary.as_ref());
         let rebuild = volume.spec.mirror.as_ref().and_then(|mirror| mirror.rebuild);
-        if rebuild.is_some_and(|rebuild| primary.as_ref().is_some_and(|primary| primary.filled.contains(&rebuild.new))) {
+        if rebuild.is_some_and(|rebuild| primary.as_ref().is_some_and(|primary| primary.filled.contains(&rebuild.new)))
+        {
             memory.unfilled.remove(&id);
         }
         if missed.is_empty() && volume.status.missed.is_empty() {

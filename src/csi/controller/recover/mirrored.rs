@@ -230,7 +230,8 @@ impl Case<'_> {
     /// A volume that the catalogue calls half made is ready if all of it is there, or if it was used. Whether it is another now.
     fn finish(&self, volume: &mut Volume) -> bool {
         let Volume { spec, status, .. } = volume;
-        let is_there = spec.mirror.iter().flat_map(|mirror| mirror.copies.keys()).all(|copy| self.found.contains_key(copy));
+        let is_there =
+            spec.mirror.iter().flat_map(|mirror| mirror.copies.keys()).all(|copy| self.found.contains_key(copy));
         if status.phase != VolumePhase::Creating || !(self.used || (is_there && !spec.deleted)) {
             return false;
         }
