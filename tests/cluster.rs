@@ -199,11 +199,15 @@ async fn a_mirrored_volume_outlives_the_node_that_it_is_used_on() {
     let refused = command(&cluster, "controller", &["volume", "resync", &id, "--node", "node-1"]);
     let why = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && why.contains("is its primary"), "{why}");
-    let text = tandem(&cluster, "controller", &["volume", "copies", &id, "-o", "json"]);
+    let text = tandem(&cluster, "controller", &["volume", "copies", "mirrored", "-o", "json"]);
     let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let of = |node: &str| json.as_array().into_iter().flatten().find(|copy| copy["node"] == node).expect("a copy");
     assert!(of("node-1")["primary"] == true && of("node-2")["up_to_date"] == true, "{text}");
-    tandem(&cluster, "controller", &["volume", "delete", &id]);
+    let listed = tandem(&cluster, "controller", &["volume", "list"]);
+    assert!(listed.lines().any(|line| line.starts_with("mirrored ") && line.contains(&id)), "{listed}");
+    let status = tandem(&cluster, "node-2", &["status"]);
+    assert!(status.lines().any(|line| line.starts_with("Encryption") && line.ends_with("on")), "{status}");
+    tandem(&cluster, "controller", &["volume", "delete", "mirrored"]);
     let left = tandem(&cluster, "controller", &["volume", "list", "-o", "json"]);
     assert_eq!(left.trim(), "[]");
     cluster.down();

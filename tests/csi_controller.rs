@@ -10,10 +10,14 @@ mod compare;
 mod copies;
 #[path = "csi_controller/crashes.rs"]
 mod crashes;
+#[path = "csi_controller/departed.rs"]
+mod departed;
 #[path = "csi_controller/fake.rs"]
 mod fake;
 #[path = "csi_controller/groups.rs"]
 mod groups;
+#[path = "csi_controller/half_made.rs"]
+mod half_made;
 #[path = "csi_controller/metadata.rs"]
 mod metadata;
 #[path = "csi_controller/mirror_snapshots.rs"]

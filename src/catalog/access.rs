@@ -28,7 +28,7 @@ pub(super) fn may<T: Guarded>(who: &Identity, write: &Write<'_, T>) -> bool {
 }
 
 impl Guarded for Node {
-    /// Its own; it is there until an operator removes the node.
+    /// Its own. A controller says that it is removed, and it says that it is back.
     fn node_may(node: &NodeName, write: &Write<'_, Self>) -> bool {
         write.after.is_some_and(|after| after.name == *node)
     }

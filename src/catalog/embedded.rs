@@ -1,6 +1,7 @@
 //! The catalogue in one file on this machine, with redb.
 //!
-//! Invariants: every commit is durable before the call returns; an object and its name change in one commit; every value
+//! Invariants: every commit is durable before the call returns, and is announced in the order of commits, whoever still waits
+//! for the call; an object and its name change in one commit; every value
 //! carries a crc32c of key and content, and the whole file is checked when it is opened, so a flipped bit is an error that
 //! names the file. redb may panic on what it did not write: a panic is caught, reported as damage and final for this
 //! process, because the state in memory may be wrong then. A new file appears under its name only when it is complete,
@@ -11,8 +12,8 @@ use crate::protocol::Generation;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::broadcast;
 
 /// Format of the file: tables and value encoding below. 2 has tables for nodes and configurations, and volumes whose
@@ -46,6 +47,8 @@ struct Inner {
     /// redb panicked: nothing in memory can be trusted any more.
     broken: AtomicBool,
     changes: broadcast::Sender<Change>,
+    /// Held from before a change until it is announced.
+    order: Mutex<()>,
 }
 
 /// What goes wrong inside a transaction, before the file's name is added.
@@ -79,6 +82,17 @@ impl Trouble {
     }
 }
 
+impl Inner {
+    fn announce(&self, change: Change) {
+        // Nobody watching is no error.
+        let _ = self.changes.send(change);
+    }
+}
+
+fn change<T: Object>(key: String) -> Change {
+    Change { kind: T::KIND, key }
+}
+
 impl Embedded {
     /// Opens the catalogue, or makes an empty one where there is none. Checks every page and every value: blocking.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
@@ -93,7 +107,8 @@ impl Embedded {
         });
         let database = opened??;
         let (changes, _) = broadcast::channel(WATCH_BACKLOG);
-        Ok(Self(Arc::new(Inner { path: path.to_owned(), database, broken: AtomicBool::new(false), changes })))
+        let (path, broken, order) = (path.to_owned(), AtomicBool::new(false), Mutex::new(()));
+        Ok(Self(Arc::new(Inner { path, database, broken, changes, order })))
     }
 
     /// The object with this key.
@@ -143,10 +158,9 @@ impl Embedded {
 
     /// Puts a new object in.
     pub async fn create<T: Object>(&self, object: T) -> Result<Stored<T>, CreateError> {
-        let key = object.key();
         let written = object.clone();
         let result = self
-            .write(move |transaction| {
+            .write(Some(change::<T>(object.key())), move |transaction| {
                 let (key, name) = (object.key(), object.name().map(|name| format!("{}/{name}", T::KIND)));
                 let mut table = transaction.open_table(table::<T>())?;
                 if table.get(key.as_str())?.is_some() {
@@ -165,7 +179,6 @@ impl Embedded {
             })
             .await?;
         let version = result.map_err(|key| CreateError::Exists { kind: T::KIND, key })?;
-        self.announce::<T>(key);
         Ok(Stored { version, object: written })
     }
 
@@ -174,7 +187,7 @@ impl Embedded {
         let key = stored.object.key();
         let written = stored.object.clone();
         let result = self
-            .write(move |transaction| {
+            .write(Some(change::<T>(key.clone())), move |transaction| {
                 let key = stored.object.key();
                 let mut table = transaction.open_table(table::<T>())?;
                 if !is_at::<T>(&table, &key, stored.version)? {
@@ -190,8 +203,7 @@ impl Embedded {
                 Ok(Ok(version))
             })
             .await?;
-        let version = result.map_err(|()| UpdateError::Conflict { kind: T::KIND, key: key.clone() })?;
-        self.announce::<T>(key);
+        let version = result.map_err(|()| UpdateError::Conflict { kind: T::KIND, key })?;
         Ok(Stored { version, object: written })
     }
 
@@ -200,7 +212,7 @@ impl Embedded {
         let key = stored.object.key();
         let (version, object) = (stored.version, stored.object.clone());
         let deleted = self
-            .write(move |transaction| {
+            .write(Some(change::<T>(key.clone())), move |transaction| {
                 let key = object.key();
                 let mut table = transaction.open_table(table::<T>())?;
                 if table.get(key.as_str())?.is_none() {
@@ -216,9 +228,7 @@ impl Embedded {
                 Ok(Ok(()))
             })
             .await?;
-        deleted.map_err(|()| UpdateError::Conflict { kind: T::KIND, key: key.clone() })?;
-        self.announce::<T>(key);
-        Ok(())
+        deleted.map_err(|()| UpdateError::Conflict { kind: T::KIND, key })
     }
 
     /// The catalogue's generation: 0 until it was rebuilt from the disks for the first time.
@@ -233,7 +243,7 @@ impl Embedded {
     /// Raises the generation above its own and above the highest that was found on the disks; returns the new one.
     pub async fn raise_generation(&self, found: Generation) -> Result<Generation, CatalogError> {
         let raised = self
-            .write(move |transaction| {
+            .write(None, move |transaction| {
                 let mut meta = transaction.open_table(META)?;
                 let own = meta.get(GENERATION_KEY)?.map_or(0, |value| value.value());
                 let next = own.max(found.0) + 1;
@@ -245,23 +255,29 @@ impl Embedded {
         Ok(generation)
     }
 
+    #[cfg(test)]
     pub(super) fn announce<T: Object>(&self, key: String) {
-        // Nobody watching is no error.
-        let _ = self.0.changes.send(Change { kind: T::KIND, key });
+        self.0.announce(change::<T>(key));
     }
 
-    /// One write transaction; `Ok(Err(_))` of `f` takes everything back.
+    /// One write transaction; `Ok(Err(_))` of `f` takes everything back. The announcement is part of it: a caller that went away
+    /// meanwhile does not make it.
     async fn write<R: Send + 'static, X: Send + 'static>(
         &self,
+        change: Option<Change>,
         f: impl FnOnce(&WriteTransaction) -> Result<Result<R, X>, Trouble> + Send + 'static,
     ) -> Result<Result<R, X>, CatalogError> {
         self.run(move |inner| {
+            let _order = inner.order.lock().unwrap_or_else(PoisonError::into_inner);
             let mut transaction = inner.database.begin_write()?;
             // Persist before the caller promises anything to anybody.
             transaction.set_durability(Durability::Immediate).map_err(|error| Trouble::Damaged(error.to_string()))?;
             let result = f(&transaction)?;
             match result {
-                Ok(_) => transaction.commit()?,
+                Ok(_) => {
+                    transaction.commit()?;
+                    change.into_iter().for_each(|change| inner.announce(change));
+                }
                 Err(_) => transaction.abort()?,
             }
             Ok(result)

@@ -26,10 +26,10 @@ mod watch;
 pub use configuration::ConfigurationError;
 pub use embedded::Embedded;
 pub use objects::{
-    Access, AccessMode, BadConfiguration, Base, ClientSpec, CopyReport, CopySpec, Descriptor, FsType, GroupMember,
-    GroupSnapshot, GroupStatus, MirrorSpec, Missed, Node, NodeName, Publication, Reach, Rebuild, RebuildAfter,
-    Replication, Snapshot, SnapshotStatus, Source, Volume, VolumeConfiguration, VolumePhase, VolumeRequest, VolumeSpec,
-    VolumeStatus,
+    Access, AccessMode, BadConfiguration, Base, ClientSpec, CopyReport, CopySpec, Descriptor, FsType, GivenUp,
+    GroupMember, GroupSnapshot, GroupStatus, MirrorSpec, Missed, Node, NodeName, Publication, Reach, Rebuild,
+    RebuildAfter, Replication, Snapshot, SnapshotStatus, Source, Volume, VolumeConfiguration, VolumePhase,
+    VolumeRequest, VolumeSpec, VolumeStatus,
 };
 
 pub use remote::{CALL_LIMIT, Remote};

@@ -10,7 +10,7 @@ pub use mirror::{
     BadConfiguration, ClientSpec, CopyReport, CopySpec, MirrorSpec, Missed, Reach, Rebuild, RebuildAfter, Replication,
     VolumeConfiguration,
 };
-pub use node::Node;
+pub use node::{GivenUp, Node};
 
 use super::Object;
 use crate::volume::{GroupSnapshotId, InstanceId, SnapshotId, VolumeId, VolumeSize};
@@ -400,20 +400,35 @@ impl Object for GroupSnapshot {
 #[serde(rename_all = "camelCase")]
 pub enum Descriptor {
     /// Of a volume.
+    #[serde(rename_all = "camelCase")]
     Volume {
         /// What was asked for.
         request: VolumeRequest,
+        /// What is wanted now, if that is something else.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rebuild_after: Option<RebuildAfter>,
     },
     /// Of a snapshot.
+    #[serde(rename_all = "camelCase")]
     Snapshot {
         /// The caller's name; members of a group have none.
         name: Option<String>,
         /// The group that it was taken with, whole: any member that is found is enough to know the group.
         group: Option<Box<GroupSnapshot>>,
+        /// It was taken for the clone with this id alone.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        made_for: Option<VolumeId>,
     },
 }
 
 impl Descriptor {
+    /// Of the volume as it is wanted now.
+    pub fn of(volume: &Volume) -> Self {
+        let after = volume.spec.rebuild_after;
+        let rebuild_after = (after != volume.request.rebuild_after).then_some(after);
+        Self::Volume { request: volume.request.clone(), rebuild_after }
+    }
+
     /// As it is handed to the replica.
     pub fn encode(&self) -> String {
         serde_json::to_string(self).unwrap_or_default()

@@ -8,7 +8,7 @@ use crate::rpc::csi::identity_client::IdentityClient;
 use crate::rpc::csi::node_client::NodeClient;
 use crate::rpc::operator::operator_client::OperatorClient;
 use crate::rpc::recovery::recovery_client::RecoveryClient;
-use crate::rpc::{control, csi};
+use crate::rpc::{control, operator};
 use crate::uds::connect;
 use std::path::{Path, PathBuf};
 use tonic::Status;
@@ -63,7 +63,8 @@ impl Target {
     }
     /// The operator service, beside the controller service.
     pub async fn operator(&self) -> Result<OperatorClient<Channel>, CliError> {
-        Ok(OperatorClient::new(self.controller_channel().await?))
+        let client = OperatorClient::new(self.controller_channel().await?);
+        Ok(client.max_decoding_message_size(LARGEST_ANSWER))
     }
     /// Whether it is the directory of `tandem controller`, which has no copies.
     fn is_controller(&self) -> bool {
@@ -109,7 +110,7 @@ pub fn refused(doing: impl Into<String>) -> impl FnOnce(Status) -> CliError {
 /// The name that a person gave it, from the text that the controller keeps beside each copy; empty if there is none.
 pub fn name_of(descriptor: &str) -> String {
     match Descriptor::decode(descriptor) {
-        Some(Descriptor::Volume { request }) => request.name,
+        Some(Descriptor::Volume { request, .. }) => request.name,
         Some(Descriptor::Snapshot { name, .. }) => name.unwrap_or_default(),
         None => String::new(),
     }
@@ -144,34 +145,24 @@ async fn copies(target: &Target) -> Result<Vec<control::Volume>, CliError> {
 }
 
 /// The volumes of the catalogue.
-async fn catalogued(target: &Target) -> Result<Vec<csi::Volume>, CliError> {
-    let answer = target.controller().await?.list_volumes(csi::ListVolumesRequest::default()).await;
-    let entries = answer.map_err(refused("cannot list volumes"))?.into_inner().entries;
-    Ok(entries.into_iter().filter_map(|entry| entry.volume).collect())
+async fn catalogued(target: &Target) -> Result<Vec<operator::Volume>, CliError> {
+    let answer = target.operator().await?.list_volumes(operator::ListVolumesRequest {}).await;
+    Ok(answer.map_err(refused("cannot list volumes"))?.into_inner().volumes)
 }
 
-fn without_copy(volume: csi::Volume) -> control::Volume {
+fn without_copy(volume: operator::Volume) -> control::Volume {
     let health = control::Health {
         kind: control::health::Kind::Inaccessible.into(),
         reason: COPY_MISSING.into(),
         message: "its copy is not on this node or cannot be opened; `tandem status` says why".into(),
     };
-    control::Volume {
-        volume_id: volume.volume_id,
-        size_bytes: u64::try_from(volume.capacity_bytes).unwrap_or(0),
-        health: vec![health],
-        ..Default::default()
-    }
+    control::Volume { ready: false, health: vec![health], ..elsewhere(volume) }
 }
 
 /// A volume of a cluster, as its controller says it.
-fn elsewhere(volume: csi::Volume) -> control::Volume {
-    control::Volume {
-        volume_id: volume.volume_id,
-        size_bytes: u64::try_from(volume.capacity_bytes).unwrap_or(0),
-        ready: true,
-        ..Default::default()
-    }
+fn elsewhere(volume: operator::Volume) -> control::Volume {
+    let operator::Volume { volume_id, pool, size_bytes, verify_reads, descriptor } = volume;
+    control::Volume { volume_id, pool, size_bytes, verify_reads, descriptor, ready: true, ..Default::default() }
 }
 
 /// The volumes that have a device, by name and device.
@@ -190,9 +181,15 @@ pub async fn snapshots(target: &Target) -> Result<Vec<control::Snapshot>, CliErr
     Ok(answer.map_err(refused("cannot list snapshots"))?.into_inner().snapshots)
 }
 
-/// The volume with that id, or else the only one with that name.
+/// The volume with that id, or else the only one with that name: of those on the node, or else of its cluster.
 pub async fn find_volume(target: &Target, name: &str) -> Result<control::Volume, CliError> {
-    pick("volume", name, volumes(target).await?, |v| (v.volume_id.clone(), name_of(&v.descriptor)))
+    let key = |v: &control::Volume| (v.volume_id.clone(), name_of(&v.descriptor));
+    match pick("volume", name, volumes(target).await?, key) {
+        Err(CliError::Unknown { .. }) if target.controller_endpoint.is_some() => {
+            pick("volume", name, catalogued(target).await?.into_iter().map(elsewhere).collect(), key)
+        }
+        found => found,
+    }
 }
 
 /// The snapshot with that id, or else the only one with that name.

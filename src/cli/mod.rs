@@ -10,6 +10,7 @@ mod copies;
 mod holder;
 mod mirror;
 mod node;
+mod nodes;
 mod output;
 mod pool;
 mod process;

@@ -2,6 +2,7 @@
 
 use super::CliError;
 use super::client::{Target, find_volume, refused};
+use super::output::Output;
 use super::volume::volume_capability;
 use crate::rpc::csi;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,8 @@ pub struct DetachArguments {
     node: String,
     #[command(flatten)]
     target: Target,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Debug, clap::Args)]
@@ -68,6 +71,8 @@ pub struct StageArguments {
     usage: Use,
     #[command(flatten)]
     target: Target,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Debug, clap::Args)]
@@ -83,6 +88,8 @@ pub struct PublishArguments {
     usage: Use,
     #[command(flatten)]
     target: Target,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Debug, clap::Args)]
@@ -93,6 +100,8 @@ pub struct PathArguments {
     path: PathBuf,
     #[command(flatten)]
     target: Target,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Does one of them.
@@ -101,15 +110,18 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Stage(arguments) => stage(arguments).await,
         Command::Unstage(arguments) => unstage(arguments).await,
         Command::Publish(arguments) => publish(arguments).await,
-        Command::Detach(DetachArguments { volume, node, target }) => {
-            let volume_id = find_volume(&target, &volume).await?.volume_id;
-            detach(&target, volume_id, node, format!("cannot take volume {volume} from its node")).await
+        Command::Detach(DetachArguments { volume, node, target, output }) => {
+            let id = find_volume(&target, &volume).await?.volume_id;
+            let doing = format!("cannot take volume {volume} from its node");
+            detach(&target, id.clone(), node.clone(), doing).await?;
+            output.silent(&serde_json::json!({ "id": id, "node": node }))
         }
-        Command::Unpublish(PathArguments { volume, path, target }) => {
-            let volume_id = find_volume(&target, &volume).await?.volume_id;
-            let request = csi::NodeUnpublishVolumeRequest { volume_id, target_path: text(&path) };
+        Command::Unpublish(PathArguments { volume, path, target, output }) => {
+            let id = find_volume(&target, &volume).await?.volume_id;
+            let request = csi::NodeUnpublishVolumeRequest { volume_id: id.clone(), target_path: text(&path) };
             let answer = target.node().await?.node_unpublish_volume(request).await;
-            answer.map(drop).map_err(refused(format!("cannot unpublish volume {volume}")))
+            answer.map_err(refused(format!("cannot unpublish volume {volume}")))?;
+            output.silent(&serde_json::json!({ "id": id, "path": text(&path) }))
         }
     }
 }
@@ -164,12 +176,13 @@ async fn attach(
     Ok(answer.into_inner().publish_context)
 }
 
-async fn stage(StageArguments { volume, staging, usage, target }: StageArguments) -> Result<(), CliError> {
+async fn stage(StageArguments { volume, staging, usage, target, output }: StageArguments) -> Result<(), CliError> {
     let volume_id = find_volume(&target, &volume).await?.volume_id;
     let doing = format!("cannot stage volume {volume}");
     make(&staging)?;
     let publish_context = attach(&target, &volume_id, &usage, &doing).await?;
     let volume_context = context(&target, &volume_id, &doing).await?;
+    let done = serde_json::json!({ "id": volume_id, "staging": text(&staging) });
     let request = csi::NodeStageVolumeRequest {
         volume_id,
         publish_context,
@@ -178,18 +191,21 @@ async fn stage(StageArguments { volume, staging, usage, target }: StageArguments
         volume_context,
         ..Default::default()
     };
-    target.node().await?.node_stage_volume(request).await.map(drop).map_err(refused(doing))
+    target.node().await?.node_stage_volume(request).await.map_err(refused(doing))?;
+    output.silent(&done)
 }
 
-async fn unstage(PathArguments { volume, path, target }: PathArguments) -> Result<(), CliError> {
+async fn unstage(PathArguments { volume, path, target, output }: PathArguments) -> Result<(), CliError> {
     let volume_id = find_volume(&target, &volume).await?.volume_id;
     let doing = format!("cannot unstage volume {volume}");
     let request = csi::NodeUnstageVolumeRequest { volume_id: volume_id.clone(), staging_target_path: text(&path) };
     target.node().await?.node_unstage_volume(request).await.map_err(refused(doing.as_str()))?;
-    detach(&target, volume_id, own_name(&target, &doing).await?, doing).await
+    detach(&target, volume_id.clone(), own_name(&target, &doing).await?, doing).await?;
+    output.silent(&serde_json::json!({ "id": volume_id, "staging": text(&path) }))
 }
 
-async fn publish(PublishArguments { volume, path, staging, usage, target }: PublishArguments) -> Result<(), CliError> {
+async fn publish(arguments: PublishArguments) -> Result<(), CliError> {
+    let PublishArguments { volume, path, staging, usage, target, output } = arguments;
     let volume_id = find_volume(&target, &volume).await?.volume_id;
     let doing = format!("cannot publish volume {volume}");
     if let Some(parent) = path.parent() {
@@ -197,6 +213,7 @@ async fn publish(PublishArguments { volume, path, staging, usage, target }: Publ
     }
     let publish_context = attach(&target, &volume_id, &usage, &doing).await?;
     let volume_context = context(&target, &volume_id, &doing).await?;
+    let done = serde_json::json!({ "id": volume_id, "path": text(&path) });
     let request = csi::NodePublishVolumeRequest {
         volume_id,
         publish_context,
@@ -207,7 +224,8 @@ async fn publish(PublishArguments { volume, path, staging, usage, target }: Publ
         volume_context,
         ..Default::default()
     };
-    target.node().await?.node_publish_volume(request).await.map(drop).map_err(refused(doing))
+    target.node().await?.node_publish_volume(request).await.map_err(refused(doing))?;
+    output.silent(&done)
 }
 
 /// A directory on which the device's filesystem is mounted, seen from here; `None` if there is none or no device.

@@ -48,6 +48,13 @@ impl Output {
             Format::Json => json(thing),
         }
     }
+    /// Writes what was done for scripts; people hear of it only if it fails.
+    pub fn silent<T: Serialize>(self, thing: &T) -> Result<(), CliError> {
+        match self.format {
+            Format::Table => Ok(()),
+            Format::Json => json(thing),
+        }
+    }
     /// Writes what happened: a sentence for people, the thing itself for scripts.
     pub fn done<T: Serialize>(self, thing: &T, sentence: &str) -> Result<(), CliError> {
         match self.format {

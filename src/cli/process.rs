@@ -69,6 +69,7 @@ pub fn run(command: Command, log: &str) -> Result<(), CliError> {
             crate::logging::start(log, "controller");
             role::run_controller(arguments)
         }
+        Command::Node(NodeArguments { command: Some(command), .. }) => super::block_on(super::nodes::run(command)),
         Command::Node(arguments) => {
             crate::logging::start(log, "node");
             role::run_node(arguments)

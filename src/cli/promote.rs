@@ -63,16 +63,19 @@ fn agree(plan: &PlanForceResponse, node: &str) -> Result<(), CliError> {
     let mut text =
         format!("Volume {name}, newest known version {generation}.{version}. With the copy on {node} alone:\n");
     losses.iter().for_each(|loss| text += &format!("  - {loss}\n"));
+    typed(&text, "the volume", name, "nothing was forced")
+}
+
+/// Tells a person what follows; who agrees types the name of what it is about.
+pub fn typed(text: &str, what: &str, name: &str, nothing: &str) -> Result<(), CliError> {
     let mut terminal = std::io::stderr().lock();
     terminal.write_all(text.as_bytes()).map_err(CliError::Output)?;
     if !std::io::stdin().is_terminal() {
-        let text = "nothing was forced: nobody can be asked here; with --yes nobody is asked";
-        return Err(CliError::Together(text.into()));
+        let text = format!("{nothing}: nobody can be asked here; with --yes nobody is asked");
+        return Err(CliError::Together(text));
     }
-    write!(terminal, "Type the name of the volume to go on: ")
-        .and_then(|()| terminal.flush())
-        .map_err(CliError::Output)?;
+    write!(terminal, "Type the name of {what} to go on: ").and_then(|()| terminal.flush()).map_err(CliError::Output)?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer).map_err(CliError::Output)?;
-    if answer.trim() == name { Ok(()) } else { Err(CliError::Together("nothing was forced".into())) }
+    if answer.trim() == name { Ok(()) } else { Err(CliError::Together(nothing.into())) }
 }

@@ -60,9 +60,12 @@ pub struct ControllerArguments {
 /// Serve CSI's node services on a machine of a cluster: what kubelet calls to mount volumes.
 ///
 /// `tandem replica` runs beside it with the same --dir, and has the devices; either may be killed and started again without
-/// the other.
+/// the other. With a command it is about the nodes of a cluster, as its controller knows them.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct NodeArguments {
+    #[command(subcommand)]
+    pub command: Option<super::nodes::Command>,
     /// Directory of this node, the same as the replica's.
     #[arg(long, env = "TANDEM_DIR", default_value = "/var/lib/tandem", value_name = "DIR")]
     dir: PathBuf,
@@ -191,7 +194,7 @@ pub fn run_controller(arguments: ControllerArguments) -> Result<(), CliError> {
 
 /// Runs it until it is told to end.
 pub fn run_node(arguments: NodeArguments) -> Result<(), CliError> {
-    let NodeArguments { dir, node_id, endpoint, max_volumes_per_node } = arguments;
+    let NodeArguments { command: _, dir, node_id, endpoint, max_volumes_per_node } = arguments;
     let dir = standalone::prepare_dir(&dir)?;
     let socket = standalone::socket(endpoint.as_deref(), &dir)?;
     let node_id = node_id.unwrap_or_else(standalone::host_name);

@@ -4,7 +4,7 @@ use super::CliError;
 use super::client::{Target, name_of, refused, volumes};
 use super::output::Output;
 use super::pool::{Pool, pools};
-use super::volume::health;
+use super::volume::{Health, health};
 use crate::rpc::{control, csi};
 use serde::Serialize;
 
@@ -29,6 +29,7 @@ struct Status {
     volumes: usize,
     attached_volumes: u64,
     recovered_requests: u64,
+    encryption: String,
     pools: Vec<Pool>,
     problems: Vec<String>,
 }
@@ -41,7 +42,8 @@ pub async fn run(Arguments { target, output }: Arguments) -> Result<(), CliError
     let mut problems: Vec<String> = volumes
         .iter()
         .flat_map(|v| {
-            health(v).into_iter().map(|h| format!("volume {} ({}): {h}", name_of(&v.descriptor), v.volume_id))
+            let wrong = health(v).into_iter().filter(Health::is_problem);
+            wrong.map(|h| format!("volume {} ({}): {h}", name_of(&v.descriptor), v.volume_id))
         })
         .collect();
     let pools = pools(&target).await?;
@@ -61,6 +63,7 @@ pub async fn run(Arguments { target, output }: Arguments) -> Result<(), CliError
         volumes: volumes.len(),
         attached_volumes: replica.attached_volumes,
         recovered_requests: replica.recovered_requests,
+        encryption: replica.encryption,
         pools,
         problems,
     };
@@ -87,6 +90,12 @@ fn lines(status: &Status) -> Vec<(&'static str, String)> {
         ("Volumes", format!("{}, {} attached", status.volumes, status.attached_volumes)),
         ("Recovered", format!("{} requests since the engine started", status.recovered_requests)),
     ];
+    let encryption = match status.encryption.as_str() {
+        "" => "none needed: there are no other nodes",
+        "off" => "OFF: what the copies of a volume send each other is not encrypted",
+        _ => "on",
+    };
+    lines.push(("Encryption", encryption.into()));
     lines.extend(status.pools.iter().map(|pool| ("Pool", pool.summary())));
     if status.problems.is_empty() {
         lines.push(("Problems", "none".into()));

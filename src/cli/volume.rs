@@ -113,6 +113,8 @@ pub struct ModifyArguments {
     parameters: Vec<(String, String)>,
     #[command(flatten)]
     target: Target,
+    #[command(flatten)]
+    output: Output,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -154,10 +156,18 @@ pub fn health(volume: &control::Volume) -> Vec<Health> {
             Kind::Degraded => "degraded",
             Kind::Inaccessible => "inaccessible",
             Kind::DataLoss => "data loss",
+            Kind::Note => "note",
         };
         Health { kind: kind.into(), reason: h.reason.clone(), message: h.message.clone() }
     };
     volume.health.iter().map(entry).collect()
+}
+
+impl Health {
+    /// Whether something is to be done about it.
+    pub fn is_problem(&self) -> bool {
+        self.kind != "note"
+    }
 }
 
 impl std::fmt::Display for Health {
@@ -378,13 +388,15 @@ async fn expand(ExpandArguments { volume, size, target, output }: ExpandArgument
     output.done(&serde_json::json!({ "id": found.volume_id, "size_bytes": bytes }), &sentence)
 }
 
-async fn modify(ModifyArguments { volume, parameters, target }: ModifyArguments) -> Result<(), CliError> {
+async fn modify(ModifyArguments { volume, parameters, target, output }: ModifyArguments) -> Result<(), CliError> {
+    let id = find_volume(&target, &volume).await?.volume_id;
+    let done = serde_json::json!({ "id": id, "parameters": parameters.iter().cloned().collect::<HashMap<_, _>>() });
     let request = csi::ControllerModifyVolumeRequest {
-        volume_id: find_volume(&target, &volume).await?.volume_id,
+        volume_id: id,
         mutable_parameters: parameters.into_iter().collect(),
         ..Default::default()
     };
     let answer = target.controller().await?.controller_modify_volume(request).await;
     answer.map_err(refused(format!("cannot modify volume {volume}")))?;
-    Ok(())
+    output.silent(&done)
 }

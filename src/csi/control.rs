@@ -100,7 +100,7 @@ impl Control {
                 connected.map(TokioIo::new).map_err(named)
             }
         }));
-        Self { client: ReplicaClient::new(channel), machine: None }
+        Self { client: ReplicaClient::new(channel).max_decoding_message_size(LARGEST_ANSWER), machine: None }
     }
 
     /// A client of the replica of another machine. Does not connect yet, so that machine may start later.

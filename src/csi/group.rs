@@ -186,7 +186,8 @@ impl Controller {
 
     async fn take_group(&self, mut stored: Stored<GroupSnapshot>) -> Result<GroupSnapshot, CreateGroupError> {
         let group = stored.object.clone();
-        let descriptor = Descriptor::Snapshot { name: None, group: Some(Box::new(group.clone())) }.encode();
+        let descriptor =
+            Descriptor::Snapshot { name: None, group: Some(Box::new(group.clone())), made_for: None }.encode();
         let mut wanted = Vec::new();
         let mut missing = None;
         for member in &group.members {

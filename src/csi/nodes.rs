@@ -1,7 +1,8 @@
 //! The nodes of the installation, and the way to the replica of each.
 //!
 //! Invariants: which node a volume is on is read from the catalogue, never guessed; a node that does not answer is named
-//! in the error, and stops nothing that does not need it.
+//! in the error, and stops nothing that does not need it; one that has not answered for long stops nothing that could be
+//! elsewhere; one that a person has removed is none before it says that it is back.
 
 use super::control::{Control, ControlError};
 use super::errors::Transient;
@@ -15,11 +16,13 @@ use crate::tls::Credentials;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 /// How long a node may take to say that it is there: as long as a connection may take, and some more.
 const ANSWER_SOON: Duration = Duration::from_secs(4);
+/// How long a node may be silent before nobody waits for its pools: longer than a machine takes to be started again.
+const PATIENCE: Duration = Duration::from_secs(10 * 60);
 
 /// A node, and the way to its replica.
 #[derive(Clone, Debug)]
@@ -49,6 +52,9 @@ struct Cluster {
     credentials: Arc<Credentials>,
     /// The setting of the whole cluster.
     encrypted: bool,
+    /// How long a node may be silent before nobody waits for its pools.
+    patience: Duration,
+    silence: Mutex<Silence>,
     /// Connections by the address that they were made for: a node that comes back elsewhere gets a new one.
     known: Mutex<BTreeMap<(NodeName, SocketAddr), Control>>,
 }
@@ -60,13 +66,43 @@ pub struct Pools {
     pub pools: Vec<placement::Pool>,
     /// Of those that do not.
     pub silent: Vec<(NodeName, ControlError)>,
+    /// Of those that have not for long: they may be gone for good.
+    pub gone: Vec<(NodeName, ControlError)>,
+}
+
+/// Since when nodes have not answered, as far as this process has asked them.
+#[derive(Default)]
+struct Silence(BTreeMap<NodeName, Instant>);
+
+impl Silence {
+    /// For how long the node has not answered.
+    fn note(&mut self, node: &NodeName, answers: bool, now: Instant) -> Duration {
+        if answers {
+            self.0.remove(node);
+            return Duration::ZERO;
+        }
+        now.saturating_duration_since(*self.0.entry(node.clone()).or_insert(now))
+    }
 }
 
 impl Announced {
     /// The nodes in this catalogue, called with these certificates. New copies go only to those whose connections to other
     /// replicas are encrypted or not, as said.
     pub fn new(catalog: Catalog, credentials: Arc<Credentials>, encrypted: bool) -> Self {
-        Self(Arc::new(Cluster { catalog, credentials, encrypted, known: Mutex::default() }))
+        Self::with_patience(catalog, credentials, encrypted, PATIENCE)
+    }
+
+    /// The same; nobody waits for the pools of a node that was silent for so long.
+    pub fn with_patience(catalog: Catalog, credentials: Arc<Credentials>, encrypted: bool, patience: Duration) -> Self {
+        let (known, silence) = Default::default();
+        Self(Arc::new(Cluster { catalog, credentials, encrypted, patience, silence, known }))
+    }
+
+    /// Whether the node may be gone for good, now that it was asked.
+    fn is_gone(&self, node: &NodeName, answers: bool) -> bool {
+        let mut silence = self.0.silence.lock().unwrap_or_else(PoisonError::into_inner);
+        let silent = silence.note(node, answers, Instant::now());
+        !answers && silent >= self.0.patience
     }
 
     fn node(&self, node: catalog::Node) -> Node {
@@ -80,13 +116,14 @@ impl Announced {
     }
 
     async fn get(&self, name: &NodeName) -> Result<Option<Node>, Transient> {
-        let stored = self.0.catalog.get::<catalog::Node>(&name.0).await?;
+        let stored = self.0.catalog.get::<catalog::Node>(&name.0).await?.filter(|stored| !stored.object.removed);
         Ok(stored.map(|stored| self.node(stored.object)))
     }
 
     async fn list(&self) -> Result<Vec<(Node, bool)>, Transient> {
         let stored = self.0.catalog.list::<catalog::Node>().await?.into_iter();
         Ok(stored
+            .filter(|stored| !stored.object.removed)
             .map(|stored| (stored.object.encrypted, stored.object))
             .map(|(e, node)| (self.node(node), e))
             .collect())
@@ -157,8 +194,27 @@ impl Nodes {
                 (name, matches!(answer, Ok(Ok(_))))
             });
         }
-        let answers = asked.join_all().await.into_iter();
-        Ok((names, answers.filter(|(_, answers)| !answers).map(|(name, _)| name).collect()))
+        let answers = asked.join_all().await;
+        answers.iter().for_each(|(name, answers)| _ = self.is_gone(name, *answers));
+        Ok((names, answers.into_iter().filter(|(_, answers)| !answers).map(|(name, _)| name).collect()))
+    }
+
+    fn is_gone(&self, node: &NodeName, answers: bool) -> bool {
+        match self {
+            Self::Alone(_) => false,
+            Self::Announced(nodes) => nodes.is_gone(node, answers),
+        }
+    }
+
+    /// Whether the node answers now; if not, why.
+    pub async fn answers(&self, name: &NodeName) -> Result<(), Transient> {
+        let control = self.holder(Some(name)).await?.control;
+        let asked = tokio::time::timeout(ANSWER_SOON, control.client().get_status(GetStatusRequest {})).await;
+        match asked {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(control.refusal(status).into()),
+            Err(_) => Err(ControlError::Unknown(format!("node {name} does not answer")).into()),
+        }
     }
 
     /// What can be promised where; all nodes are asked at once.
@@ -170,13 +226,21 @@ impl Nodes {
         let mut found = Pools::default();
         for (answer, name) in asked.join_all().await {
             match answer {
-                Ok(pools) => found.pools.extend(pools.into_iter().map(|pool| pool_at(&name, pool))),
+                Ok(pools) => {
+                    self.is_gone(&name, true);
+                    found.pools.extend(pools.into_iter().map(|pool| pool_at(&name, pool)));
+                }
+                Err(error) if self.is_gone(&name, false) => {
+                    tracing::warn!(node = %name, %error, "it has not answered for long: its pools are not counted");
+                    found.gone.push((name, error));
+                }
                 Err(error) => found.silent.push((name, error)),
             }
         }
         // The order of answers is luck.
         found.pools.sort_by(|a, b| (&a.node, &a.pool).cmp(&(&b.node, &b.pool)));
         found.silent.sort_by(|a, b| a.0.cmp(&b.0));
+        found.gone.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(found)
     }
 }
@@ -222,4 +286,19 @@ impl Node {
 fn pool_at(node: &NodeName, pool: control::Pool) -> placement::Pool {
     let free = pool.capacity_bytes.saturating_sub(pool.promised_bytes);
     placement::Pool { node: node.clone(), pool: pool.name, free, largest: pool.largest_volume_bytes.min(free) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_is_counted_from_the_first_question_without_an_answer() {
+        let (mut silence, began) = (Silence::default(), Instant::now());
+        let [one, two] = ["node-1", "node-2"].map(|name| NodeName(name.to_owned()));
+        let after = |seconds: u64| began + Duration::from_secs(seconds);
+        let mut note = |node, answers, seconds| silence.note(node, answers, after(seconds)).as_secs();
+        assert_eq!((note(&one, false, 0), note(&one, false, 700), note(&two, false, 700)), (0, 700, 0));
+        assert_eq!((note(&one, true, 701), note(&one, false, 702), note(&one, false, 705)), (0, 0, 3));
+    }
 }

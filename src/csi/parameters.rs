@@ -1,6 +1,6 @@
 //! Parameters of StorageClass and VolumeAttributesClass: text in, [`Parameters`] out, everything else refused by name.
 //!
-//! Invariants: [`PARAMETERS`] is the one list of keys: the parser, its messages and `docs/parameters.md` follow it;
+//! Invariants: [`PARAMETERS`] is the one list of keys: the parser, its messages and `README.md` follow it;
 //! `mutable_parameters` win over `parameters` and may only hold keys that can change on a volume in use.
 
 use crate::catalog::{FsType, Reach, RebuildAfter, Replication};

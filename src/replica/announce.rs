@@ -1,7 +1,8 @@
 //! A node says in the catalogue that it is there, and where.
 //!
 //! Invariants: until the controller is reached it is tried again, and nothing else waits for that; an object that is not as
-//! it should be, because the catalogue was lost or is an old one, is put right as soon as the controller is there again.
+//! it should be, because the catalogue was lost or is an old one, is put right as soon as the controller is there again. A node
+//! that was removed says that it is back; what it has given up meanwhile stays written until it has done so.
 
 use crate::catalog::{Catalog, CreateError, Node, Seen, Stored, UpdateError, Watch};
 use std::time::Duration;
@@ -69,8 +70,12 @@ enum Unannounced {
 
 async fn announce(catalog: &Catalog, node: &Node) -> Result<(), Unannounced> {
     match catalog.get::<Node>(&node.name.0).await? {
-        Some(stored) if stored.object == *node => {}
-        Some(stored) => drop(catalog.update(Stored { object: node.clone(), ..stored }).await?),
+        Some(stored) => {
+            let object = Node { given_up: stored.object.given_up.clone(), ..node.clone() };
+            if stored.object != object {
+                catalog.update(Stored { object, ..stored }).await?;
+            }
+        }
         None => drop(catalog.create(node.clone()).await?),
     }
     Ok(())
@@ -80,23 +85,29 @@ async fn announce(catalog: &Catalog, node: &Node) -> Result<(), Unannounced> {
 mod tests {
     use super::*;
     use crate::catalog::NodeName;
+    use crate::volume::VolumeId;
 
     #[tokio::test]
     async fn a_node_that_moves_or_was_forgotten_is_announced_again() {
         let dir = tempfile::Builder::new().prefix("tandem-announce").tempdir().expect("a directory");
         let catalog = Catalog::open(&dir.path().join("catalog.redb")).expect("a catalogue");
-        let at = |port: u16| Node {
-            name: NodeName("node-1".into()),
-            mirror: ([127, 0, 0, 1], port).into(),
-            control: ([127, 0, 0, 1], port + 1).into(),
-            encrypted: true,
+        let at = |port: u16| {
+            let [mirror, control] = [port, port + 1].map(|port| ([127, 0, 0, 1], port).into());
+            Node::new(NodeName("node-1".into()), mirror, control, true)
         };
         for node in [at(1), at(1), at(7)] {
             announce(&catalog, &node).await.expect("announced");
             let stored = catalog.get::<Node>("node-1").await.expect("readable").expect("there");
             assert_eq!(stored.object, node);
         }
+        let mut stored = catalog.get::<Node>("node-1").await.expect("readable").expect("there");
+        stored.object.removed = true;
+        stored.object.given_up.volumes.insert(VolumeId::random());
+        let given_up = stored.object.given_up.clone();
+        catalog.update(stored).await.expect("removed");
+        announce(&catalog, &at(7)).await.expect("announced");
         let stored = catalog.get::<Node>("node-1").await.expect("readable").expect("there");
+        assert_eq!((stored.object.removed, &stored.object.given_up), (false, &given_up), "it is back");
         catalog.delete(&stored).await.expect("forgotten");
         announce(&catalog, &at(7)).await.expect("announced");
         assert!(catalog.get::<Node>("node-1").await.expect("readable").is_some());

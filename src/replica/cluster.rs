@@ -87,7 +87,7 @@ impl Candidate {
             endpoint: Endpoint::listen(mirror, security),
             boot: boot_id().map_err(JoinError::Boot)?,
         });
-        let node = Node { name, mirror: mirror_listen, control: listen, encrypted };
+        let node = Node::new(name, mirror_listen, listen, encrypted);
         Ok(Self { listener, credentials, mirrors, catalog, node, controller })
     }
 

@@ -98,6 +98,7 @@ async fn serve(config: ReplicaConfig) -> Result<(), RunError> {
     let engine = EngineConfig { holder, io: config.io, spin: config.spin };
     let (handle, recovered) = engine::start(engine)?;
     let settings = OpenSettings { dir: config.dir.clone(), pools: config.pools, overcommit: config.overcommit };
+    let encrypted = config.cluster.as_ref().map(|cluster| cluster.encrypted);
     let mut candidate = match config.cluster {
         Some(cluster) => Some(Candidate::new(cluster).await?),
         None => None,
@@ -118,7 +119,7 @@ async fn serve(config: ReplicaConfig) -> Result<(), RunError> {
         .map_err(|source| RunError::Metrics { address, source })?;
     }
     let listener = uds::listen_on(&config.dir.join("replica.sock"))?;
-    let service = ReplicaService::new(manager.clone(), config.node_id);
+    let service = ReplicaService::new(manager.clone(), config.node_id, encrypted);
     let member = candidate.map(|candidate| candidate.join(&manager, service.clone()));
     tracing::info!(attached = manager.attached().len(), "the replica serves");
     tonic::transport::Server::builder()

@@ -27,17 +27,19 @@ const EXTENTS_PER_MESSAGE: usize = 4096;
 pub struct ReplicaService {
     manager: Manager,
     node_id: String,
+    /// Whether its connections to other replicas are encrypted, if there are others.
+    encrypted: Option<bool>,
 }
 
 impl ReplicaService {
-    /// Serves `manager` as the node `node_id`.
-    pub fn new(manager: Manager, node_id: String) -> Self {
-        Self { manager, node_id }
+    /// Serves `manager` as the node `node_id`, whose connections to other replicas are encrypted or not, if there are others.
+    pub fn new(manager: Manager, node_id: String, encrypted: Option<bool>) -> Self {
+        Self { manager, node_id, encrypted }
     }
 
     async fn view(&self, volume: VolumeId) -> Result<Response<rpc::Volume>, Status> {
         let view = self.manager.volume(volume).await;
-        Ok(Response::new(view.ok_or(VolumeFailure::NoVolume(volume))?.into()))
+        Ok(Response::new(told(view.ok_or(VolumeFailure::NoVolume(volume))?.into(), self.encrypted)))
     }
 }
 
@@ -126,8 +128,19 @@ impl From<VolumeView> for rpc::Volume {
             mirror: v.mirror.map(Into::into),
             record: v.record.map(|record| record_message(v.volume, record)),
             tree_id: v.tree.to_string(),
+            written: v.written,
         }
     }
+}
+
+/// With what follows for it from the setting of this node.
+fn told(mut volume: rpc::Volume, encrypted: Option<bool>) -> rpc::Volume {
+    if encrypted == Some(false) && volume.record.is_some() {
+        let message = "what its copies send each other is not encrypted: their nodes have --encryption off".to_owned();
+        let (kind, reason) = (rpc::health::Kind::Note.into(), "NotEncrypted".to_owned());
+        volume.health.push(rpc::Health { kind, reason, message });
+    }
+    volume
 }
 
 fn record_message(volume: VolumeId, record: RecordView) -> rpc::CopyRecord {
@@ -256,6 +269,7 @@ impl Replica for ReplicaService {
             recovered_requests: engine.recovered_requests,
             attached_volumes: self.manager.attached().len() as u64,
             holder_connected: engine.holder_connected,
+            encryption: self.encrypted.map_or("", |on| if on { "on" } else { "off" }).to_owned(),
         }))
     }
 
@@ -288,9 +302,13 @@ impl Replica for ReplicaService {
         &self,
         r: Request<rpc::DeleteVolumeRequest>,
     ) -> Result<Response<rpc::DeleteVolumeResponse>, Status> {
-        if let Ok(volume) = r.into_inner().volume_id.parse() {
+        let rpc::DeleteVolumeRequest { volume_id, unwritten } = r.into_inner();
+        if let Ok(volume) = volume_id.parse() {
             let manager = self.manager.clone();
-            to_the_end(async move { manager.delete_volume(volume).await }).await?;
+            to_the_end(async move {
+                if unwritten { manager.delete_unwritten(volume).await } else { manager.delete_volume(volume).await }
+            })
+            .await?;
         }
         Ok(Response::new(rpc::DeleteVolumeResponse {}))
     }
@@ -303,7 +321,7 @@ impl Replica for ReplicaService {
         &self,
         _: Request<rpc::ListVolumesRequest>,
     ) -> Result<Response<rpc::ListVolumesResponse>, Status> {
-        let volumes = self.manager.volumes().await.into_iter().map(Into::into).collect();
+        let volumes = self.manager.volumes().await.into_iter().map(|view| told(view.into(), self.encrypted)).collect();
         Ok(Response::new(rpc::ListVolumesResponse { volumes }))
     }
 
@@ -466,3 +484,6 @@ fn walk(stream: &ExtentStream, start: u64, send: &mpsc::Sender<Result<rpc::GetEx
     // Always a last message, so that the size is known even if nothing is allocated. A reader that left needs none.
     let _ = send.blocking_send(Ok(rpc::GetExtentsResponse { size_bytes, extents }));
 }
+
+#[cfg(test)]
+mod tests;

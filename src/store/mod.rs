@@ -287,6 +287,8 @@ pub struct VolumeInfo {
     pub allocated_blocks: u64,
     /// Layers from the root to it, itself included.
     pub layers: u32,
+    /// One of them has something: the volume is not as one that was made empty and never used.
+    pub written: bool,
 }
 
 /// One snapshot.
@@ -356,6 +358,7 @@ impl Store {
             verify_reads: volume.verify_reads,
             allocated_blocks: self.tree.layers.get(&volume.top).map_or(0, |layer| layer.map.data_blocks()),
             layers: self.tree.path(volume.top).count() as u32,
+            written: self.tree.path(volume.top).any(|(_, layer)| !layer.map.is_empty()),
         };
         self.tree.volumes.iter().map(info).collect()
     }

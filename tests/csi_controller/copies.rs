@@ -5,7 +5,7 @@ use crate::nodes::{at, cluster};
 use crate::site::*;
 use std::collections::BTreeSet;
 use std::time::Duration;
-use tandem::catalog::{Stored, VolumeConfiguration};
+use tandem::catalog::{Descriptor, Stored, VolumeConfiguration};
 use tandem::csi::controller::OperatorService;
 use tandem::protocol::{Configuration, Lacks};
 use tandem::rpc::csi::volume_capability::access_mode::Mode;
@@ -138,4 +138,16 @@ async fn a_copy_is_replaced_by_one_that_has_everything() {
     assert_eq!(nodes, BTreeSet::from(["node-1".into(), "node-3".into()]));
     replace(&driver, &id, "node-2", "node-3").await.expect("repeated");
     tending.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_finds_a_volume_of_the_cluster_by_its_name() {
+    let (_nodes, driver) = cluster(&[10, 20]).await;
+    let _work = make_copies(&driver.catalog, &["node-1", "node-2"]);
+    let id = driver.create(mirrored("pvc", &[], "2")).await.expect("created").volume_id;
+    let asked = OperatorService(driver.controller.clone()).list_volumes(Request::new(ListVolumesRequest {})).await;
+    let [found] = &asked.expect("a list").into_inner().volumes[..] else { panic!("one volume") };
+    assert_eq!((&found.volume_id, found.size_bytes, found.pool.as_str()), (&id, GIB, "default"));
+    let described = Descriptor::decode(&found.descriptor);
+    assert!(matches!(described, Some(Descriptor::Volume { request, .. }) if request.name == "pvc"));
 }

@@ -208,9 +208,12 @@ impl Replica for Fake {
 
     async fn delete_volume(&self, request: Request<DeleteVolumeRequest>) -> Answer<DeleteVolumeResponse> {
         self.call("DeleteVolume", |state| {
-            let id = request.into_inner().volume_id;
+            let DeleteVolumeRequest { volume_id: id, unwritten } = request.into_inner();
             if state.volumes.get(&id).is_some_and(|volume| !volume.device.is_empty()) {
                 return Err(Status::failed_precondition("it is attached"));
+            }
+            if unwritten && state.volumes.get(&id).is_some_and(|volume| volume.written) {
+                return Err(Status::failed_precondition("it was used"));
             }
             state.volumes.remove(&id);
             Ok(DeleteVolumeResponse {})

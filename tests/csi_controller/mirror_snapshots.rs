@@ -362,3 +362,18 @@ async fn a_group_is_of_volumes_with_their_primaries_on_one_node() {
     let apart = take("apart").await.expect_err("two nodes").to_string();
     assert!(apart.contains("node-1, node-2"), "{apart}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_with_one_copy_is_made_at_a_holder_of_its_source_that_answers() {
+    let (mut nodes, driver) = cluster(&[100, 50]).await;
+    let _work = make_copies(&driver.catalog, &ALL);
+    let id = volume(&nodes, &driver, "pvc").await;
+    let taken = driver.snapshot("snap", &id).await.expect("taken").snapshot_id;
+    nodes.stop(1);
+    let restored = driver.create(from_snapshot("restored", &taken)).await.expect("node 2 has it, too");
+    assert_eq!(restored.accessible_topology, [place("node-2")]);
+    nodes.stop(2);
+    let status = driver.create(from_snapshot("another", &taken)).await.expect_err("nobody answers");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(driver.catalog.list::<catalog::Volume>().await.expect("readable").len() == 2, "nothing was begun");
+}

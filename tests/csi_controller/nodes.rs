@@ -4,6 +4,7 @@ use crate::fake::Fake;
 use crate::site::*;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tandem::catalog::{Catalog, Node, NodeName};
 use tandem::csi::controller::{Controller, ControllerService};
 use tandem::csi::nodes::{Announced, Nodes};
@@ -64,7 +65,7 @@ impl Cluster {
         });
         self.machines.push(Some(machine));
         self.fakes.push(fake);
-        let node = Node { name: name(number), mirror: control, control, encrypted };
+        let node = Node::new(name(number), control, control, encrypted);
         catalog.create(node).await.expect("announced");
     }
 
@@ -87,11 +88,16 @@ impl Drop for Cluster {
 }
 
 pub async fn cluster(pools: &[u64]) -> (Cluster, Driver) {
+    patient(pools, Duration::from_secs(60 * 60)).await
+}
+
+/// A controller that waits so long for the pools of a silent node.
+async fn patient(pools: &[u64], patience: Duration) -> (Cluster, Driver) {
     let directory = tempfile::Builder::new().prefix("tandem-csi").tempdir().expect("a directory");
     let catalog = Catalog::open(&directory.path().join("catalog.redb")).expect("the catalogue");
     let nodes = Cluster::start(&catalog, directory, pools).await;
     let credentials = nodes.credentials(Role::Controller, "controller");
-    let announced = Nodes::Announced(Announced::new(catalog.clone(), credentials, true));
+    let announced = Nodes::Announced(Announced::with_patience(catalog.clone(), credentials, true, patience));
     let controller = Arc::new(Controller::new(catalog.clone(), announced, LIMIT).with_mirrors());
     let driver = Driver { service: Arc::new(ControllerService(controller.clone())), controller, catalog };
     (nodes, driver)
@@ -135,6 +141,37 @@ async fn capacity_is_told_per_node() {
     assert_eq!(ask(None).await, (40, 30));
     assert_eq!(ask(Some(place("node-1"))).await, (10, 10));
     assert_eq!(ask(Some(place("node-9"))).await, (0, 0));
+}
+
+/// A scheduler that asks of any node may get a volume whose copies are elsewhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_for_every_node_has_the_room_of_all() {
+    let (_nodes, driver) = cluster(&[10, 30, 20]).await;
+    let ask = async |access: &str, node: &str| {
+        let parameters = map(&[("replication", "sync"), ("access", access)]);
+        let accessible_topology = Some(place(node));
+        let request = GetCapacityRequest { parameters, accessible_topology, ..Default::default() };
+        accepted(driver.service.get_capacity(Request::new(request)).await).available_capacity >> 30
+    };
+    assert_eq!((ask("local", "node-1").await, ask("any", "node-1").await), (10, 20));
+    assert_eq!((ask("local", "node-9").await, ask("any", "node-9").await), (0, 20));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_silent_for_long_is_not_waited_for() {
+    let (mut nodes, driver) = patient(&[10, 30], Duration::ZERO).await;
+    nodes.stop(2);
+    assert_eq!(refused(driver.create(at("new", &[2])).await), Code::ResourceExhausted, "elsewhere, then");
+    let full = CreateVolumeRequest { capacity_range: Some(range(20 * GIB, 0)), ..wanted("full", 0) };
+    assert_eq!(refused(driver.create(full).await), Code::ResourceExhausted);
+    let ask = async |topology: Option<Topology>| {
+        let request = GetCapacityRequest { accessible_topology: topology, ..Default::default() };
+        accepted(driver.service.get_capacity(Request::new(request)).await).available_capacity >> 30
+    };
+    assert_eq!((ask(None).await, ask(Some(place("node-2"))).await), (10, 0));
+    nodes.fakes[0].state().pools.clear();
+    let unknown = driver.create(wanted("new", GIB)).await.expect_err("the pool may be there");
+    assert!(unknown.code() == Code::Unavailable && unknown.message().contains("node-2"), "{unknown:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

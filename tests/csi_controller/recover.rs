@@ -1,9 +1,11 @@
 //! The catalogue rebuilt from what the replica finds on the disks.
 
 use crate::site::*;
+use tandem::catalog::{Descriptor, RebuildAfter, Volume as Object};
 use tandem::rpc::csi::controller_server::Controller as _;
 use tandem::rpc::csi::volume_capability::access_mode::Mode;
 use tandem::rpc::csi::*;
+use tandem::volume::VolumeId;
 use tonic::Request;
 
 fn lose_the_catalogue(site: &Site) {
@@ -76,11 +78,41 @@ async fn without_descriptors_the_data_is_still_reachable() {
     let snapshot = driver.snapshot("snap", &volume).await.expect("taken").snapshot_id;
     drop(driver);
     lose_the_catalogue(&site);
-    site.fake.state().volumes.values_mut().for_each(|volume| volume.descriptor = "rubbish \0".into());
+    site.fake.state().volumes.values_mut().for_each(|volume| volume.descriptor = "rubbish \0".repeat(1 << 20));
     site.fake.state().snapshots.values_mut().for_each(|snapshot| snapshot.descriptor.clear());
     let driver = site.driver();
     let report = driver.controller.recover().await.expect("recovered");
     assert_eq!((report.volumes, report.snapshots, report.problems.len()), (1, 1, 2), "{report:?}");
     driver.publish(&volume, NODE, Mode::SingleNodeWriter, false).await.expect("usable");
     driver.create(from_snapshot("restored", &snapshot)).await.expect("restorable");
+}
+
+/// A snapshot that was taken for a clone alone, and what a volume was changed to.
+#[tokio::test]
+async fn what_nobody_saw_stays_hidden_and_what_was_changed_stays_changed() {
+    let site = Site::new();
+    let driver = site.driver();
+    let volume = driver.create(wanted("data", GIB)).await.expect("created").volume_id;
+    let snapshot = driver.snapshot("snap", &volume).await.expect("taken").snapshot_id;
+    {
+        let mut state = site.fake.state();
+        let made_for = Some(VolumeId::random());
+        let hidden = state.snapshots.get_mut(&snapshot).expect("there");
+        hidden.descriptor = Descriptor::Snapshot { name: None, group: None, made_for }.encode();
+        let changed = state.volumes.get_mut(&volume).expect("there");
+        let Some(Descriptor::Volume { request, .. }) = Descriptor::decode(&changed.descriptor) else { panic!("ours") };
+        let rebuild_after = Some(RebuildAfter::Seconds(77));
+        changed.descriptor = Descriptor::Volume { request, rebuild_after }.encode();
+    }
+    drop(driver);
+    lose_the_catalogue(&site);
+    let driver = site.driver();
+    let report = driver.controller.recover().await.expect("recovered");
+    assert_eq!((report.volumes, report.snapshots, report.problems.len()), (1, 1, 0), "{report:?}");
+    assert!(driver.snapshots().await.is_empty(), "nobody knows it");
+    let found = driver.catalog.get::<Object>(&volume).await.expect("readable").expect("there").object;
+    assert_eq!(found.spec.rebuild_after, RebuildAfter::Seconds(77));
+    assert_eq!(found.request.rebuild_after, RebuildAfter::default(), "as it was asked for");
+    driver.controller.sweep_given_up().await.expect("swept");
+    assert!(site.fake.state().snapshots.is_empty(), "nobody needs it");
 }

@@ -6,8 +6,8 @@ use crate::site::*;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tandem::catalog::{
-    CopySpec, Descriptor, MirrorSpec, Node, NodeName, Replication, Stored, Volume as Object, VolumeConfiguration,
-    VolumePhase, VolumeRequest,
+    Access, AccessMode, ClientSpec, CopySpec, Descriptor, MirrorSpec, Node, NodeName, Publication, Reach, Replication,
+    Stored, Volume as Object, VolumeConfiguration, VolumePhase, VolumeRequest,
 };
 use tandem::csi::controller::{Report, State};
 use tandem::protocol::{Configuration, ConfigurationVersion, Generation, Lacks, Stamp};
@@ -66,7 +66,7 @@ fn on_disk(id: VolumeId, number: u8, known: Option<&Configuration>, all: &[u8]) 
         pool: "default".into(),
         size_bytes: GIB,
         ready: true,
-        descriptor: Descriptor::Volume { request: request("pvc") }.encode(),
+        descriptor: Descriptor::Volume { request: request("pvc"), rebuild_after: None }.encode(),
         record: Some(record),
         ..Default::default()
     }
@@ -106,7 +106,7 @@ async fn volumes_come_back_with_their_copies_under_a_raised_generation() {
     let newest = version(7, &[1], &[(2, 6)]);
     put(&nodes, 1, on_disk(id, 1, Some(&newest), &[1, 2]));
     put(&nodes, 2, on_disk(id, 2, Some(&version(5, &[1, 2], &[])), &[1, 2]));
-    let descriptor = Descriptor::Volume { request: request("alone") }.encode();
+    let descriptor = Descriptor::Volume { request: request("alone"), rebuild_after: None }.encode();
     put(&nodes, 3, control::Volume { descriptor, record: None, ..on_disk(single, 3, None, &[]) });
     let report = recover(&driver).await;
     assert_eq!((report.volumes, report.kept, &report.problems), (2, 0, &vec![]), "{report:?}");
@@ -254,6 +254,78 @@ async fn an_old_catalogue_is_raised_to_what_the_copies_know() {
         (Some(copy(3)), vec![copy(1), copy(3)])
     );
     assert_eq!(spec.publications.into_keys().collect::<Vec<_>>(), named(&["node-3"]));
+}
+
+/// The backup is from before the volume was made, and a sweep of it has begun to delete the volume.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_was_used_is_neither_half_made_nor_deleted_afterwards() {
+    let (nodes, driver) = cluster(&[10, 10]).await;
+    let [older, same, empty] = [1, 2, 3].map(|byte| VolumeId::from_bytes([byte; 16]));
+    let newest = version(2, &[1, 2], &[]);
+    for (id, known, written) in [(older, 1, true), (same, 2, true), (empty, 2, false)] {
+        let name = format!("pvc-{id}");
+        let mut volume = Object::wanted(id, VolumeRequest { name, ..request("pvc") });
+        let spec =
+            |number: u8| (copy(number), CopySpec { node: NodeName(format!("node-{number}")), pool: "default".into() });
+        volume.spec.mirror = Some(MirrorSpec::new([spec(1), spec(2)].into()));
+        volume.spec.deleted = true;
+        driver.catalog.create(volume).await.expect("created");
+        driver.catalog.create(VolumeConfiguration::new(id, &version(known, &[1, 2], &[]))).await.expect("created");
+        for number in [1, 2] {
+            put(&nodes, number, control::Volume { written, ..on_disk(id, number, Some(&newest), &[1, 2]) });
+        }
+    }
+    let report = recover(&driver).await;
+    let states: Vec<_> = report.rows.iter().map(|row| row.state).collect();
+    assert_eq!(states, [State::Raised, State::Raised, State::Kept], "{report:?}");
+    for (id, used) in [(older, true), (same, true), (empty, false)] {
+        let volume = object(&driver, &id.to_string()).await;
+        assert_eq!((volume.is_visible(), volume.spec.deleted), (used, !used), "{volume:?}");
+    }
+}
+
+/// A node without a copy used the volume; it does no more, or under a publication that nobody knows any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_published_where_nobody_is_known_to_use_it_is_published_again() {
+    let (nodes, driver) = cluster(&[10, 10, 10]).await;
+    let id = VolumeId::random();
+    let mut volume = Object::wanted(id, VolumeRequest { reach: Reach::Any, ..request("pvc") });
+    let spec =
+        |number: u8| (copy(number), CopySpec { node: NodeName(format!("node-{number}")), pool: "default".into() });
+    let publication = copy(9);
+    let client = Some(ClientSpec { node: NodeName("node-3".into()), publication });
+    volume.spec.mirror = Some(MirrorSpec { client, ..MirrorSpec::new([spec(1), spec(2)].into()) });
+    volume.spec.publications.insert(
+        NodeName("node-3".into()),
+        Publication { readonly: false, access: Access::Mount(None), mode: AccessMode::SingleNodeWriter },
+    );
+    volume.status.phase = VolumePhase::Ready;
+    driver.catalog.create(volume).await.expect("created");
+    driver.catalog.create(VolumeConfiguration::new(id, &version(2, &[1, 2], &[]))).await.expect("created");
+    for number in [1, 2] {
+        put(&nodes, number, on_disk(id, number, Some(&version(5, &[1, 2], &[])), &[1, 2]));
+    }
+    recover(&driver).await;
+    let spec = object(&driver, &id.to_string()).await.spec;
+    assert!(spec.publications.is_empty() && spec.mirror.expect("mirrored").client.is_none());
+    // Its replica hears of it.
+    let heard = tokio::spawn({
+        let (catalog, fake) = (driver.catalog.clone(), nodes.fakes[2].clone());
+        async move {
+            loop {
+                let stored = catalog.get::<Object>(&id.to_string()).await.expect("readable");
+                let client = stored.and_then(|stored| stored.object.spec.mirror).and_then(|mirror| mirror.client);
+                if let Some(client) = client {
+                    let volume = control::Volume { tree_id: client.publication.to_string(), ..Default::default() };
+                    fake.state().volumes.insert(id.to_string(), volume);
+                    return client;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    });
+    driver.publish_to(id, "node-3").await.expect("published");
+    assert_ne!(heard.await.expect("heard").publication, publication);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

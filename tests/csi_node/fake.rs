@@ -93,7 +93,7 @@ impl Node {
             rebuild_after: Default::default(),
             reach: Default::default(),
         };
-        let descriptor = Descriptor::Volume { request }.encode();
+        let descriptor = Descriptor::Volume { request, rebuild_after: None }.encode();
         let volume = FakeVolume { file, size: bytes, descriptor, ready: true, device: None };
         self.state(|state| state.volumes.insert(id.to_string(), volume));
         id

@@ -91,6 +91,7 @@ impl Site {
         let mut volume = Volume::wanted(VolumeId::random(), self.request(Replication::Sync { replicas }));
         let wanted = copies.iter().map(|(node, copy)| (*copy, at(node))).collect();
         volume.spec.mirror = Some(MirrorSpec::new(wanted));
+        volume.status.phase = VolumePhase::Ready;
         let is_whole = |copy: &InstanceId| base.as_ref().is_none_or(|base| base.clones.contains(copy));
         let (whole, empty): (Vec<_>, Vec<_>) = copies.values().copied().partition(is_whole);
         let mut whole = whole.into_iter();
@@ -127,7 +128,7 @@ impl Site {
             volume: id,
             pool: "default".parse().expect("a name"),
             size: volume.spec.size,
-            descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
+            descriptor: Descriptor::of(&volume).encode(),
             verify_reads: false,
             source: Source::Blank,
         };
@@ -202,7 +203,7 @@ impl Site {
     /// What `tandem replica` says of itself at its start.
     pub async fn announce(&self, node: &str) {
         let address = self.nodes[node];
-        let wanted = Node { name: NodeName(node.into()), mirror: address, control: address, encrypted: false };
+        let wanted = Node::new(NodeName(node.into()), address, address, false);
         match self.file.get::<Node>(&wanted.key()).await.expect("reads") {
             Some(stored) => drop(self.file.update(Stored { object: wanted, ..stored }).await.expect("updated")),
             None => drop(self.file.create(wanted).await.expect("created")),

@@ -1,7 +1,9 @@
 use super::*;
-use crate::catalog::{GroupSnapshot, Node, Replication, Snapshot, Volume, VolumeRequest};
+use crate::catalog::{GroupSnapshot, Node, Replication, Seen, Snapshot, Volume, VolumeRequest};
 use crate::volume::{VolumeId, VolumeSize};
 use std::collections::BTreeSet;
+use std::task::Poll;
+use std::time::Duration;
 
 fn volume(name: &str) -> Volume {
     let request = VolumeRequest {
@@ -146,4 +148,33 @@ async fn a_generation_is_raised_and_kept() {
     drop(catalog);
     let catalog = Embedded::open(&directory.path().join("catalog.redb")).expect("opens");
     assert_eq!(catalog.generation().await.expect("reads"), Generation(6));
+}
+
+/// The future of a call, dropped when its work has begun: what a server does whose caller went away.
+async fn begin(call: impl Future) {
+    let mut call = std::pin::pin!(call);
+    std::future::poll_fn(|context| {
+        let _ = call.as_mut().poll(context);
+        Poll::Ready(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_was_changed_is_announced_also_when_nobody_waits_for_the_call() {
+    let (_directory, catalog) = fresh();
+    let mut watch = catalog.watch();
+    let mut heard = async || tokio::time::timeout(Duration::from_secs(60), watch.next()).await.expect("announced");
+    let object = volume("data");
+    let seen = Some(Seen::Changed(change::<Volume>(object.key())));
+    begin(catalog.create(object.clone())).await;
+    assert_eq!(heard().await, seen);
+    let stored = catalog.get::<Volume>(&object.key()).await.expect("reads").expect("committed before it was announced");
+    begin(catalog.update(stored.clone())).await;
+    assert_eq!(heard().await, seen);
+    let now = catalog.get::<Volume>(&object.key()).await.expect("reads").expect("there");
+    assert!(now.version > stored.version);
+    begin(catalog.delete(&now)).await;
+    assert_eq!(heard().await, seen);
+    assert!(catalog.get::<Volume>(&object.key()).await.expect("reads").is_none());
 }

@@ -36,7 +36,7 @@ async fn site() -> Site {
 
 fn node(name: &str) -> Node {
     let address = ([127, 0, 0, 1], 1).into();
-    Node { name: NodeName(name.into()), mirror: address, control: address, encrypted: true }
+    Node::new(NodeName(name.into()), address, address, true)
 }
 
 #[tokio::test]

@@ -121,7 +121,7 @@ impl Controller {
                 (Replication::Sync { .. }, Some(snapshot)) => self.place_clones(wanted, size, found, snapshot).await?,
                 (Replication::Sync { .. } | Replication::None, snapshot) => {
                     let base = snapshot.map(|snapshot| Base { snapshot, clones: BTreeSet::new() });
-                    Placed { node: Some(self.place_beside(wanted, &found.holders)?), base, mirror: None }
+                    Placed { node: Some(self.place_beside(wanted, &found.holders).await?), base, mirror: None }
                 }
             },
         };
@@ -233,7 +233,7 @@ fn ensure_request(volume: &Volume) -> control::EnsureVolumeRequest {
         volume_id: volume.id.to_string(),
         pool: volume.request.pool.clone(),
         size_bytes: volume.spec.size.bytes(),
-        descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
+        descriptor: Descriptor::of(volume).encode(),
         verify_reads: volume.spec.verify_reads,
         source,
     }

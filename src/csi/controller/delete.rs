@@ -2,11 +2,12 @@
 //!
 //! Invariants: unknown ids of any shape are deleted already; "deleted" is written down before the replica is told, so a
 //! crash in between is finished by the next call or the sweep; what is in use stays as it was. A snapshot that some node has
-//! erased is deleted to the end: a node that is away erases it when it answers the sweep, and nobody waits for that.
+//! erased is deleted to the end: a node that is away erases it when it answers the sweep, and nobody waits for that. What
+//! nobody has named is deleted only if nothing was ever written to it: the catalogue that calls it half made may be an old one.
 
 use super::Controller;
 use super::seal::{Erased, forget};
-use crate::catalog::{Snapshot, Stored, Volume};
+use crate::catalog::{Snapshot, Stored, Volume, VolumePhase};
 use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::{DeleteSnapshotError, DeleteVolumeError, Transient};
 use crate::csi::operations::Subject;
@@ -20,10 +21,21 @@ impl Controller {
         let Ok(id) = id.parse::<VolumeId>() else { return Ok(()) };
         let _volume = self.start(Subject::Volume(id))?;
         match self.get::<Volume>(id).await? {
-            Some(stored) => self.erase_volume(stored).await,
+            Some(stored) => {
+                let stored = self.named(stored).await?;
+                self.erase_volume(stored).await
+            }
             // The catalogue may be a new one: a copy that it does not know must not stay behind.
             None => self.erase_unknown(id).await,
         }
+    }
+
+    /// The volume, whose id somebody knows: so it was made, whatever the catalogue says.
+    async fn named(&self, stored: Stored<Volume>) -> Result<Stored<Volume>, Transient> {
+        if stored.object.status.phase == VolumePhase::Ready {
+            return Ok(stored);
+        }
+        self.change(stored, |volume| volume.status.phase = VolumePhase::Ready).await
     }
 
     /// Needs the volume's operation (or that nobody knows its id).
@@ -34,10 +46,12 @@ impl Controller {
             return Err(DeleteVolumeError::InUse { id, by: format!("it is published to {}", nodes.join(", ")) });
         }
         if !stored.object.spec.deleted {
+            self.check_detached(&stored.object).await?;
             stored = self.change(stored, |volume| volume.spec.deleted = true).await?;
         }
         let base = stored.object.spec.base.as_ref().map(|base| base.snapshot);
         if stored.object.spec.mirror.is_some() {
+            self.give_up_copies(stored).await?;
             self.erase_mirror(id).await?;
             // The nodes have changed its status since.
             let Some(stored) = self.get::<Volume>(id).await? else { return Ok(()) };
@@ -45,8 +59,14 @@ impl Controller {
             self.drop_made_for(id, base).await;
             return Ok(());
         }
+        if self.gives_up_sole(&stored.object).await? {
+            self.remove(&stored).await?;
+            self.drop_made_for(id, base).await;
+            return Ok(());
+        }
         let control = self.home(&stored.object).await?.control;
-        match erase_copy(&control, id).await {
+        let unwritten = stored.object.status.phase == VolumePhase::Creating;
+        match erase_copy(&control, id, unwritten).await {
             Ok(()) => {
                 self.remove(&stored).await?;
                 self.drop_made_for(id, base).await;
@@ -61,11 +81,25 @@ impl Controller {
         }
     }
 
+    /// A deletion that will be refused is not written down first: a backup that has it would delete the volume one day.
+    async fn check_detached(&self, volume: &Volume) -> Result<(), DeleteVolumeError> {
+        if volume.spec.mirror.is_some() || self.is_away(volume).await? {
+            // Nothing is taken back: the nodes of a mirrored volume wait for its devices to go.
+            return Ok(());
+        }
+        match self.copy_at(volume, volume.spec.node.as_ref()).await? {
+            Some(copy) if !copy.device.is_empty() => {
+                Err(DeleteVolumeError::InUse { id: volume.id, by: format!("its device {} is attached", copy.device) })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Wherever a copy is. A node that is down cannot be asked, and need not be: what the catalogue does not know was
     /// deleted there before it was forgotten, unless the catalogue itself was lost.
     async fn erase_unknown(&self, id: VolumeId) -> Result<(), DeleteVolumeError> {
         for node in self.nodes.all().await? {
-            match erase_copy(&node.control, id).await {
+            match erase_copy(&node.control, id, false).await {
                 Err(DeleteVolumeError::Transient(error)) if !self.nodes.is_alone() => {
                     tracing::warn!(volume = %id, node = %node.name, %error, "a copy that nobody knows may stay behind");
                 }
@@ -136,8 +170,8 @@ impl Controller {
     }
 }
 
-async fn erase_copy(control: &Control, id: VolumeId) -> Result<(), DeleteVolumeError> {
-    let request = DeleteVolumeRequest { volume_id: id.to_string() };
+async fn erase_copy(control: &Control, id: VolumeId, unwritten: bool) -> Result<(), DeleteVolumeError> {
+    let request = DeleteVolumeRequest { volume_id: id.to_string(), unwritten };
     match control.client().delete_volume(request).await.map_err(|status| control.refusal(status)) {
         Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
         Err(ControlError::InUse(by)) => Err(DeleteVolumeError::InUse { id, by }),

@@ -143,7 +143,7 @@ fn health(id: VolumeId, copy: Option<&control::Volume>) -> csi::VolumeHealth {
 
 fn kind(kind: Kind) -> csi::VolumeHealthErrorType {
     match kind {
-        Kind::Unknown => csi::VolumeHealthErrorType::UnknownVolumeHealthType,
+        Kind::Unknown | Kind::Note => csi::VolumeHealthErrorType::UnknownVolumeHealthType,
         Kind::Degraded => csi::VolumeHealthErrorType::Degraded,
         Kind::Inaccessible => csi::VolumeHealthErrorType::Inaccessible,
         Kind::DataLoss => csi::VolumeHealthErrorType::DataLoss,

@@ -16,6 +16,8 @@ mod change;
 mod compare;
 mod create;
 mod delete;
+mod departed;
+mod half_made;
 mod list;
 pub(in crate::csi) mod mirror;
 mod operator;

@@ -9,7 +9,7 @@ use super::mirror::{COPIES_LIMIT, LOOK_EVERY};
 use super::names;
 use super::place::certain;
 use super::request::present;
-use crate::catalog::{CopySpec, MirrorSpec, NodeName, Stored, Volume};
+use crate::catalog::{CopySpec, Descriptor, MirrorSpec, NodeName, Stored, Volume};
 use crate::csi::control::ControlError;
 use crate::csi::errors::{ArgumentError, OperatorError, Transient};
 use crate::csi::handler::answer;
@@ -234,7 +234,7 @@ impl Controller {
     /// A place for one more copy of the volume on this node.
     async fn place_at(&self, volume: &Volume, node: &NodeName) -> Result<CopySpec, OperatorError> {
         let (found, pool) = (self.nodes.pools().await?, &volume.request.pool);
-        if let Some((_, error)) = found.silent.into_iter().find(|(silent, _)| silent == node) {
+        if let Some((_, error)) = found.silent.into_iter().chain(found.gone).find(|(silent, _)| silent == node) {
             return Err(Transient::Replica(error).into());
         }
         if volume.spec.mirror.iter().flat_map(|mirror| &mirror.client).any(|client| client.node == *node) {
@@ -252,6 +252,19 @@ impl Controller {
             )));
         }
         Ok(CopySpec { node: node.clone(), pool: pool.clone() })
+    }
+
+    /// The volumes that callers know.
+    pub async fn list_described(&self) -> Result<Vec<rpc::Volume>, OperatorError> {
+        let described = |volume: Volume| rpc::Volume {
+            volume_id: volume.id.to_string(),
+            pool: volume.request.pool.clone(),
+            size_bytes: volume.status.size.bytes(),
+            verify_reads: volume.status.verify_reads,
+            descriptor: Descriptor::of(&volume).encode(),
+        };
+        let known = self.all::<Volume>().await?.into_iter().map(|stored| stored.object).filter(Volume::is_visible);
+        Ok(known.map(described).collect())
     }
 
     /// The copies that are wanted, and how far they are.
@@ -325,6 +338,28 @@ impl operator_server::Operator for OperatorService {
             }
         });
         Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
+    async fn list_nodes(&self, _: Request<rpc::ListNodesRequest>) -> Result<Response<rpc::ListNodesResponse>, Status> {
+        let nodes = self.0.list_nodes().await.map_err(|error| failed("ListNodes", &error))?;
+        Ok(Response::new(rpc::ListNodesResponse { nodes }))
+    }
+
+    async fn remove_node(
+        &self,
+        r: Request<rpc::RemoveNodeRequest>,
+    ) -> Result<Response<rpc::RemoveNodeResponse>, Status> {
+        let rpc::RemoveNodeRequest { name, force } = r.into_inner();
+        self.0.remove_node(&name, force).await.map_err(|error| failed("RemoveNode", &error))?;
+        Ok(Response::new(rpc::RemoveNodeResponse {}))
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<rpc::ListVolumesRequest>,
+    ) -> Result<Response<rpc::ListVolumesResponse>, Status> {
+        let listed = self.0.list_described().await.map_err(|error| failed("ListVolumes", &error))?;
+        Ok(Response::new(rpc::ListVolumesResponse { volumes: listed }))
     }
 
     async fn list_copies(

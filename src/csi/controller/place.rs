@@ -1,7 +1,8 @@
 //! Where a new volume goes, and GetCapacity: what could go where.
 //!
 //! Invariants: a node that does not answer is never chosen; where one of those might be the only place, the answer is "not
-//! now" with its name, and nothing is made. The replica has the last word on bytes.
+//! now" with its name, and nothing is made, until it has been silent for so long that it may be gone for good. The replica has
+//! the last word on bytes.
 
 use super::create::smallest;
 use super::mirror::copies;
@@ -23,8 +24,8 @@ impl Controller {
         size: VolumeSize,
         preferred: &[Place],
     ) -> Result<Vec<Choice>, CreateVolumeError> {
-        let Pools { pools, silent } = self.nodes.pools().await?;
-        if pools.is_empty() && silent.is_empty() {
+        let Pools { pools, silent, gone } = self.nodes.pools().await?;
+        if pools.is_empty() && silent.is_empty() && gone.is_empty() {
             return Err(Transient::NoNode("there is no node with a pool".to_owned()).into());
         }
         let asked = Wanted {
@@ -40,14 +41,17 @@ impl Controller {
             Err(refusal) => refusal,
         };
         let may_help = |node: &NodeName| asked.copies > 1 || wanted.places.include(node);
-        match silent.into_iter().find(|(node, _)| may_help(node)) {
+        let silent = silent.into_iter().find(|(node, _)| may_help(node));
+        // Nobody says of a pool that was there that the class is wrong.
+        let unknown = matches!(refusal, Refusal::UnknownPool { .. });
+        match silent.or(gone.into_iter().next().filter(|_| unknown)) {
             Some((_, error)) => Err(Transient::Replica(error).into()),
             None => Err(refusal.into()),
         }
     }
 
-    /// A volume with one copy and a source goes where the source is.
-    pub(super) fn place_beside(
+    /// A volume with one copy and a source goes where the source is, on a node that answers.
+    pub(super) async fn place_beside(
         &self,
         wanted: &NewVolume,
         source: &BTreeSet<NodeName>,
@@ -59,9 +63,20 @@ impl Controller {
         // The caller's order, then any.
         let preferred =
             wanted.places.preferred.iter().flat_map(|place| holders.iter().filter(|node| place.includes(node)));
-        let mut preferred = preferred.chain(&holders).filter(|holder| wanted.places.include(holder));
-        if let Some(holder) = preferred.next() {
-            return Ok(holder.clone());
+        let mut possible: Vec<_> = preferred.chain(&holders).filter(|holder| wanted.places.include(holder)).collect();
+        let (mut seen, mut silent) = (BTreeSet::new(), None);
+        possible.retain(|holder| seen.insert(*holder));
+        for holder in possible {
+            if self.nodes.is_alone() {
+                return Ok(holder.clone());
+            }
+            match self.nodes.answers(holder).await {
+                Ok(()) => return Ok(holder.clone()),
+                Err(error) => silent = silent.or(Some(error)),
+            }
+        }
+        if let Some(error) = silent {
+            return Err(error.into());
         }
         let holders = names(&holders);
         let text = format!("the source is on {holders}, and the volume must be reachable from other nodes only");
@@ -71,8 +86,10 @@ impl Controller {
     /// What can be created with these parameters at this place. A pool that is not there has no room.
     pub async fn capacity(&self, wanted: Capacity) -> Result<csi::GetCapacityResponse, CapacityError> {
         self.can_replicate(wanted.parameters.replication)?;
-        let Pools { mut pools, silent } = self.nodes.pools().await?;
-        let place = wanted.topology.unwrap_or(Place::Anywhere);
+        let Pools { mut pools, silent, .. } = self.nodes.pools().await?;
+        // A volume that every node reaches may have its copies anywhere.
+        let topology = wanted.topology.filter(|_| wanted.parameters.reach == Reach::Local);
+        let place = topology.unwrap_or(Place::Anywhere);
         if let Some((_, error)) = silent.into_iter().find(|(node, _)| place.includes(node)) {
             // Less than there is would be believed.
             return Err(Transient::Replica(error).into());

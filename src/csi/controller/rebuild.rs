@@ -7,6 +7,7 @@
 //! # Invariants
 //! * What is counted is time in which a running controller saw that the copy is missed, by its own monotonic clock. It is in the
 //!   catalogue whenever another [`COUNT_SHARE`] of the limit is over: who starts goes on from there, and no clock hurries it.
+//! * A copy that is being filled is not missed, however long that takes; it is counted anew from when it was last seen so.
 //! * Nothing is counted or begun while more than half of the nodes are silent: then it is the controller that is cut off.
 //! * A copy is filled by a primary that serves, so the volume has a member. The lost copy stays wanted until all others have every
 //!   acknowledged write: there are never fewer members for it.
@@ -103,6 +104,11 @@ fn missed(
     let leads = |copy| now.primary.or(mirror.primary) == Some(copy);
     let is_missed = |copy, node| !now.is_member(copy) || (silent.contains(node) && (leads(copy) || left == Some(copy)));
     mirror.copies.iter().filter(|(copy, of)| is_missed(**copy, &of.node)).map(|(copy, _)| *copy).collect()
+}
+
+/// What is being filled goes on.
+fn leave_out_filled(missed: &mut BTreeSet<InstanceId>, primary: Option<&Primary>) {
+    missed.retain(|copy| primary.is_none_or(|primary| !primary.filled.contains(copy)));
 }
 
 /// Counts on, and whether the object is another now.
@@ -222,6 +228,8 @@ impl Controller {
         memory.seen.extend(nodes.difference(&silent).cloned());
         // A node that is gone for good and has nothing says nothing about the network.
         let has_copies = |node: &NodeName| volumes.iter().any(|stored| holds(&stored.object, node));
+        let places = volumes.iter().flat_map(|s| &s.object.spec.mirror).flat_map(|mirror| mirror.copies.values());
+        let removed: Vec<_> = places.map(|of| &of.node).filter(|node| !nodes.contains(*node)).cloned().collect();
         silent.retain(|node| memory.seen.contains(node) || has_copies(node));
         let counted = nodes.iter().filter(|node| memory.seen.contains(*node) || has_copies(node)).count();
         if silent.len() * 2 > counted {
@@ -235,6 +243,8 @@ impl Controller {
             }
             return Ok(());
         }
+        // Nobody asks these, and what they have is missed like what any silent node has.
+        silent.extend(removed);
         let lap = memory.lap(Instant::now());
         let stored = self.all::<VolumeConfiguration>().await?;
         let read = stored
@@ -269,7 +279,14 @@ impl Controller {
     ) -> Result<(), Transient> {
         let id = volume.id;
         let left = memory.left.get(&id).map(|(copy, _)| *copy);
-        let missed = missed(&volume, now, &around.silent, left);
+        let mut missed = missed(&volume, now, &around.silent, left);
+        let primary = if missed.is_empty() { None } else { self.serving(&volume, now).await };
+        leave_out_filled(&mut missed, primary.as_ref());
+        let rebuild = volume.spec.mirror.as_ref().and_then(|mirror| mirror.rebuild);
+        if rebuild.is_some_and(|rebuild| primary.as_ref().is_some_and(|primary| primary.filled.contains(&rebuild.new)))
+        {
+            memory.unfilled.remove(&id);
+        }
         if missed.is_empty() && volume.status.missed.is_empty() {
             memory.counted.remove(&id);
             return Ok(());
@@ -279,7 +296,6 @@ impl Controller {
             self.write(id, |volume| volume.status.missed.clone_from(&counted)).await?;
         }
         let Some(lost) = due(&volume).filter(|_| !memory.rests.contains_key(&id)) else { return Ok(()) };
-        let primary = self.serving(&volume, now).await;
         if self.is_filled_slowly(&volume, lost, primary.as_ref(), around, memory) {
             memory.counted.entry(id).or_default().remove(&lost);
             return self.write(id, |volume| _ = volume.status.missed.remove(&lost)).await;

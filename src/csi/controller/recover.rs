@@ -1,8 +1,8 @@
 //! Rebuilds the catalogue from what the replicas find on the disks: of one machine, or of every node of a cluster.
 //!
 //! Invariants: what the catalogue has is never changed, but a configuration that is older than what the copies know
-//! ([`mirrored`]); every volume and snapshot on the disks is in the catalogue
-//! afterwards, under its own id, so that whoever knows the id (a PersistentVolume does) can use it; where a name is lost
+//! ([`mirrored`]), and what it calls half made and is on the disks: that is ready; every volume and snapshot on the disks is in
+//! the catalogue afterwards, under its own id, so that whoever knows the id (a PersistentVolume does) can use it; where a name is lost
 //! or taken, it gets one that says so; a node that does not answer is named. Which nodes a volume is published to is not on
 //! the disks: the callers publish again.
 
@@ -14,9 +14,10 @@ mod mirrored;
 pub use forced::{ForceError, Promotion};
 
 use super::Controller;
+use super::seal::{found as taken, is_described, ready};
 use crate::catalog::{
     Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, NodeName, Object, Reach, Replication,
-    Snapshot, SnapshotStatus, Volume, VolumePhase, VolumeRequest,
+    Snapshot, SnapshotStatus, Stored, UpdateError, Volume, VolumePhase, VolumeRequest,
 };
 use crate::csi::errors::Transient;
 use crate::csi::nodes::Nodes;
@@ -71,7 +72,7 @@ pub enum State {
     PutBack,
     /// It was there, and nothing was changed.
     Kept,
-    /// It was there with an older configuration than its copies have.
+    /// It was there with an older configuration than its copies have, or half made.
     Raised,
     /// Nobody may be primary before other copies are read, or one is forced.
     Waits,
@@ -138,9 +139,14 @@ pub async fn recover(catalog: &Catalog, nodes: &Nodes) -> Result<Report, Transie
     }
     // After their members, so that a group in the catalogue is always whole.
     for group in groups.into_values() {
-        if put(catalog, group, |group, name| group.name = name, &mut report).await? {
-            report.groups += 1;
-        }
+        let done = match catalog.get::<GroupSnapshot>(&group.id.to_string()).await? {
+            Some(there) if there.object.status == GroupStatus::Creating && !there.object.deleted => {
+                let object = GroupSnapshot { status: group.status, ..there.object };
+                finish(catalog, Stored { version: there.version, object }, &mut report).await?
+            }
+            Some(_) | None => put(catalog, group, |group, name| group.name = name, &mut report).await?,
+        };
+        report.groups += u64::from(done);
     }
     Ok(report)
 }
@@ -161,7 +167,9 @@ async fn recover_volume(
     volume.spec.node = (!alone).then(|| node.clone());
     volume.status.phase = if copy.ready { VolumePhase::Ready } else { VolumePhase::Creating };
     let name = volume.request.name.clone();
-    let state = if put(catalog, volume, |volume, name| volume.request.name = name, report).await? {
+    let state = if finish_volume(catalog, &volume, report).await? {
+        State::Raised
+    } else if put(catalog, volume, |volume, name| volume.request.name = name, report).await? {
         report.volumes += 1;
         State::PutBack
     } else {
@@ -174,17 +182,44 @@ async fn recover_volume(
     Ok(())
 }
 
+/// A volume that the catalogue calls half made, and that is on a disk, is ready. Whether it was.
+async fn finish_volume(catalog: &Catalog, found: &Volume, report: &mut Report) -> Result<bool, Transient> {
+    let stored = catalog.get::<Volume>(&found.id.to_string()).await?;
+    let is_half_made = |volume: &Volume| volume.status.phase == VolumePhase::Creating && volume.spec.mirror.is_none();
+    let Some(mut stored) = stored.filter(|stored| is_half_made(&stored.object)) else { return Ok(false) };
+    if found.status.phase != VolumePhase::Ready {
+        return Ok(false);
+    }
+    stored.object.status.clone_from(&found.status);
+    (stored.object.spec.size, stored.object.spec.deleted) = (found.spec.size, false);
+    report.volumes += u64::from(finish(catalog, stored, report).await?);
+    Ok(true)
+}
+
+/// A half made object that is one of what the disks have. Whether it is ready now; a call that works on it goes before.
+async fn finish<T: Object>(catalog: &Catalog, stored: Stored<T>, report: &mut Report) -> Result<bool, Transient> {
+    let key = stored.object.key();
+    match catalog.update(stored).await {
+        Ok(_) => Ok(true),
+        Err(UpdateError::Conflict { .. }) => {
+            report.problems.push(format!("{} {key} is being made just now: repeat this", T::KIND));
+            Ok(false)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// The object of a volume, by one copy and what lies beside it.
 fn wanted(id: VolumeId, copy: &control::Volume, replication: Replication, report: &mut Report) -> Option<Volume> {
     let Ok(size) = VolumeSize::try_from(copy.size_bytes) else {
         report.problems.push(format!("volume {id} of {} bytes is none of ours", copy.size_bytes));
         return None;
     };
-    let request = match Descriptor::decode(&copy.descriptor) {
-        Some(Descriptor::Volume { request }) => request,
+    let (request, rebuild_after) = match Descriptor::decode(&copy.descriptor) {
+        Some(Descriptor::Volume { request, rebuild_after }) => (request, rebuild_after),
         Some(Descriptor::Snapshot { .. }) | None => {
             report.problems.push(format!("volume {id} has lost its name and what it was made for; it can be used"));
-            VolumeRequest {
+            let request = VolumeRequest {
                 name: lost_name(&id.to_string()),
                 size,
                 pool: copy.pool.clone(),
@@ -195,11 +230,13 @@ fn wanted(id: VolumeId, copy: &control::Volume, replication: Replication, report
                 replication,
                 rebuild_after: Default::default(),
                 reach: Reach::default(),
-            }
+            };
+            (request, None)
         }
     };
     let mut volume = Volume::wanted(id, request);
     volume.spec.size = size;
+    volume.spec.rebuild_after = rebuild_after.unwrap_or(volume.spec.rebuild_after);
     volume.spec.verify_reads = copy.verify_reads;
     volume.status.size = size;
     volume.status.verify_reads = copy.verify_reads;
@@ -225,8 +262,8 @@ async fn recover_snapshot(
         report.problems.push(format!("snapshot {id} has an impossible size, {} bytes", sealed.size_bytes));
         return Ok(None);
     };
-    let (name, group) = match Descriptor::decode(&sealed.descriptor) {
-        Some(Descriptor::Snapshot { name, group }) => (name, group),
+    let (name, group, made_for) = match Descriptor::decode(&sealed.descriptor) {
+        Some(Descriptor::Snapshot { name, group, made_for }) => (name, group, made_for),
         // Its descriptor lies beside a snapshot before it has the name; only a copy that followed a seal in the middle of its
         // resync has none.
         Some(Descriptor::Volume { .. }) | None
@@ -237,7 +274,7 @@ async fn recover_snapshot(
         }
         Some(Descriptor::Volume { .. }) | None => {
             report.problems.push(format!("snapshot {id} has lost its name; it can be used"));
-            (Some(lost_name(&id.to_string())), None)
+            (Some(lost_name(&id.to_string())), None, None)
         }
     };
     let is_whole =
@@ -255,7 +292,7 @@ async fn recover_snapshot(
     let status = SnapshotStatus::Ready { size, created_ms: sealed.created_ms };
     let member_of = group.as_ref().map(|group| group.id);
     let node = Some(holder.clone()).filter(|_| !alone);
-    let mut snapshot = Snapshot { name, group: member_of, status, ..Snapshot::wanted(id, volume, node) };
+    let mut snapshot = Snapshot { name, group: member_of, made_for, status, ..Snapshot::wanted(id, volume, node) };
     if found.is_mirrored(volume) {
         for (node, sealed) in answers {
             match sealed.copy_id.parse() {
@@ -264,14 +301,20 @@ async fn recover_snapshot(
             }
         }
     }
-    if put(catalog, snapshot, |snapshot, name| snapshot.name = Some(name), report).await? {
-        report.snapshots += 1;
-    }
+    let there = catalog.get::<Snapshot>(&sealed.snapshot_id).await?;
+    let is_half_made = |there: &Stored<Snapshot>| {
+        let Snapshot { status, deleted, .. } = &there.object;
+        *status == SnapshotStatus::Creating && !deleted
+    };
+    let done = match (there.filter(is_half_made), taken(answers, found.is_mirrored(volume))) {
+        (Some(there), Some(sealed)) => {
+            let object = ready(there.object, sealed);
+            finish(catalog, Stored { version: there.version, object }, report).await?
+        }
+        _ => put(catalog, snapshot, |snapshot, name| snapshot.name = Some(name), report).await?,
+    };
+    report.snapshots += u64::from(done);
     Ok(group)
-}
-
-fn is_described(sealed: &control::Snapshot) -> bool {
-    matches!(Descriptor::decode(&sealed.descriptor), Some(Descriptor::Snapshot { .. }))
 }
 
 fn lost_name(key: &str) -> String {

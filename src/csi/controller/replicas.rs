@@ -76,7 +76,7 @@ impl Controller {
         // Where the volume is used without a copy none is made meanwhile.
         let client = mirror.client.iter().map(|client| client.node.clone());
         let taken: BTreeSet<_> = mirror.copies.values().map(|copy| copy.node.clone()).chain(client).collect();
-        let Pools { mut pools, silent } = self.nodes.pools().await?;
+        let Pools { mut pools, silent, .. } = self.nodes.pools().await?;
         pools.retain(|pool| !taken.contains(&pool.node));
         let asked = Wanted {
             pool: &volume.request.pool,

@@ -15,7 +15,7 @@
 
 use super::snapshot::transient;
 use super::{Controller, names};
-use crate::catalog::{NodeName, Snapshot, SnapshotStatus, Stored, Volume};
+use crate::catalog::{Descriptor, NodeName, Snapshot, SnapshotStatus, Stored, Volume};
 use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::{DeleteSnapshotError, Transient};
 use crate::csi::operations::Subject;
@@ -192,6 +192,9 @@ impl Controller {
     }
 
     async fn erase_on(&self, id: SnapshotId, node: Option<&NodeName>) -> Result<(), DeleteSnapshotError> {
+        if self.gives_up_snapshot(node, id).await? {
+            return Ok(());
+        }
         forget(&self.nodes.holder(node).await?.control, id).await
     }
 }
@@ -226,6 +229,23 @@ fn sealed(id: SnapshotId, volume: &Volume, answers: &[control::Snapshot]) -> Res
         }
     }
     Ok(Sealed { status, copies })
+}
+
+/// What nodes say of a snapshot that was taken before. Of a mirrored volume it is the snapshot where its descriptor lies
+/// beside it: elsewhere it is what a copy has followed in the middle of its resync.
+pub(super) fn found(answers: &[(NodeName, control::Snapshot)], mirrored: bool) -> Option<Sealed> {
+    let is_it = |answer: &&(NodeName, control::Snapshot)| !mirrored || is_described(&answer.1);
+    let holders: Vec<_> = answers.iter().filter(is_it).collect();
+    let (_, first) = holders.first()?;
+    let size = VolumeSize::try_from(first.size_bytes).ok()?;
+    let copy = |(node, held): &&(NodeName, control::Snapshot)| Some((held.copy_id.parse().ok()?, node.clone()));
+    let copies = if mirrored { holders.iter().filter_map(copy).collect() } else { BTreeMap::new() };
+    Some(Sealed { status: SnapshotStatus::Ready { size, created_ms: first.created_ms }, copies })
+}
+
+/// Whether the node was told that it is the snapshot.
+pub(super) fn is_described(sealed: &control::Snapshot) -> bool {
+    matches!(Descriptor::decode(&sealed.descriptor), Some(Descriptor::Snapshot { .. }))
 }
 
 /// The snapshot, now that it was taken.

@@ -67,8 +67,8 @@ impl Controller {
 
     /// Needs the snapshot's operation, and that it was never tried before if its volume is mirrored.
     pub(super) async fn take_snapshot(&self, stored: Stored<Snapshot>) -> Result<Snapshot, CreateSnapshotError> {
-        let Snapshot { id, name, volume, node, .. } = stored.object.clone();
-        let descriptor = Descriptor::Snapshot { name, group: None }.encode();
+        let Snapshot { id, name, volume, node, made_for, .. } = stored.object.clone();
+        let descriptor = Descriptor::Snapshot { name, group: None, made_for }.encode();
         let taken = match self.get::<Volume>(volume).await? {
             // It was begun while there was one copy: who may have something of it is not written down.
             Some(source) if source.object.spec.mirror.is_some() && !stored.object.is_mirrored() => {

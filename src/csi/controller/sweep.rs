@@ -2,16 +2,15 @@
 //!
 //! Invariants: a deletion that was begun is finished; a wish that was written down is made true, or taken back where the
 //! replica refuses it. What is half made holds a promise of space, but no caller knows its id: it is taken back, and a
-//! repeated call begins anew. Only a copy from another source is kept, because it may have taken hours: it goes on, is
+//! repeated call begins anew. What somebody may know after all, because the catalogue is a restored one, is kept
+//! ([`half_made`](super::half_made)). So is a copy from another source, because it may have taken hours: it goes on, is
 //! the answer to the repeated call, and `tandem volume list` shows it for as long as nobody repeats it.
 
 use super::Controller;
 use super::snapshot::transient;
 use crate::catalog::{GroupSnapshot, GroupStatus, Snapshot, SnapshotStatus, Stored, Volume, VolumePhase};
-use crate::csi::control::ControlError;
 use crate::csi::errors::{DeleteVolumeError, ExpandError, ModifyError, Transient};
 use crate::csi::operations::Subject;
-use crate::rpc::control::GetVolumeRequest;
 
 impl Controller {
     /// Finishes everything that an earlier process left. What cannot be done now, because its node is down, is the
@@ -51,6 +50,9 @@ impl Controller {
         let Ok(_name) = self.start(Subject::GroupName(stored.object.name.clone())) else { return Ok(()) };
         let Ok(_group) = self.start(Subject::Group(stored.object.id)) else { return Ok(()) };
         self.same(&stored).await?;
+        if !stored.object.deleted && self.finish_group(&stored).await? {
+            return Ok(());
+        }
         self.erase_group(stored).await
     }
 
@@ -66,6 +68,9 @@ impl Controller {
         };
         let Ok(_snapshot) = self.start(Subject::Snapshot(stored.object.id)) else { return Ok(()) };
         self.same(&stored).await?;
+        if stored.object.status == SnapshotStatus::Creating && self.finish_snapshot(&stored).await? {
+            return Ok(());
+        }
         self.erase_snapshot(stored).await.map_err(transient)
     }
 
@@ -84,7 +89,10 @@ impl Controller {
         let Ok(_volume) = self.start(Subject::Volume(volume.id)) else { return Ok(()) };
         self.same(&stored).await?;
         let id = stored.object.id;
-        if stored.object.spec.deleted || (half_made && !self.is_copying(&stored.object).await?) {
+        if half_made && self.stays(&stored.object).await? {
+            return self.keep(stored).await;
+        }
+        if half_made || stored.object.spec.deleted {
             return match self.erase_volume(stored).await {
                 Ok(()) => Ok(()),
                 Err(DeleteVolumeError::Transient(error)) => Err(error),
@@ -94,21 +102,7 @@ impl Controller {
                 }
             };
         }
-        if half_made { Ok(()) } else { self.finish_changes(stored).await }
-    }
-
-    /// Whether the volume has a source and the replica works on it.
-    async fn is_copying(&self, volume: &Volume) -> Result<bool, Transient> {
-        if volume.request.source.is_none() || volume.spec.mirror.is_some() {
-            return Ok(false);
-        }
-        let request = GetVolumeRequest { volume_id: volume.id.to_string() };
-        let control = self.home(volume).await?.control;
-        match control.client().get_volume(request).await.map_err(|status| control.refusal(status)) {
-            Ok(_) => Ok(true),
-            Err(ControlError::NotFound(_)) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
+        self.finish_changes(stored).await
     }
 
     async fn finish_changes(&self, stored: Stored<Volume>) -> Result<(), Transient> {

@@ -26,7 +26,7 @@ pub fn volume(node: &Inner, request: &NodeGetVolumeHealthRequest) -> Result<Node
 
 fn entry(health: crate::rpc::control::Health) -> VolumeHealthEntry {
     let status = match health.kind() {
-        Kind::Unknown => VolumeHealthErrorType::UnknownVolumeHealthType,
+        Kind::Unknown | Kind::Note => VolumeHealthErrorType::UnknownVolumeHealthType,
         Kind::Degraded => VolumeHealthErrorType::Degraded,
         Kind::Inaccessible => VolumeHealthErrorType::Inaccessible,
         Kind::DataLoss => VolumeHealthErrorType::DataLoss,

@@ -32,8 +32,8 @@ pub struct Facts {
 impl From<control::Volume> for Facts {
     fn from(volume: control::Volume) -> Self {
         let (origin, fs_type) = match Descriptor::decode(&volume.descriptor) {
-            Some(Descriptor::Volume { request }) if request.source.is_none() => (Origin::Empty, request.fs_type),
-            Some(Descriptor::Volume { request }) => (Origin::Source, request.fs_type),
+            Some(Descriptor::Volume { request, .. }) if request.source.is_none() => (Origin::Empty, request.fs_type),
+            Some(Descriptor::Volume { request, .. }) => (Origin::Source, request.fs_type),
             // Where it came from is not known: then it is never formatted.
             Some(Descriptor::Snapshot { .. }) | None => (Origin::Source, None),
         };

@@ -8,13 +8,13 @@ fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
 
 #[test]
 fn the_documented_table_is_the_list_of_the_parser() {
-    let document = include_str!("../../../docs/parameters.md");
+    let document = include_str!("../../../README.md");
     let written: Vec<_> = document.lines().filter(|line| line.starts_with("| `")).collect();
     let expected = PARAMETERS.map(|p| {
         let mutable = if p.mutable { "yes" } else { "no" };
         format!("| `{}` | {} | {} | {mutable} | {} |", p.key, p.values, p.default, p.meaning)
     });
-    assert_eq!(written, expected, "make docs/parameters.md say:\n{}", expected.join("\n"));
+    assert_eq!(written, expected, "make README.md say:\n{}", expected.join("\n"));
 }
 
 #[test]

@@ -133,6 +133,7 @@ impl Manager {
             verify_reads: false,
             health,
             layers: 0,
+            written: false,
             unchecked: 0,
             merging_layers: 0,
             mirror: None,

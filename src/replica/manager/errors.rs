@@ -28,6 +28,8 @@ pub enum VolumeFailure {
     PoolFull { pool: PoolName, error: NotEnough },
     #[error("volume {0} is attached to this node; unpublish it first")]
     Attached(VolumeId),
+    #[error("volume {0} was used: a catalogue that calls it half made is an old one; use `tandem recover`")]
+    Written(VolumeId),
     #[error("volume {0} is still being copied")]
     NotReady(VolumeId),
     #[error("volume {0} is mirrored: its copies go when its object in the catalogue says so")]
@@ -74,7 +76,9 @@ impl From<VolumeFailure> for Status {
             F::Different { .. } => Code::AlreadyExists,
             F::SmallerThanSource { .. } => Code::OutOfRange,
             F::PoolFull { .. } => Code::ResourceExhausted,
-            F::Attached(_) | F::Mirrored(_) | F::NoSource(_) | F::NoOther { .. } => Code::FailedPrecondition,
+            F::Attached(_) | F::Written(_) | F::Mirrored(_) | F::NoSource(_) | F::NoOther { .. } => {
+                Code::FailedPrecondition
+            }
             F::NotReady(_) | F::Busy { .. } | F::OtherCopy { .. } | F::NotServing(_) => Code::Aborted,
             F::Elsewhere { .. } | F::NoSnapshotOf { .. } => Code::InvalidArgument,
             F::Control { error, .. } => control_code(error),

@@ -45,6 +45,8 @@ pub struct CopyHere {
     pub tree: InstanceId,
     /// The text of the record beside it.
     pub record: String,
+    /// The controller's own text.
+    pub descriptor: String,
     /// It has a device.
     pub attached: bool,
 }
@@ -52,8 +54,8 @@ pub struct CopyHere {
 impl CopyHere {
     fn of(volume: VolumeId, place: &VolumePlace) -> Option<Self> {
         let mirror = place.mirror.as_ref()?;
-        let (record, attached) = (mirror.record.clone(), place.device.is_some());
-        Some(Self { volume, tree: place.tree, record, attached })
+        let (record, descriptor, attached) = (mirror.record.clone(), place.descriptor.clone(), place.device.is_some());
+        Some(Self { volume, tree: place.tree, record, descriptor, attached })
     }
 }
 
@@ -175,7 +177,7 @@ impl Manager {
 
     /// The copy was closed and goes away with everything in it.
     pub async fn delete_copy(&self, volume: VolumeId) -> Result<(), Failure> {
-        self.delete(volume).await
+        self.delete(volume, false).await
     }
 
     /// The copy is open: its catalogue is asked here, and its seals take their space from there.

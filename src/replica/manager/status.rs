@@ -26,6 +26,7 @@ pub struct VolumeView {
     pub verify_reads: bool,
     pub health: Vec<HealthEntry>,
     pub layers: u32,
+    pub written: bool,
     pub unchecked: u64,
     pub merging_layers: u64,
     pub mirror: Option<MirrorView>,
@@ -130,6 +131,8 @@ impl Manager {
             verify_reads: info.as_ref().is_some_and(|i| i.verify_reads),
             health,
             layers: info.as_ref().map_or(0, |i| i.layers),
+            // Of what cannot be read nobody knows.
+            written: info.as_ref().is_none_or(|i| i.written),
             unchecked: backlog.unchecked_blocks * BLOCK_SIZE,
             merging_layers: u64::from(backlog.merging_layers),
             mirror,

@@ -217,10 +217,18 @@ impl Manager {
         if self.copy_here(volume).is_some() {
             return Err(Failure::Mirrored(volume));
         }
-        self.delete(volume).await
+        self.delete(volume, false).await
     }
 
-    pub(super) async fn delete(&self, volume: VolumeId) -> Result<(), Failure> {
+    /// The same, if nothing was ever written to it: nobody looks and then deletes, so nobody writes in between.
+    pub async fn delete_unwritten(&self, volume: VolumeId) -> Result<(), Failure> {
+        if self.copy_here(volume).is_some() {
+            return Err(Failure::Mirrored(volume));
+        }
+        self.delete(volume, true).await
+    }
+
+    pub(super) async fn delete(&self, volume: VolumeId, unwritten: bool) -> Result<(), Failure> {
         // Behind whoever makes it now: what is not there must not be there a moment later.
         let _volume = self.begin(volume, &[volume.to_bytes()]).await?;
         let Some(place) = self.place(volume) else { return Ok(()) };
@@ -230,6 +238,9 @@ impl Manager {
         }
         if place.copy.is_some() {
             return self.cancel_copy(volume, &place).await;
+        }
+        if unwritten && self.volume_info(place.tree, volume).await.is_none_or(|info| info.written) {
+            return Err(Failure::Written(volume));
         }
         // A call that was cut off may have left a connection without device.
         self.engine().detach(volume).await.map_err(|_| Failure::Attached(volume))?;

@@ -125,7 +125,7 @@ impl Mirrors {
         let (session, events) = opened.map_err(super::driver::OpenError::from)?;
         let session = Arc::new(session);
         let config = ClientConfig { volume: id, publication, size: volume.status.size, session: Arc::clone(&session) };
-        let descriptor = Descriptor::Volume { request: volume.request.clone() }.encode();
+        let descriptor = Descriptor::of(volume).encode();
         manager.open_client(config, descriptor).await?;
         let engine = manager.engine_handle();
         let driver = ClientDriver::begin(&self.settings, engine, id, publication, (session, events));

@@ -17,6 +17,7 @@
 
 mod client;
 mod courier;
+mod departed;
 mod driver;
 mod reconcile;
 mod record;
@@ -194,9 +195,12 @@ impl Mirrors {
 
     /// What cannot be done stays to be done.
     async fn do_all(&mut self, manager: &Manager, work: &mut Work) {
+        let mut gives_up = false;
         if work.nodes {
             match self.settings.catalog.list::<Node>().await {
                 Ok(nodes) => {
+                    let own = nodes.iter().find(|stored| stored.object.name == self.settings.node);
+                    gives_up = own.is_some_and(|own| !own.object.given_up.is_empty());
                     let nodes = nodes.into_iter().map(|stored| (stored.object.name, stored.object.mirror));
                     let addresses = nodes.collect();
                     // Whoever has a copy beside one of ours may have moved.
@@ -216,7 +220,14 @@ impl Mirrors {
                 Err(error) => return self.say(None, error.to_string()),
             }
         }
-        self.said.remove(&None);
+        match if gives_up { self.forget_given_up(manager).await } else { Ok(()) } {
+            Ok(()) => drop(self.said.remove(&None)),
+            Err(error) => {
+                // Everything else goes on.
+                self.say(None, error.to_string());
+                work.nodes = true;
+            }
+        }
         let mut failed = BTreeSet::new();
         for volume in std::mem::take(&mut work.volumes) {
             match self.reconcile(manager, volume).await {

@@ -12,11 +12,11 @@ use super::record::{CopyRecord, PeerRecord};
 use super::{Mirrors, OlderCatalogue};
 use crate::catalog::{
     Catalog, CatalogError, ConfigurationError, CopyReport, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError,
-    Volume, VolumeSpec,
+    Volume, VolumePhase, VolumeSpec,
 };
 use crate::protocol::{Configuration, Record};
 use crate::replica::engine::EngineError;
-use crate::replica::manager::{CopyHere, Manager, NewVolume, Source, VolumeFailure};
+use crate::replica::manager::{CopyHere, Manager, NewVolume, SnapshotFailure, Source, VolumeFailure};
 use crate::replica::pool::{BadPoolName, PoolName};
 use crate::volume::{InstanceId, VolumeId};
 
@@ -31,6 +31,8 @@ pub(super) enum Trouble {
     Update(#[from] UpdateError),
     #[error(transparent)]
     Manager(#[from] VolumeFailure),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotFailure),
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
@@ -131,7 +133,7 @@ impl Mirrors {
             volume: volume.id,
             pool,
             size: volume.spec.size,
-            descriptor: Descriptor::Volume { request: volume.request.clone() }.encode(),
+            descriptor: Descriptor::of(volume).encode(),
             verify_reads: volume.spec.verify_reads,
             source: base.map_or(Source::Blank, |base| Source::Snapshot(base.snapshot)),
         };
@@ -153,8 +155,11 @@ impl Mirrors {
             manager.write_copy_record(volume, record.encode()).await?;
         }
         let client = stored.object.spec.mirror.as_ref().map(|mirror| self.client_of(mirror)).unwrap_or_default();
-        let (spec, size) = (stored.object.spec.clone(), record.size.unwrap_or(stored.object.status.size));
-        let report = follow(manager, volume, &spec).await?;
+        let size = record.size.unwrap_or(stored.object.status.size);
+        let report = follow(manager, volume, &stored.object.spec).await?;
+        if let Some(descriptor) = renewed(&here.descriptor, &stored.object) {
+            manager.modify_volume(volume, None, Some(descriptor.encode())).await?;
+        }
         confirm(&self.settings.catalog, stored, copy, report).await?;
         if !self.drivers.contains_key(&volume) {
             // Until it has a record of its own it has never acted, and nobody could count on it without its answer.
@@ -216,11 +221,21 @@ impl Mirrors {
             // the end. A copy that has never acted has nothing to lose.
             self.committed(manager, volume).await?;
         }
+        // Whoever deletes what he knows says that it was made. A clone has something from the beginning.
+        let is_unknown = wanted.status.phase == VolumePhase::Creating && wanted.spec.base.is_none();
+        if deleted && is_unknown && manager.copy_info(volume).await?.written {
+            return Err(VolumeFailure::Written(volume).into());
+        }
+        self.take_away(manager, here).await
+    }
+
+    /// From now on it is decided that the copy goes.
+    pub(super) async fn take_away(&mut self, manager: &Manager, here: &CopyHere) -> Result<(), Trouble> {
         if here.attached {
-            return Err(VolumeFailure::Attached(volume).into());
+            return Err(VolumeFailure::Attached(here.volume).into());
         }
         let record = CopyRecord { removing: true, ..CopyRecord::decode(&here.record).unwrap_or_default() };
-        manager.write_copy_record(volume, record.encode()).await?;
+        manager.write_copy_record(here.volume, record.encode()).await?;
         self.finish_removal(manager, here).await
     }
 
@@ -260,6 +275,13 @@ async fn follow(manager: &Manager, volume: VolumeId, wanted: &VolumeSpec) -> Res
         manager.modify_volume(volume, Some(wanted.verify_reads), None).await?;
     }
     Ok(CopyReport { size: info.size, verify_reads: wanted.verify_reads, refused })
+}
+
+/// What shall lie beside the copy, if what does is not what is wanted now. One that says something else altogether stays.
+fn renewed(there: &str, volume: &Volume) -> Option<Descriptor> {
+    let (now, there) = (Descriptor::of(volume), Descriptor::decode(there)?);
+    let is_its = matches!(&there, Descriptor::Volume { request, .. } if *request == volume.request);
+    (is_its && there != now).then_some(now)
 }
 
 /// The catalogue says that the copy is durably on its node, and what it is.

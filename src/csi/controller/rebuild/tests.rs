@@ -160,3 +160,27 @@ fn a_new_copy_that_is_lost_as_well_goes() {
     let taken = step(&volume, copy(3), &without_two(), Some(&serving(&[])), &around(&[2, 3], 1));
     assert_eq!(taken, Ok(Step::Withdraw));
 }
+
+#[test]
+fn what_is_being_filled_is_counted_from_when_that_stops() {
+    let (mut volume, mut counted, lap) = (volume(&[1, 2]), BTreeMap::new(), Duration::from_secs(3));
+    let look = |volume: &mut Volume, counted: &mut BTreeMap<_, _>, filled: &[u8]| {
+        let mut seen = missed(volume, &without_two(), &nodes(&[]), None);
+        leave_out_filled(&mut seen, Some(&serving(filled)));
+        count(volume, &seen, lap, counted);
+        due(volume)
+    };
+    let looks = u64::from(LIMIT) / lap.as_secs();
+    for _ in 1..looks {
+        assert_eq!(look(&mut volume, &mut counted, &[]), None);
+    }
+    // It is back, and its filling takes longer than the limit.
+    for _ in 0..2 * looks {
+        assert_eq!(look(&mut volume, &mut counted, &[2]), None);
+    }
+    assert!(volume.status.missed.is_empty());
+    for _ in 1..looks {
+        assert_eq!(look(&mut volume, &mut counted, &[]), None, "its filling rests");
+    }
+    assert_eq!(look(&mut volume, &mut counted, &[]), Some(copy(2)));
+}

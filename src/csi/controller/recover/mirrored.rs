@@ -29,6 +29,8 @@ struct Case<'a> {
     best: &'a control::Volume,
     /// Of the copies that can be opened.
     sizes: BTreeMap<InstanceId, VolumeSize>,
+    /// A copy has something, or a device.
+    used: bool,
     inventory: &'a Inventory,
 }
 
@@ -67,7 +69,8 @@ pub(super) async fn put_back(
         VolumeSize::try_from(copy.size_bytes).ok()
     };
     let sizes = found.iter().filter_map(|(copy, of)| Some((*copy, size_on(&of.node)?))).collect();
-    let case = Case { id, found, best, sizes, inventory };
+    let used = copies.iter().any(|(_, copy)| copy.written || !copy.device.is_empty());
+    let case = Case { id, found, best, sizes, used, inventory };
     let mut changed = String::new();
     for _ in 0..ATTEMPTS {
         match case.attempt(raise, report).await {
@@ -98,7 +101,7 @@ impl Case<'_> {
         {
             // As new as anything that was found. Only the object may be lost.
             let (stored, state) = self.object(catalog, &now, self.wish(&now), report).await?;
-            self.raise_size(catalog, stored, &now).await?;
+            let state = if self.raise(catalog, stored, &now).await? { State::Raised } else { state };
             return self.row(catalog, state, Some(now.stamp), Vec::new()).await;
         }
         match choice {
@@ -186,15 +189,19 @@ impl Case<'_> {
         let Volume { spec, status, .. } = &mut stored.object;
         let in_use = choice::in_use(&self.found, configuration);
         let copies = self.copies(configuration);
+        // Where it is not in use any more nobody would ever unpublish it; and a node without a copy has another publication, or
+        // its device ends with the old configuration: it is published there again, which then is a new one.
+        let mut published = std::mem::take(&mut spec.publications);
         if let Some(node) = in_use.and_then(|copy| copies.get(&copy)).map(|spec| spec.node.clone()) {
-            // Where it is not in use any more nobody would ever unpublish it.
-            let known = spec.publications.remove(&node).or_else(|| spec.publications.pop_first().map(|(_, was)| was));
-            spec.publications = known.into_iter().map(|known| (node.clone(), known)).collect();
+            let known = published.remove(&node).or_else(|| published.pop_first().map(|(_, was)| was));
+            spec.publications.extend(known.map(|known| (node, known)));
         }
         // Others were given up since, and nobody would ever take them out.
         status.copies = configuration.copies().collect();
         // The backup may be from before its callers knew it; they do now.
         status.phase = VolumePhase::Ready;
+        // A deletion of what was used since is of a half made volume, or was taken back. If not, it is repeated.
+        spec.deleted &= !self.used;
         self.grow(&mut stored.object, configuration);
         let Volume { spec, .. } = &mut stored.object;
         let wished = spec.mirror.as_ref().and_then(|mirror| mirror.primary).filter(|copy| copies.contains_key(copy));
@@ -206,17 +213,34 @@ impl Case<'_> {
         Ok(())
     }
 
-    /// The volume has grown since the backup, which changes no configuration.
-    async fn raise_size(
+    /// The volume was made, or has grown since the backup, which changes no configuration. Whether it was made.
+    async fn raise(
         &self,
         catalog: &Catalog,
         mut stored: Stored<Volume>,
         configuration: &Configuration,
-    ) -> Result<(), Transient> {
-        if self.grow(&mut stored.object, configuration) {
+    ) -> Result<bool, Transient> {
+        let was_made = self.finish(&mut stored.object);
+        if self.grow(&mut stored.object, configuration) || was_made {
             catalog.update(stored).await?;
         }
-        Ok(())
+        Ok(was_made)
+    }
+
+    /// A volume that the catalogue calls half made is ready if all of it is there, or if it was used. Whether it is another now.
+    fn finish(&self, volume: &mut Volume) -> bool {
+        let Volume { spec, status, .. } = volume;
+        let is_there =
+            spec.mirror.iter().flat_map(|mirror| mirror.copies.keys()).all(|copy| self.found.contains_key(copy));
+        if status.phase != VolumePhase::Creating || !(self.used || (is_there && !spec.deleted)) {
+            return false;
+        }
+        status.phase = VolumePhase::Ready;
+        spec.deleted = false;
+        if let Some(mirror) = &spec.mirror {
+            status.copies.extend(mirror.copies.keys().filter(|copy| self.found.contains_key(copy)));
+        }
+        true
     }
 
     fn grow(&self, volume: &mut Volume, configuration: &Configuration) -> bool {

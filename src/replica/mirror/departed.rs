@@ -1,0 +1,45 @@
+//! What was deleted while a person took this node for gone: it goes now.
+//!
+//! Invariants: the list is in the node's own object, so that a copy goes because the catalogue says so; a name leaves it when
+//! nothing of it is here any more.
+
+use super::Mirrors;
+use super::reconcile::Trouble;
+use crate::catalog::{GivenUp, Node, Stored};
+use crate::replica::manager::Manager;
+use crate::volume::VolumeId;
+
+impl Mirrors {
+    /// Removes what this node has given up, as far as it can.
+    pub(super) async fn forget_given_up(&mut self, manager: &Manager) -> Result<(), Trouble> {
+        let catalog = self.settings.catalog.clone();
+        let stored = catalog.get::<Node>(&self.settings.node.0).await?;
+        let given_up = |stored: &Stored<Node>| !stored.object.removed && !stored.object.given_up.is_empty();
+        let Some(mut stored) = stored.filter(given_up) else { return Ok(()) };
+        let GivenUp { volumes, snapshots } = std::mem::take(&mut stored.object.given_up);
+        let mut failed = None;
+        for volume in volumes {
+            if let Err(error) = self.forget_volume(manager, volume).await {
+                stored.object.given_up.volumes.insert(volume);
+                failed = Some(error);
+            }
+        }
+        for snapshot in snapshots {
+            if let Err(error) = manager.delete_snapshot(snapshot).await {
+                stored.object.given_up.snapshots.insert(snapshot);
+                failed = Some(error.into());
+            }
+        }
+        catalog.update(stored).await?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    async fn forget_volume(&mut self, manager: &Manager, volume: VolumeId) -> Result<(), Trouble> {
+        match manager.copy_here(volume) {
+            Some(here) => self.take_away(manager, &here).await?,
+            None => manager.delete_volume(volume).await?,
+        }
+        tracing::info!(%volume, "it was deleted while this node was taken for gone");
+        Ok(())
+    }
+}

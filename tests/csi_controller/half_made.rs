@@ -1,0 +1,187 @@
+//! A catalogue that calls half made what its callers know: it was restored from a backup that was made a moment before they
+//! had their answers. What is half made indeed goes.
+
+use crate::mirror_snapshots::{ALL, volume};
+use crate::mirrors::{configuration, make_copies, object};
+use crate::nodes::cluster;
+use crate::site::*;
+use tandem::catalog::{
+    GroupSnapshot, GroupStatus, Snapshot as SnapshotObject, SnapshotStatus, Volume as Object, VolumeConfiguration,
+    VolumePhase,
+};
+use tandem::csi::group::GroupService;
+use tandem::protocol::Configuration;
+use tandem::rpc::control;
+use tandem::rpc::csi::group_controller_server::GroupController as _;
+use tandem::rpc::csi::*;
+use tonic::Request;
+
+async fn creating(driver: &Driver, id: &str) {
+    let mut stored = driver.catalog.get::<Object>(id).await.expect("readable").expect("there");
+    stored.object.status.phase = VolumePhase::Creating;
+    driver.catalog.update(stored).await.expect("restored");
+}
+
+async fn creating_snapshot(driver: &Driver, id: &str) {
+    let mut stored = driver.catalog.get::<SnapshotObject>(id).await.expect("readable").expect("there");
+    if !stored.object.copies.is_empty() {
+        stored.object.strays = std::mem::take(&mut stored.object.copies).into_values().collect();
+    }
+    stored.object.status = SnapshotStatus::Creating;
+    driver.catalog.update(stored).await.expect("restored");
+}
+
+#[tokio::test]
+async fn a_volume_that_was_used_is_never_taken_away_as_half_made() {
+    let site = Site::new();
+    let driver = site.driver();
+    let changes: [(&str, bool, fn(&mut control::Volume)); 3] = [
+        ("written", true, |volume| volume.written = true),
+        ("attached", true, |volume| volume.device = "/dev/loop7".into()),
+        ("empty", false, |_| {}),
+    ];
+    for (name, used, change) in changes {
+        let id = driver.create(wanted(name, GIB)).await.expect("created").volume_id;
+        creating(&driver, &id).await;
+        change(site.fake.state().volumes.get_mut(&id).expect("there"));
+        driver.controller.sweep().await.expect("swept");
+        let left = driver.catalog.get::<Object>(&id).await.expect("readable").map(|stored| stored.object);
+        assert_eq!(site.fake.state().volumes.contains_key(&id), used, "{name}");
+        assert_eq!(left.as_ref().map(|volume| volume.spec.deleted), used.then_some(false), "{name}");
+        if used {
+            driver.controller.recover().await.expect("recovered");
+            assert!(object(&driver, &id).await.is_visible(), "{name}");
+            assert_eq!(driver.create(wanted(name, GIB)).await.expect("the same").volume_id, id);
+        }
+    }
+    // Who names it knows it.
+    let id = driver.create(wanted("written", GIB)).await.expect("the same").volume_id;
+    creating(&driver, &id).await;
+    driver.delete(&id).await.expect("deleted");
+    assert!(!site.fake.state().volumes.contains_key(&id));
+}
+
+#[tokio::test]
+async fn a_snapshot_that_was_taken_is_there_and_one_that_was_not_goes() {
+    let site = Site::new();
+    let driver = site.driver();
+    let id = driver.create(wanted("data", GIB)).await.expect("created").volume_id;
+    let taken = driver.snapshot("snap", &id).await.expect("taken");
+    creating_snapshot(&driver, &taken.snapshot_id).await;
+    assert!(driver.snapshots().await.is_empty());
+    driver.controller.sweep().await.expect("swept");
+    assert_eq!(driver.snapshots().await, [taken.clone()]);
+    creating_snapshot(&driver, &taken.snapshot_id).await;
+    assert_eq!(driver.controller.recover().await.expect("recovered").snapshots, 1);
+    assert_eq!(driver.snapshots().await, [taken.clone()]);
+    creating_snapshot(&driver, &taken.snapshot_id).await;
+    site.fake.state().snapshots.clear();
+    driver.controller.sweep().await.expect("swept");
+    assert!(driver.catalog.list::<SnapshotObject>().await.expect("readable").is_empty());
+}
+
+#[tokio::test]
+async fn a_group_that_was_taken_is_there_and_a_part_of_one_stays() {
+    let site = Site::new();
+    let driver = site.driver();
+    let mut source_volume_ids = Vec::new();
+    for name in ["one", "two"] {
+        source_volume_ids.push(driver.create(wanted(name, GIB)).await.expect("created").volume_id);
+    }
+    let request = CreateVolumeGroupSnapshotRequest { name: "group".into(), source_volume_ids, ..Default::default() };
+    let groups = GroupService(driver.controller.clone());
+    let taken = accepted(groups.create_volume_group_snapshot(Request::new(request.clone())).await);
+    let status = async || driver.catalog.list::<GroupSnapshot>().await.expect("readable").remove(0).object.status;
+    let restore = async || {
+        let mut stored = driver.catalog.list::<GroupSnapshot>().await.expect("readable").remove(0);
+        stored.object.status = GroupStatus::Creating;
+        driver.catalog.update(stored).await.expect("restored");
+        for stored in driver.catalog.list::<SnapshotObject>().await.expect("readable") {
+            driver.catalog.delete(&stored).await.expect("restored");
+        }
+    };
+    restore().await;
+    driver.controller.sweep().await.expect("swept");
+    assert!(matches!(status().await, GroupStatus::Ready { .. }));
+    let again = accepted(groups.create_volume_group_snapshot(Request::new(request)).await);
+    assert_eq!(again, taken);
+    restore().await;
+    let lost = site.fake.state().snapshots.pop_first().expect("one of them");
+    driver.controller.sweep().await.expect("swept");
+    assert_eq!((status().await, site.fake.state().snapshots.len()), (GroupStatus::Creating, 1), "{lost:?} is lost");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mirrored_volume_goes_only_when_every_node_says_that_it_is_empty() {
+    let (mut nodes, driver) = cluster(&[100, 50]).await;
+    let _work = make_copies(&driver.catalog, &ALL);
+    let id = volume(&nodes, &driver, "pvc").await;
+    creating(&driver, &id).await;
+    let known = configuration(&driver, &id).await.expect("written");
+    let mut newer = Configuration { stamp: known.stamp, ..known };
+    newer.stamp.version = newer.stamp.version.next();
+    let text = VolumeConfiguration::new(id.parse().expect("an id"), &newer).encode();
+    let changes: [&dyn Fn(&mut control::Volume); 3] =
+        [&|volume| volume.written = true, &|volume| volume.device = "/dev/loop7".into(), &|volume| {
+            volume.record = Some(control::CopyRecord { configuration: text.clone(), ..Default::default() })
+        }];
+    for (number, change) in changes.into_iter().enumerate() {
+        let before = nodes.fakes[1].state().volumes[&id].clone();
+        change(nodes.fakes[1].state().volumes.get_mut(&id).expect("there"));
+        driver.controller.sweep().await.expect("swept");
+        let kept = object(&driver, &id).await;
+        assert!(!kept.spec.deleted && kept.status.copies.len() == 2, "case {number}");
+        nodes.fakes[1].state().volumes.insert(id.clone(), before);
+    }
+    // An earlier version has begun to delete one that was used: that is taken back.
+    let mut stored = driver.catalog.get::<Object>(&id).await.expect("readable").expect("there");
+    stored.object.spec.deleted = true;
+    stored.object.status.copies.clear();
+    nodes.fakes[1].state().volumes.get_mut(&id).expect("there").written = true;
+    driver.catalog.update(stored).await.expect("written");
+    driver.controller.sweep().await.expect("swept");
+    assert!(!object(&driver, &id).await.spec.deleted);
+    nodes.fakes[1].state().volumes.get_mut(&id).expect("there").written = false;
+    driver.controller.sweep().await.expect("swept");
+    assert!(driver.catalog.get::<Object>(&id).await.expect("readable").is_none(), "nobody has ever used it");
+
+    let silent = volume(&nodes, &driver, "silent").await;
+    creating(&driver, &silent).await;
+    nodes.stop(2);
+    driver.controller.sweep().await.expect_err("node 2 may have what nobody else has");
+    assert!(!object(&driver, &silent).await.spec.deleted);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_of_a_mirrored_volume_is_on_the_nodes_that_were_told() {
+    let (nodes, driver) = cluster(&[100, 50]).await;
+    let _work = make_copies(&driver.catalog, &ALL);
+    let id = volume(&nodes, &driver, "pvc").await;
+    let taken = driver.snapshot("snap", &id).await.expect("taken");
+    let before =
+        driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there").object;
+    for recovers in [false, true] {
+        creating_snapshot(&driver, &taken.snapshot_id).await;
+        if recovers {
+            // What the nodes say of the volume's copies is another test's subject.
+            nodes.fakes.iter().for_each(|fake| {
+                let mut state = fake.state();
+                let copy_id = state.tree.clone();
+                let volume = state.volumes.get_mut(&id).expect("there");
+                volume.record = Some(control::CopyRecord { copy_id, ..Default::default() });
+            });
+            driver.controller.recover().await.expect("recovered");
+        } else {
+            driver.controller.sweep().await.expect("swept");
+        }
+        let after = driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there");
+        assert_eq!(after.object, before, "recovers: {recovers}");
+    }
+    // Node 2 has followed the seal and was never told.
+    creating_snapshot(&driver, &taken.snapshot_id).await;
+    nodes.fakes[1].state().snapshots.values_mut().for_each(|snapshot| snapshot.descriptor.clear());
+    driver.controller.sweep().await.expect("swept");
+    let after =
+        driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there").object;
+    assert_eq!((after.copies.len(), after.strays.len()), (1, 1), "{after:?}");
+}
