@@ -3,7 +3,8 @@
 //! ```text
 //!   /dev/fuse of volume 1 ─┐                                   ┌─ data, logs of tree 1
 //!   /dev/fuse of volume 2 ─┼─> thread "tandem-engine" ── ring ─┼─ data, logs of tree 2
-//!   EngineHandle (bell)  ──┘      │ jobs      └ threads        └─ ...
+//!   connections with peers ┤      │ jobs      └ threads        └─ ...
+//!   EngineHandle (bell)  ──┘      │
 //!                                 └─> 2 threads "tandem-job" (checkpoints, checksums)
 //! ```
 //! # Invariants
@@ -23,6 +24,7 @@ mod files;
 mod handle;
 mod host;
 mod jobs;
+mod lines;
 mod mirror;
 mod operations;
 mod outputs;
@@ -376,7 +378,9 @@ fn launch(
             trees: vec![],
             ticking: vec![],
             volumes: vec![None],
-            watched: vec![volume::VolumeKey(0)],
+            watched: BTreeMap::new(),
+            last_watch: turn::BELL,
+            speaking: Default::default(),
             parked,
             reattached: false,
             mirrored: vec![],
