@@ -352,8 +352,7 @@ fn launch(
     held: BTreeSet<VolumeId>,
     parked: Vec<Parked>,
 ) -> Result<EngineHandle, StartError> {
-    let bell = Arc::new(jobs::Bell::new()?);
-    let statistics = Arc::new(Statistics::default());
+    let (bell, statistics) = (Arc::new(jobs::Bell::new()?), Arc::new(Statistics::default()));
     let (commands, receiver) = mpsc::channel(handle::COMMANDS);
     let (started, starts) = std::sync::mpsc::channel();
     let (thread_bell, thread_statistics) = (bell.clone(), statistics.clone());

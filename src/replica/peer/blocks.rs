@@ -8,8 +8,8 @@ use bytes::Bytes;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
-/// Up to so many bytes the allocator keeps what is freed. More it gives back to the system, which then makes zeros and page
-/// tables for it anew each time: for a frame of 1 MiB that takes as long as its encryption.
+/// Up to so many bytes a new piece costs little. A larger one is zeroed before it is filled, which is one more pass over a frame's
+/// data, and what the allocator gives back to the system meanwhile costs page faults, too.
 const SMALL: usize = 64 << 10;
 /// Room for a request's data, and to align it.
 const LARGE: usize = (MAX_REQUEST_BLOCKS as usize + 1) * BLOCK;
