@@ -283,12 +283,10 @@ impl Slot<'_> {
         self.at(PAYLOAD)
     }
 
-    /// The first bytes of the payload, of a WRITE that is not answered.
-    pub fn copy(self, length: usize) -> bytes::Bytes {
-        assert!(length <= MAX_PAYLOAD, "{length} bytes of a slot");
-        let mut copied = vec![0; length];
-        self.read(PAYLOAD, &mut copied);
-        copied.into()
+    /// Copies the payload from `offset` on, of a WRITE that is not answered.
+    pub fn copy(self, offset: usize, into: &mut [u8]) {
+        assert!(offset + into.len() <= MAX_PAYLOAD, "{} bytes at {offset} of a slot", into.len());
+        self.read(PAYLOAD + offset, into);
     }
 
     /// Puts bytes into the payload, of a READ that is not answered.

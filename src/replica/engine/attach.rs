@@ -4,6 +4,7 @@
 
 use super::EngineError;
 use super::commands::{Found, Reply};
+use super::lines::Watched;
 use super::operations::Purpose;
 use super::tree::TreeKey;
 use super::turn::Engine;
@@ -11,7 +12,6 @@ use super::volume::{Device, Phase, TICKETS, Volume, VolumeKey};
 use crate::protocol::{DiskError, Replica, Request};
 use crate::replica::device::FuseLoop;
 use crate::replica::device::loop_device::LoopDevice;
-use crate::replica::io::WatchKey;
 use crate::volume::{VolumeId, VolumeSize};
 use std::os::fd::AsRawFd;
 
@@ -78,7 +78,7 @@ impl Engine {
         if served.is_none() && self.waits_for_core(tree_key, id) {
             return Err(EngineError::MirrorNotOpen(id));
         }
-        let watch = WatchKey(self.watched.len() as u32);
+        let watch = self.next_watch();
         let watched = self.io.watch(watch, fuse.connection().as_raw_fd());
         watched.map_err(|error| EngineError::Watch { volume: id, error })?;
         let key = match (served, self.tree_mut(tree_key).map(|tree| tree.id)) {
@@ -86,7 +86,7 @@ impl Engine {
             (None, Some(copy)) => self.add_volume(tree_key, id, size, Replica::sole(copy)),
             (None, None) => return Err(EngineError::UnknownVolume(id)),
         };
-        self.watched.push(key);
+        self.watched.insert(watch, Watched::Device(key));
         let tags = (self.arena.slots.count() + fuse.slots.count()) as usize;
         let statistics = self.statistics.add(id);
         let Some(volume) = self.volume_mut(key) else { return Err(EngineError::UnknownVolume(id)) };
@@ -146,7 +146,7 @@ impl Engine {
         device.phase = Phase::Leaving(vec![reply]);
         if volume.remote.is_some() {
             if is_watched {
-                self.io.unwatch(watch, fd);
+                self.unwatch(watch, fd);
             }
             self.leave_client(key, is_watched);
             self.pump();
@@ -159,7 +159,7 @@ impl Engine {
             tree.store.start(operation, id, Request::Flush, actions);
         }
         if is_watched {
-            self.io.unwatch(watch, fd);
+            self.unwatch(watch, fd);
         }
         self.collect_actions(tree_key);
         self.pump();

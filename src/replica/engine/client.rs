@@ -107,6 +107,7 @@ impl Engine {
             return drop(reply.send(Err(EngineError::VolumeAttached(volume.id))));
         }
         self.mirrored.retain(|k| *k != key);
+        self.stop_listening(key, None);
         self.volumes[key.0 as usize] = None;
         drop(reply.send(Ok(())));
     }
@@ -171,17 +172,22 @@ impl Engine {
         }
     }
 
-    fn client_event(&mut self, key: VolumeKey, event: Event) {
+    pub fn client_event(&mut self, key: VolumeKey, event: Event) {
         match event {
             Event::Connected(copy) => {
                 self.with_client(key, None, |core, outputs| core.connected(copy, outputs));
+                self.begin_listening(key, copy);
             }
             Event::Room(_) => self.send_unsent(key),
-            Event::Silent(copy) => self.with_client(key, None, |core, outputs| core.silent(copy, outputs)),
+            Event::Silent(copy) => {
+                self.stop_listening(key, Some(copy));
+                self.with_client(key, None, |core, outputs| core.silent(copy, outputs));
+            }
             Event::Received { from, message, payload } => {
                 let Some(remote) = self.volume_mut(key).and_then(|volume| volume.remote.as_ref()) else { return };
                 if payload.check().is_err() || !fits(&remote.core, &message, &payload) {
                     remote.session.reconnect(from);
+                    self.stop_listening(key, Some(from));
                     tracing::error!(volume = ?self.volume_mut(key).map(|v| v.id), %from, "damaged on its way");
                     return;
                 }
@@ -240,7 +246,7 @@ impl Engine {
             Message::Ask { request: Request::Write(range), .. } => {
                 let tag = operation.and_then(|operation| volume.replica.tag_of(operation));
                 let slot = tag.zip(volume.device.as_ref()).and_then(|(tag, device)| slot_of(arena, device, tag));
-                slot.and_then(|slot| Payload::new(slot.copy(range.bytes() as usize)).ok())
+                slot.and_then(|slot| Payload::gather(range.bytes() as usize, |at, block| slot.copy(at, block)).ok())
             }
             _ => Some(Payload::default()),
         };

@@ -267,6 +267,7 @@ impl Engine {
             return;
         }
         self.mirrored.retain(|k| *k != key);
+        self.stop_listening(key, None);
         let volume = self.volumes[key.0 as usize].take();
         if let Some(mirror) = volume.and_then(|volume| volume.mirror) {
             for reply in mirror.closing {
@@ -306,18 +307,22 @@ impl Engine {
         volume.size = told.min(held);
     }
 
-    fn peer_event(&mut self, key: VolumeKey, event: Event) {
+    pub fn peer_event(&mut self, key: VolumeKey, event: Event) {
         let Some(mirror) = self.mirror_mut(key) else { return };
         match event {
             Event::Connected(copy) => {
                 mirror.refused.remove(&copy);
                 mirror.connected.insert(copy);
                 self.step(key, Input::Connected(copy));
+                self.begin_listening(key, copy);
             }
-            Event::Silent(client) if mirror.guests.are(client) => drop(mirror.connected.remove(&client)),
             Event::Silent(copy) => {
                 mirror.connected.remove(&copy);
-                self.step(key, Input::Silent(copy));
+                let is_client = mirror.guests.are(copy);
+                self.stop_listening(key, Some(copy));
+                if !is_client {
+                    self.step(key, Input::Silent(copy));
+                }
             }
             // Allowed to be lost, not to be forgotten.
             Event::Room(copy) => match mirror.refused.remove(&copy) {
@@ -329,6 +334,7 @@ impl Engine {
                 if let Err(damage) = payload.check() {
                     // Never written, and not even heard: on a new connection everything is said again.
                     mirror.session.reconnect(from);
+                    self.stop_listening(key, Some(from));
                     tracing::error!(volume = ?self.volume_mut(key).map(|v| v.id), %from, %damage, "damaged on its way");
                     return;
                 }

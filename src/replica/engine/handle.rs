@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use tokio::sync::{mpsc, oneshot};
 
-/// Commands that wait for the engine's next turn; more callers wait for a place. One may hold a frame of a peer (1 MiB).
+/// Commands that wait for the engine's next turn; more callers wait for a place.
 pub(super) const COMMANDS: usize = 128;
 
 /// Rings when the last handle is gone, so that the engine looks and ends.

@@ -117,7 +117,7 @@ impl Engine {
         };
         mirror.guests.buffers[place] = match request {
             Request::Write(_) => Buffer::Write(payload.clone(), aligned(payload.clone())),
-            Request::Read(range) => Buffer::Read(Blocks::zeros(range.bytes() as usize)),
+            Request::Read(range) => Buffer::Read(Blocks::new(range.bytes() as usize)),
             Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) | Request::Seal(_) => Buffer::None,
         };
         self.step(key, Input::Request { tag: Tag(first + place as u32), request });

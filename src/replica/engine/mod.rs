@@ -3,7 +3,8 @@
 //! ```text
 //!   /dev/fuse of volume 1 ─┐                                   ┌─ data, logs of tree 1
 //!   /dev/fuse of volume 2 ─┼─> thread "tandem-engine" ── ring ─┼─ data, logs of tree 2
-//!   EngineHandle (bell)  ──┘      │ jobs      └ threads        └─ ...
+//!   connections with peers ┤      │ jobs      └ threads        └─ ...
+//!   EngineHandle (bell)  ──┘      │
 //!                                 └─> 2 threads "tandem-job" (checkpoints, checksums)
 //! ```
 //! # Invariants
@@ -23,6 +24,7 @@ mod files;
 mod handle;
 mod host;
 mod jobs;
+mod lines;
 mod mirror;
 mod operations;
 mod outputs;
@@ -350,8 +352,7 @@ fn launch(
     held: BTreeSet<VolumeId>,
     parked: Vec<Parked>,
 ) -> Result<EngineHandle, StartError> {
-    let bell = Arc::new(jobs::Bell::new()?);
-    let statistics = Arc::new(Statistics::default());
+    let (bell, statistics) = (Arc::new(jobs::Bell::new()?), Arc::new(Statistics::default()));
     let (commands, receiver) = mpsc::channel(handle::COMMANDS);
     let (started, starts) = std::sync::mpsc::channel();
     let (thread_bell, thread_statistics) = (bell.clone(), statistics.clone());
@@ -376,7 +377,9 @@ fn launch(
             trees: vec![],
             ticking: vec![],
             volumes: vec![None],
-            watched: vec![volume::VolumeKey(0)],
+            watched: BTreeMap::new(),
+            last_watch: turn::BELL,
+            speaking: Default::default(),
             parked,
             reattached: false,
             mirrored: vec![],

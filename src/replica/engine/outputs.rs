@@ -5,7 +5,6 @@
 //!   without them nothing is written.
 //! * What needs bytes that are only lent (a request's slot, what was just read) is done before the next input.
 //! * Each output with an operation is answered once, by what the store or the plan says.
-#![allow(unsafe_code, reason = "operations point into frames and buffers; payloads are copied out of slots")]
 
 use super::copies::{Mirror, Refused};
 use super::mirror::CatalogueRequest;
@@ -178,7 +177,7 @@ impl Engine {
 
     /// Reads into memory of its own.
     fn read_blocks(&mut self, key: VolumeKey, operation: OperationId, range: BlockRange) {
-        let mut blocks = Blocks::zeros(range.bytes() as usize);
+        let mut blocks = Blocks::new(range.bytes() as usize);
         let memory = blocks.bytes_mut().as_mut_ptr();
         self.begin(key, operation, Request::Read(range), memory, Some(Box::new(Kept::Read(blocks))));
     }
@@ -244,11 +243,7 @@ impl Engine {
             (_, Buffer::Request(_)) if guest.is_some() => guest.and_then(|place| mirror.guests.payload(place)),
             (Message::Prepare { request: Request::Write(range), .. }, Buffer::Request(tag)) => {
                 let slot = volume.device.as_ref().and_then(|device| slot_of(arena, device, tag));
-                slot.and_then(|slot| {
-                    // SAFETY: the payload of the slot of a request that is not answered, which has this length.
-                    let data = unsafe { std::slice::from_raw_parts(slot.payload(), range.bytes() as usize) };
-                    Payload::new(bytes::Bytes::copy_from_slice(data)).ok()
-                })
+                slot.and_then(|slot| Payload::gather(range.bytes() as usize, |at, block| slot.copy(at, block)).ok())
             }
             (Message::Prepared { result: Err(_), .. }, _) | (_, Buffer::None) => Some(Payload::default()),
             (_, Buffer::Operation(read)) => read_for(mirror, message, read),
@@ -291,8 +286,7 @@ impl Engine {
         while let Some(key) = self.unsent.pop() {
             let Some(volume) = self.volume_mut(key) else { continue };
             volume.unsent = false;
-            let session = volume.mirror.as_ref().map(|mirror| &mirror.session);
-            if let Some(session) = session.or(volume.remote.as_ref().map(|remote| &remote.session)) {
+            if let Some(session) = volume.session() {
                 session.flush();
             }
         }
@@ -305,7 +299,7 @@ pub(super) fn aligned(payload: Payload) -> bytes::Bytes {
     if Blocks::are_aligned(data) {
         return data.clone();
     }
-    let mut blocks = Blocks::zeros(data.len());
+    let mut blocks = Blocks::new(data.len());
     blocks.bytes_mut().copy_from_slice(data);
     blocks.freeze()
 }

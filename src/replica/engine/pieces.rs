@@ -36,7 +36,7 @@ enum Whole {
 impl Engine {
     /// Reads what is to be copied.
     pub fn read_piece(&mut self, key: VolumeKey, operation: OperationId, piece: Piece) {
-        let mut blocks = Blocks::zeros(piece.bytes() as usize);
+        let mut blocks = Blocks::new(piece.bytes() as usize);
         let memory = blocks.bytes_mut().as_mut_ptr();
         let reads = piece.runs().map(Request::Read).collect();
         self.begin_parts(key, operation, reads, memory, Whole::Read(piece, blocks));
@@ -79,7 +79,7 @@ impl Engine {
             Some(Attached::Digests(theirs)) if theirs.len() == DIGEST * range.count() as usize => Some(theirs.clone()),
             _ => None,
         };
-        let mut blocks = Blocks::zeros(range.bytes() as usize);
+        let mut blocks = Blocks::new(range.bytes() as usize);
         let memory = blocks.bytes_mut().as_mut_ptr();
         match theirs {
             Some(theirs) => {

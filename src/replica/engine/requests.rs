@@ -117,7 +117,7 @@ impl Engine {
                  detach and attach the volume"
             );
         }
-        self.io.unwatch(watch, fd);
+        self.unwatch(watch, fd);
     }
 
     /// Takes in the request in a slot: a new one, or one that a killed engine left.

@@ -1,16 +1,18 @@
 //! The engine's thread: one loop for all volumes of the node.
 //!
 //! ```text
-//!   ┌─> read requests of ready devices ─> core ─> store ─> submit ─┐
-//!   └── answer, free slots <─ core <─ store <─ completions <─ wait <┘
+//!   ┌─> read what peers say, and requests of ready devices ─> core ─> store ─> submit ─┐
+//!   └────────── answer, free slots <─ core <─ store <─ completions <─ wait <───────────┘
 //! ```
 //! # Invariants
-//! * The only place that waits is [`Io::wait`]; nothing else in this thread blocks, but short reads and writes of FUSE.
+//! * The only place that waits is [`Io::wait`]; nothing else in this thread blocks, but short reads and writes of FUSE and
+//!   of sockets that do not block.
 //! * With nothing under way it sleeps without a limit: an idle volume costs no wake-up.
 //! * A turn allocates nothing: its queues keep their memory.
 
 use super::commands::Command;
 use super::jobs::{Bell, Jobs};
+use super::lines::Watched;
 use super::operations::Operations;
 use super::recover::Parked;
 use super::statistics::{STALL, Statistics};
@@ -22,7 +24,7 @@ use crate::replica::fatal::EndsProcess;
 use crate::replica::io::{Event, Io, Sleep, WatchKey};
 use crate::store::{Action, Job};
 use crate::volume::{InstanceId, VolumeId};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -33,7 +35,7 @@ pub(super) const TICK: Duration = Duration::from_millis(1);
 /// How often requests that wait are looked at: for space in the pool, and for counting stalls.
 pub(super) const PATROL: Duration = Duration::from_millis(250);
 /// The watched descriptor that is no volume's.
-const BELL: WatchKey = WatchKey(0);
+pub(super) const BELL: WatchKey = WatchKey(0);
 
 /// What is to be done in this turn.
 pub(super) enum Work {
@@ -59,8 +61,12 @@ pub(super) struct Engine {
     pub ticking: Vec<TreeKey>,
     /// By key.
     pub volumes: Vec<Option<Box<Volume>>>,
-    /// By the key of a watched descriptor: whose it is or was; 0 is the bell.
-    pub watched: Vec<VolumeKey>,
+    /// Descriptors that are watched, but the bell.
+    pub watched: BTreeMap<WatchKey, Watched>,
+    /// The last one that was given out.
+    pub last_watch: WatchKey,
+    /// Connections with something to read.
+    pub speaking: VecDeque<WatchKey>,
     pub parked: Vec<Parked>,
     /// Volumes whose cores have peers, and when time passes for them.
     pub mirrored: Vec<VolumeKey>,
@@ -101,6 +107,7 @@ impl Engine {
         let mut events = Vec::with_capacity(256);
         while !self.stopping {
             self.tell_time();
+            self.listen();
             for _ in 0..self.ready.len() {
                 if let Some(key) = self.ready.pop_front() {
                     self.read_requests(key);
@@ -120,7 +127,7 @@ impl Engine {
                 match *event {
                     Event::Done { token, result } => self.disk_done(token, result),
                     Event::Ready(BELL) => self.bell_rang(),
-                    Event::Ready(key) => self.make_ready(self.watched[key.0 as usize]),
+                    Event::Ready(key) => self.is_readable(key),
                 }
             }
             self.pump();
@@ -139,7 +146,7 @@ impl Engine {
 
     /// How long nothing happens by itself.
     fn sleep(&self) -> Sleep {
-        if !self.ready.is_empty() {
+        if !self.ready.is_empty() || !self.speaking.is_empty() {
             return Sleep::No;
         }
         let tick = (!self.ticking.is_empty()).then_some(self.next_tick);

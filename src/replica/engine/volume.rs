@@ -15,6 +15,7 @@ use crate::replica::device::FuseLoop;
 use crate::replica::device::fuse::Message;
 use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::io::WatchKey;
+use crate::replica::peer::Session;
 use crate::store::{Control, ControlError as Refusal};
 use crate::volume::{VolumeId, VolumeSize};
 use std::sync::Arc;
@@ -104,6 +105,12 @@ impl Device {
 impl Volume {
     pub fn pending(&mut self, tag: Tag) -> Option<&mut Option<Pending>> {
         self.device.as_mut()?.pending.get_mut(tag.0 as usize)
+    }
+
+    /// Its conversations with other nodes, if there are any.
+    pub fn session(&self) -> Option<&Session> {
+        let copies = self.mirror.as_ref().map(|mirror| &mirror.session);
+        copies.or(self.remote.as_ref().map(|remote| &remote.session)).map(|session| &**session)
     }
 
     /// Whether no request is in its core.

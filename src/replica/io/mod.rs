@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 pub struct Token(pub u64);
 
 /// Names a watched descriptor; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WatchKey(pub u32);
 
 /// A physical operation on an O_DIRECT descriptor.

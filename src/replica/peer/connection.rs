@@ -1,31 +1,31 @@
-//! One connection: sockets, TLS, the handshake's exchange, and frames in and out with a limit on silence.
+//! One connection: sockets, TLS, the handshake's exchange, and the writing of what the engine's thread leaves.
 //!
 //! Invariants: a stranger makes nothing larger than a hello allocated; whoever sends or takes no byte for as long
-//! as a peer may be silent is given up; a payload is copied once on its way in, to where
-//! direct I/O takes it, and never on its way out.
+//! as a peer may be silent is given up; of what follows the handshake nothing is read here.
+#![allow(unsafe_code, reason = "a descriptor is registered with the runtime beside its owner")]
 
 use super::header::{FrameError, HEADER, Header, Kind};
 use super::hello::{Cluster, Copies, Hello, Nonce, Reason, Rejection};
+use super::line::{Line, PIECE};
 use super::packet::{Encoded, Packet};
-use super::payload::{Blocks, Payload};
-use crate::protocol::{Message, SILENCE};
+use crate::protocol::SILENCE;
 use crate::tls::HandshakeError;
 use crate::volume::VolumeId;
 use bytes::Bytes;
 use nix::sys::socket::{setsockopt, sockopt};
-use std::pin::Pin;
-use std::task::{Context, Poll, Waker};
+use rustls::Connection;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::TlsStream;
 
 /// How long a handshake may take in all: TLS on a busy core, and some lost packets.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes of a handshake's largest body: two names of 253 characters, and ids.
 const MAX_HELLO: usize = 1024;
-/// Bytes that are read at once: many small frames, a part of a large one.
-const READ_AHEAD: usize = 64 << 10;
 /// Payloads up to so many bytes are copied behind their header: one TLS record instead of two.
 const COALESCED: usize = 64 << 10;
 
@@ -33,8 +33,40 @@ const COALESCED: usize = 64 << 10;
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 
-/// A connection's stream.
-pub type Stream = BufReader<Box<dyn Duplex>>;
+/// A connection until its handshake is over.
+pub enum Stream {
+    /// `encryption: off`.
+    Plain(TcpStream),
+    /// TLS.
+    Encrypted(Box<TlsStream<TcpStream>>),
+}
+
+impl Stream {
+    fn bytes(&mut self) -> &mut dyn Duplex {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Encrypted(stream) => stream,
+        }
+    }
+
+    /// Its socket, which does not block, and its encryption with what has come behind the handshake.
+    pub fn into_parts(self) -> std::io::Result<(std::net::TcpStream, Option<Connection>)> {
+        let (socket, tls) = match self {
+            Self::Plain(socket) => (socket, None),
+            Self::Encrypted(stream) => match *stream {
+                TlsStream::Client(stream) => {
+                    let (socket, tls) = stream.into_inner();
+                    (socket, Some(tls.into()))
+                }
+                TlsStream::Server(stream) => {
+                    let (socket, tls) = stream.into_inner();
+                    (socket, Some(tls.into()))
+                }
+            },
+        };
+        Ok((socket.into_std()?, tls))
+    }
+}
 
 /// Why a connection ended or did not begin.
 #[derive(Debug, thiserror::Error)]
@@ -99,20 +131,11 @@ pub fn prepare(socket: &TcpStream) -> std::io::Result<()> {
     setsockopt(socket, sockopt::TcpUserTimeout, &limit).map_err(std::io::Error::from)
 }
 
-/// Makes frames readable from a stream.
-pub fn buffered(stream: impl Duplex + 'static) -> Stream {
-    BufReader::with_capacity(READ_AHEAD, Box::new(stream))
-}
-
-/// Fills the buffer; gives up when no byte comes for `silence`.
-async fn fill(
-    stream: &mut (impl AsyncRead + Unpin),
-    buffer: &mut [u8],
-    silence: Duration,
-) -> Result<(), ConnectionError> {
+/// Fills the buffer, and reads nothing beyond it; gives up when no byte comes for as long as a peer may be silent.
+async fn fill(stream: &mut dyn Duplex, buffer: &mut [u8]) -> Result<(), ConnectionError> {
     let mut at = 0;
     while at < buffer.len() {
-        match timeout(silence, stream.read(&mut buffer[at..])).await.map_err(|_| ConnectionError::Silent)?? {
+        match timeout(SILENCE, stream.read(&mut buffer[at..])).await.map_err(|_| ConnectionError::Silent)?? {
             0 => return Err(ConnectionError::Closed),
             read => at += read,
         }
@@ -120,111 +143,81 @@ async fn fill(
     Ok(())
 }
 
-async fn read_header(stream: &mut (impl AsyncRead + Unpin), silence: Duration) -> Result<Header, ConnectionError> {
-    let mut bytes = [0; HEADER];
-    fill(stream, &mut bytes, silence).await?;
-    Ok(Header::decode(&bytes)?)
-}
-
-async fn read_rest(
-    stream: &mut (impl AsyncRead + Unpin),
-    header: &Header,
-    silence: Duration,
-) -> Result<Packet, ConnectionError> {
-    let (mut table, mut data) = (vec![0; header.table()], Blocks::zeros(header.payload()));
-    fill(stream, &mut table, silence).await?;
-    fill(stream, data.bytes_mut(), silence).await?;
-    Ok(Packet::decode(header, Bytes::from(table), data.freeze())?)
-}
-
-/// The next frame of a session about this volume: a message, or `None` for a sign of life.
-pub async fn read(
-    stream: &mut (impl AsyncRead + Unpin),
-    volume: VolumeId,
-    silence: Duration,
-) -> Result<Option<(Message, Payload)>, ConnectionError> {
-    let header = read_header(stream, silence).await?;
-    if header.volume != volume {
-        return Err(ConnectionError::OtherVolume(header.volume));
-    }
-    match read_rest(stream, &header, silence).await? {
-        Packet::Heartbeat => Ok(None),
-        Packet::Message(message, payload) => Ok(Some((message, payload))),
-        Packet::Hello(_) | Packet::Welcome(..) | Packet::Confirm(_) | Packet::Refuse(_) => {
-            Err(ConnectionError::Unexpected(header.kind))
-        }
-    }
-}
-
 /// The next frame of a handshake: `expected`, or that the other side refuses.
 async fn read_handshake(stream: &mut Stream, expected: Kind) -> Result<Packet, ConnectionError> {
-    let header = read_header(stream, SILENCE).await?;
+    let mut bytes = [0; HEADER];
+    fill(stream.bytes(), &mut bytes).await?;
+    let header = Header::decode(&bytes)?;
     if (header.kind != expected && header.kind != Kind::Refuse) || header.blocks != 0 || header.table() > MAX_HELLO {
         return Err(ConnectionError::Unexpected(header.kind));
     }
-    match read_rest(stream, &header, SILENCE).await? {
+    let mut table = vec![0; header.table()];
+    fill(stream.bytes(), &mut table).await?;
+    match Packet::decode(&header, Bytes::from(table), Bytes::new())? {
         Packet::Refuse(reason) => Err(ConnectionError::Refused(reason)),
         packet => Ok(packet),
     }
 }
 
-/// Writes what the stream takes without waiting: how many bytes, and whether these are all and none is kept inside. An error
-/// shows again at the next [`write`].
-pub fn write_now(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> (usize, bool) {
-    let mut context = Context::from_waker(Waker::noop());
-    let mut at = 0;
-    while at < bytes.len() {
-        match Pin::new(&mut *stream).poll_write(&mut context, &bytes[at..]) {
-            Poll::Ready(Ok(written)) if written > 0 => at += written,
-            Poll::Ready(_) | Poll::Pending => return (at, false),
-        }
-    }
-    (at, matches!(Pin::new(stream).poll_flush(&mut context), Poll::Ready(Ok(()))))
+/// Writes to a connection on behalf of its task, waiting for room.
+pub struct Pen {
+    line: AsyncFd<Arc<Line>>,
+    silence: Duration,
 }
 
-/// Writes the rest of earlier frames, and frames together; gives up when no byte is taken for `silence`.
-pub async fn write(
-    stream: &mut (impl AsyncWrite + Unpin),
-    rest: &[u8],
-    frames: &[Encoded],
-    silence: Duration,
-) -> Result<(), ConnectionError> {
-    put(stream, rest, silence).await?;
-    let mut together = Vec::new();
-    for Encoded { head, data } in frames {
-        together.extend_from_slice(head);
-        if data.len() <= COALESCED {
-            together.extend_from_slice(data);
-        } else {
-            put(stream, &together, silence).await?;
-            together.clear();
-            put(stream, data, silence).await?;
-        }
-        if together.len() > COALESCED {
-            put(stream, &together, silence).await?;
-            together.clear();
-        }
+impl Pen {
+    /// For a connection that is given up when it takes no byte for `silence`.
+    pub fn new(line: Arc<Line>, silence: Duration) -> std::io::Result<Self> {
+        // Not woken by what arrives: that is the engine's.
+        // SAFETY: the line's descriptor is its socket's, which stays open for as long as the line is owned here.
+        let line = unsafe { AsyncFd::register_with_interest(line, Interest::WRITABLE)? };
+        Ok(Self { line, silence })
     }
-    put(stream, &together, silence).await?;
-    timeout(silence, stream.flush()).await.map_err(|_| ConnectionError::Silent)?.map_err(ConnectionError::from)
-}
 
-async fn put(
-    stream: &mut (impl AsyncWrite + Unpin),
-    mut bytes: &[u8],
-    silence: Duration,
-) -> Result<(), ConnectionError> {
-    while !bytes.is_empty() {
-        match timeout(silence, stream.write(bytes)).await.map_err(|_| ConnectionError::Silent)?? {
-            0 => return Err(ConnectionError::Closed),
-            written => bytes = &bytes[written..],
+    /// Writes the rest of earlier frames, and frames together.
+    pub async fn write(&self, rest: &[u8], frames: &[Encoded]) -> Result<(), ConnectionError> {
+        self.put(rest).await?;
+        let mut together = Vec::new();
+        for Encoded { head, data } in frames {
+            together.extend_from_slice(head);
+            if data.len() <= COALESCED {
+                together.extend_from_slice(data);
+            } else {
+                self.put(&together).await?;
+                together.clear();
+                self.put(data).await?;
+            }
+            if together.len() > COALESCED {
+                self.put(&together).await?;
+                together.clear();
+            }
+        }
+        self.put(&together).await
+    }
+
+    /// Also without bytes: what the connection has kept inside.
+    async fn put(&self, mut bytes: &[u8]) -> Result<(), ConnectionError> {
+        loop {
+            let mut room = timeout(self.silence, self.line.writable()).await.map_err(|_| ConnectionError::Silent)??;
+            let taken = self.line.get_ref().write(&bytes[..bytes.len().min(PIECE)])?;
+            bytes = &bytes[taken.bytes..];
+            if !taken.is_all {
+                room.clear_ready();
+            } else if bytes.is_empty() {
+                return Ok(());
+            }
         }
     }
-    Ok(())
 }
 
 async fn say(stream: &mut Stream, volume: VolumeId, packet: &Packet) -> Result<(), ConnectionError> {
-    write(stream, &[], &[packet.encode(volume)], SILENCE).await
+    let frame = packet.encode(volume);
+    let stream = stream.bytes();
+    let written = async {
+        stream.write_all(&frame.head).await?;
+        stream.flush().await
+    };
+    timeout(SILENCE, written).await.map_err(|_| ConnectionError::Silent)?.map_err(ConnectionError::from)
 }
 
 /// The caller's part of a handshake: `hello` is what it says of itself.

@@ -3,7 +3,7 @@
 //! Invariants: a caller is handed to a volume only after its whole handshake; at most [`MAX_HANDSHAKES`] callers are in
 //! theirs; a refusal is logged here, once a minute if it is repeated, and disturbs no other connection.
 
-use super::connection::{self, ConnectionError, HANDSHAKE_LIMIT, Stream, buffered, prepare};
+use super::connection::{self, ConnectionError, HANDSHAKE_LIMIT, Stream, prepare};
 use super::header::MAGIC;
 use super::hello::{Cluster, Copies, ENCRYPTED, Hello, PIECES, Party, Rejection};
 use super::volume::{Event, Session, Volume};
@@ -70,13 +70,13 @@ impl Security {
         let connected = timeout(CONNECT_LIMIT, TcpStream::connect(address)).await;
         let socket = connected.map_err(|_| ConnectionError::Unreachable)??;
         prepare(&socket)?;
-        let Self::Tls(credentials) = self else { return Ok((buffered(socket), None)) };
+        let Self::Tls(credentials) = self else { return Ok((Stream::Plain(socket), None)) };
         let expected = Expected { role: Some(Role::Node), name: Some(node.clone()) };
         let connector = TlsConnector::from(credentials.current().client(expected)?);
         let name = ServerName::IpAddress(address.ip().into());
         let stream = connector.connect(name, socket).await.map_err(HandshakeError::from)?;
         let certificate = peer_identity(stream.get_ref().1);
-        Ok((buffered(stream), certificate))
+        Ok((Stream::Encrypted(Box::new(stream.into())), certificate))
     }
 
     /// Takes a call.
@@ -88,10 +88,10 @@ impl Security {
         }
         match self {
             Self::Off { .. } if first[0] == TLS_FIRST_BYTE => Err(Rejection::Encryption { theirs: true }.into()),
-            Self::Off { .. } => Ok((buffered(socket), None)),
+            Self::Off { .. } => Ok((Stream::Plain(socket), None)),
             // Whoever speaks in the clear is told why it is not let in, whatever it says.
             Self::Tls(_) if first[0] == MAGIC[0] => {
-                let mut stream = buffered(socket);
+                let mut stream = Stream::Plain(socket);
                 let hello = connection::listen(&mut stream).await?;
                 let rejection = Rejection::Encryption { theirs: false };
                 Err(connection::refuse(&mut stream, hello.volume, rejection).await)
@@ -100,7 +100,7 @@ impl Security {
                 let acceptor = TlsAcceptor::from(credentials.current().server(Some(Role::Node))?);
                 let stream = acceptor.accept(socket).await.map_err(HandshakeError::from)?;
                 let certificate = peer_identity(stream.get_ref().1);
-                Ok((buffered(stream), certificate))
+                Ok((Stream::Encrypted(Box::new(stream.into())), certificate))
             }
         }
     }

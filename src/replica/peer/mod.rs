@@ -1,7 +1,8 @@
 //! The transport between the copies of a volume: frames over TCP and TLS, a handshake, and conversations that heal.
 //!
 //! ```text
-//!   engine --Session::send, flush--> queue (bounded) --frames--> TLS --> the peer's Volume --Event--> its engine
+//!   engine --Session::send, flush--> queue (bounded) --frames--> Line (TLS) ... Line --Event--> the peer's engine
+//!                     a task of each conversation: connects, hears silence, writes what is much; tells Connected, Silent, Room
 //! ```
 //! # Invariants
 //! * One connection per volume and peer: a full queue, a slow disk or a large request of one volume never holds up another,
@@ -11,10 +12,12 @@
 //!   sender sees it.
 //! * Messages may be lost when a connection ends; [`Event::Connected`] says that, and the core says everything again.
 
+mod blocks;
 mod connection;
 mod endpoint;
 pub mod header;
 pub mod hello;
+mod line;
 pub mod message;
 pub mod packet;
 pub mod payload;
@@ -24,8 +27,10 @@ mod session;
 mod tests;
 mod volume;
 
+pub use blocks::Blocks;
 pub use endpoint::{AlreadyOpen, Endpoint, Security};
 pub use hello::Party;
-pub use payload::{Attached, Blocks, DIGEST, Payload, Sealed, digests, is_zero};
+pub use line::{Heard, Line};
+pub use payload::{Attached, DIGEST, Payload, Sealed, digests, is_zero};
 pub use queue::{MAX_IN_FLIGHT, SendError};
 pub use volume::{Event, Session};

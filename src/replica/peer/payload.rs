@@ -1,8 +1,10 @@
 //! What goes with a message of the core: blocks with the checksum of each, digests of blocks, or what a seal names.
 //!
-//! Invariants: a checksum is made where the data enters, by [`Payload::new`], and checked where it is written, by
-//! [`Payload::check`]; nothing in between makes it anew. At most [`MAX_REQUEST_BLOCKS`] whole blocks. What arrived lies where direct I/O takes it.
+//! Invariants: a checksum is made where the data enters, by [`Payload::new`] or [`Payload::gather`], and checked where it is
+//! written, by [`Payload::check`]; nothing in between makes it anew. At most [`MAX_REQUEST_BLOCKS`] whole blocks. What arrived
+//! lies where direct I/O takes it.
 
+use super::blocks::Blocks;
 use crate::protocol::BlockSet;
 use crate::volume::{BLOCK_SIZE, MAX_REQUEST_BLOCKS, SnapshotId};
 use bytes::Bytes;
@@ -63,38 +65,6 @@ pub struct Sealed {
     pub created_ms: u64,
 }
 
-/// Memory for blocks at an address that direct I/O takes, so that nothing is copied before it is written.
-#[derive(Debug)]
-pub struct Blocks {
-    memory: Vec<u8>,
-    start: usize,
-    length: usize,
-}
-
-impl Blocks {
-    /// So many bytes, all zero.
-    pub fn zeros(length: usize) -> Self {
-        let memory = vec![0u8; length + BLOCK_SIZE as usize];
-        let start = memory.as_ptr().align_offset(BLOCK_SIZE as usize);
-        Self { memory, start, length }
-    }
-
-    /// The bytes.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.length]
-    }
-
-    /// The bytes, shared from now on, at the same address.
-    pub fn freeze(self) -> Bytes {
-        Bytes::from(self.memory).slice(self.start..self.start + self.length)
-    }
-
-    /// Whether direct I/O takes bytes at this address.
-    pub fn are_aligned(bytes: &[u8]) -> bool {
-        (bytes.as_ptr() as usize).is_multiple_of(BLOCK_SIZE as usize)
-    }
-}
-
 /// The data is no payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0} bytes are not whole blocks, or more than {MAX_REQUEST_BLOCKS}")]
@@ -112,15 +82,32 @@ pub struct Damaged {
     pub computed: u32,
 }
 
+fn fits(length: usize) -> Result<(), BadLength> {
+    let most = (BLOCK_SIZE * u64::from(MAX_REQUEST_BLOCKS)) as usize;
+    if length.is_multiple_of(BLOCK_SIZE as usize) && length <= most { Ok(()) } else { Err(BadLength(length)) }
+}
+
 impl Payload {
     /// Makes the checksums.
     pub fn new(data: Bytes) -> Result<Self, BadLength> {
-        let block = BLOCK_SIZE as usize;
-        if !data.len().is_multiple_of(block) || data.len() > block * MAX_REQUEST_BLOCKS as usize {
-            return Err(BadLength(data.len()));
+        fits(data.len())?;
+        let crcs = data.chunks(BLOCK_SIZE as usize).flat_map(|block| crc32c::crc32c(block).to_le_bytes());
+        let crcs = crcs.collect::<Vec<_>>().into();
+        Ok(Self { data, crcs, attached: Attached::Nothing })
+    }
+
+    /// So many bytes, which `fill` puts where it is told, each block by its offset. A block is summed while the processor's cache
+    /// has it.
+    pub fn gather(length: usize, mut fill: impl FnMut(usize, &mut [u8])) -> Result<Self, BadLength> {
+        fits(length)?;
+        let (mut data, mut offset) = (Blocks::new(length), 0);
+        let mut crcs = Vec::with_capacity(length / BLOCK_SIZE as usize * 4);
+        for block in data.bytes_mut().chunks_mut(BLOCK_SIZE as usize) {
+            fill(offset, block);
+            crcs.extend_from_slice(&crc32c::crc32c(block).to_le_bytes());
+            offset += block.len();
         }
-        let crcs = data.chunks(block).flat_map(|block| crc32c::crc32c(block).to_le_bytes()).collect::<Vec<_>>();
-        Ok(Self { data, crcs: crcs.into(), attached: Attached::Nothing })
+        Ok(Self { data: data.freeze(), crcs: crcs.into(), attached: Attached::Nothing })
     }
 
     /// What goes with a seal.

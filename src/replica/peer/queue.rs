@@ -1,4 +1,4 @@
-//! Frames on their way out to one peer, and the writing half of the connection while nobody writes.
+//! Frames on their way out to one peer, and who may write them to the connection.
 //!
 //! ```text
 //!   push ─> frames ─┬─ flush: the engine's thread, what is little and is taken without waiting ─┬─> connection
@@ -6,13 +6,12 @@
 //! ```
 //! Invariants: never more than [`MAX_IN_FLIGHT`] bytes, those being written included; nothing is taken while there is no
 //! connection, and what is left from the one before goes when the next one begins: the core says it again. Whoever has the
-//! writing half writes, and gives it back with what the connection did not take: so bytes go out in order, and once.
+//! turn to write gives it back with what the connection did not take: so bytes go out in order, and once.
 
-use super::connection::{self, Stream};
+use super::line::{Line, PIECE, Taken};
 use super::packet::Encoded;
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use tokio::io::WriteHalf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 /// Bytes that wait for one peer's connection: 10 Gbit/s over a round trip of 10 ms is 12.5 MB, and a volume has 64
@@ -24,10 +23,7 @@ const BATCH: usize = 256 << 10;
 
 /// Bytes that the engine's thread writes itself, which saves the wake-up of another thread: encrypting more would hold up
 /// other volumes for longer than that wake-up takes.
-const LITTLE: usize = 64 << 10;
-
-/// Where frames are written.
-pub(super) type Writer = WriteHalf<Stream>;
+const LITTLE: usize = PIECE;
 
 /// Why a message was not taken; it is the caller's still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,27 +44,34 @@ pub enum SendError {
 
 #[derive(Default)]
 struct State {
-    open: bool,
-    /// How many connections there were: a writing half is given back to its own.
-    connection: u64,
+    /// The connection, if there is one.
+    line: Option<Arc<Line>>,
     frames: VecDeque<Encoded>,
     /// Of the frames and of those that are being written.
     bytes: usize,
     /// Somebody was told that it is full, and waits to be told otherwise.
     refused: bool,
-    /// If nobody writes.
-    writer: Option<Writer>,
+    /// Somebody writes.
+    writing: bool,
     /// What the connection did not take at once; nothing, if it has only kept something inside.
     rest: Option<Vec<u8>>,
 }
 
 /// What is to be written next, by whoever has this.
 pub(super) struct Batch {
-    pub writer: Writer,
+    line: Arc<Line>,
     /// Of earlier frames.
     pub rest: Vec<u8>,
     pub frames: Vec<Encoded>,
-    connection: u64,
+}
+
+impl State {
+    /// The turn to write, if nobody has it.
+    fn begin(&mut self) -> Option<Arc<Line>> {
+        let line = self.line.as_ref().filter(|_| !self.writing)?.clone();
+        self.writing = true;
+        Some(line)
+    }
 }
 
 /// See the module.
@@ -83,7 +86,10 @@ pub(super) struct Open<'a>(&'a Queue);
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.close();
+        let before = std::mem::take(&mut *self.0.state());
+        if let Some(line) = before.line {
+            line.close();
+        }
     }
 }
 
@@ -93,28 +99,20 @@ impl Queue {
     }
 
     /// A connection begins.
-    pub fn open(&self) {
-        let mut state = self.state();
-        *state = State { open: true, connection: state.connection + 1, ..State::default() };
-    }
-
-    /// It can be written to.
-    pub fn begin(&self, writer: Writer) -> Open<'_> {
-        self.state().writer = Some(writer);
-        self.ready.notify_one();
+    pub fn open(&self, line: Arc<Line>) -> Open<'_> {
+        *self.state() = State { line: Some(line), ..State::default() };
         Open(self)
     }
 
-    /// It has ended.
-    pub fn close(&self) {
-        let mut state = self.state();
-        *state = State { connection: state.connection, ..State::default() };
+    /// The connection, if there is one.
+    pub fn line(&self) -> Option<Arc<Line>> {
+        self.state().line.clone()
     }
 
     /// Takes a frame to be sent with the next [`Self::flush`].
     pub fn push(&self, frame: Encoded) -> Result<(), SendError> {
         let mut state = self.state();
-        if !state.open {
+        if state.line.is_none() {
             return Err(SendError::Disconnected);
         }
         if state.bytes + frame.bytes() > MAX_IN_FLIGHT {
@@ -134,12 +132,13 @@ impl Queue {
             bytes.extend_from_slice(head);
             bytes.extend_from_slice(data);
         }
-        let (taken, whole) = connection::write_now(&mut batch.writer, &bytes);
-        if !whole {
-            bytes.drain(..taken);
+        // An error shows again when the connection's task writes the rest.
+        let taken = batch.line.write(&bytes).unwrap_or(Taken { bytes: 0, is_all: false });
+        if !taken.is_all {
+            bytes.drain(..taken.bytes);
             batch.rest = bytes;
         }
-        self.give_back(batch, taken, !whole);
+        self.give_back(batch, taken.bytes, !taken.is_all);
     }
 
     /// Everything, if it is little and nobody writes; who writes will look again.
@@ -152,20 +151,21 @@ impl Queue {
             self.ready.notify_one();
             return None;
         }
-        let writer = state.writer.take()?;
+        let line = state.begin()?;
         let frames = state.frames.drain(..).collect();
-        Some(Batch { writer, rest: Vec::new(), frames, connection: state.connection })
+        Some(Batch { line, rest: Vec::new(), frames })
     }
 
     /// So many bytes were written, and perhaps a rest was not. Whether whoever was refused has to be told that there is room:
     /// half of it.
     fn give_back(&self, batch: Batch, written: usize, has_rest: bool) -> bool {
         let mut state = self.state();
-        if !state.open || state.connection != batch.connection {
+        if !state.line.as_ref().is_some_and(|line| Arc::ptr_eq(line, &batch.line)) {
+            // Another connection has begun.
             return false;
         }
         state.bytes = state.bytes.saturating_sub(written);
-        state.writer = Some(batch.writer);
+        state.writing = false;
         state.rest = has_rest.then_some(batch.rest);
         if has_rest {
             self.ready.notify_one();
@@ -180,7 +180,7 @@ impl Queue {
         self.state().bytes
     }
 
-    /// The next frames to be written together, and where; waits for both. Cancelling it loses nothing.
+    /// The next frames to be written together; waits for them and for the turn. Cancelling it loses nothing.
     pub async fn take(&self) -> Batch {
         loop {
             if let Some(batch) = self.batch() {
@@ -195,7 +195,7 @@ impl Queue {
         if state.frames.is_empty() && state.rest.is_none() {
             return None;
         }
-        let writer = state.writer.take()?;
+        let line = state.begin()?;
         let (rest, mut frames, mut bytes) = (state.rest.take().unwrap_or_default(), Vec::new(), 0);
         while bytes < BATCH
             && let Some(frame) = state.frames.pop_front()
@@ -203,7 +203,7 @@ impl Queue {
             bytes += frame.bytes();
             frames.push(frame);
         }
-        Some(Batch { writer, rest, frames, connection: state.connection })
+        Some(Batch { line, rest, frames })
     }
 
     /// A batch was written whole. Whether whoever was refused has to be told that there is room.

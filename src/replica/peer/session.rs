@@ -7,9 +7,10 @@
 //! Invariants: of two copies the one with the lower id calls, so that there is one connection; a newer connection of the
 //! same peer replaces the older; after a `Silent` comes a `Connected` before anything else of that peer.
 
-use super::connection::{self, ConnectionError, HANDSHAKE_LIMIT, Stream};
+use super::connection::{self, ConnectionError, HANDSHAKE_LIMIT, Pen, Stream};
 use super::endpoint::Shared;
 use super::hello::{Copies, Party};
+use super::line::Line;
 use super::packet::Packet;
 use super::queue::Queue;
 use super::volume::{Event, Volume};
@@ -17,7 +18,6 @@ use crate::protocol::HEARTBEAT;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::ReadHalf;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -78,9 +78,6 @@ pub(super) async fn run(shared: Arc<Shared>, volume: Arc<Volume>, peer: Arc<Peer
             Some(stream) => stream,
             None => next(&shared, &volume, &peer, &mut silence).await,
         };
-        peer.queue.open();
-        tracing::info!(volume = %volume.id, peer = %peer.party, "connected");
-        volume.tell(Event::Connected(copy)).await;
         let ended = tokio::select! {
             ended = exchange(stream, &volume, &peer, shared.silence) => ended,
             stream = peer.arrivals.take() => {
@@ -142,13 +139,18 @@ async fn dial(shared: &Shared, volume: &Volume, peer: &Peer) -> Result<Stream, C
     Ok(stream)
 }
 
-/// Both directions until one ends.
+/// Until either side ends it. What arrives is read by the engine's thread, see [`Line`].
 async fn exchange(stream: Stream, volume: &Volume, peer: &Peer, silence: Duration) -> ConnectionError {
-    let (reader, writer) = tokio::io::split(stream);
-    let _open = peer.queue.begin(writer);
+    let (line, pen) = match begin(stream, volume, peer, silence) {
+        Ok(begun) => begun,
+        Err(error) => return error.into(),
+    };
+    let _open = peer.queue.open(Arc::clone(&line));
+    tracing::info!(volume = %volume.id, peer = %peer.party, "connected");
+    volume.tell(Event::Connected(peer.party.copy)).await;
     let ended = tokio::select! {
-        ended = receive(reader, volume, peer, silence) => ended,
-        ended = transmit(volume, peer, silence) => ended,
+        ended = line.ended() => Err(ended),
+        ended = transmit(volume, peer, &line, &pen, silence) => ended,
     };
     match ended {
         Err(error) => error,
@@ -156,38 +158,40 @@ async fn exchange(stream: Stream, volume: &Volume, peer: &Peer, silence: Duratio
     }
 }
 
+fn begin(stream: Stream, volume: &Volume, peer: &Peer, silence: Duration) -> std::io::Result<(Arc<Line>, Pen)> {
+    let (socket, tls) = stream.into_parts()?;
+    let line = Arc::new(Line::new(socket, tls, volume.id, peer.party.copy));
+    Ok((Arc::clone(&line), Pen::new(line, silence)?))
+}
+
 /// A loop that ends by an error only.
 enum Never {}
 
-async fn receive(
-    mut reader: ReadHalf<Stream>,
+/// Writes what the engine's thread does not write itself, and signs of life; listens for those of the peer.
+async fn transmit(
     volume: &Volume,
     peer: &Peer,
+    line: &Line,
+    pen: &Pen,
     silence: Duration,
 ) -> Result<Never, ConnectionError> {
-    loop {
-        if let Some((message, payload)) = connection::read(&mut reader, volume.id, silence).await? {
-            // While nobody takes the event nothing is read, and TCP holds the sender back.
-            volume.tell(Event::Received { from: peer.party.copy, message, payload }).await;
-        }
-    }
-}
-
-/// Writes what the engine's thread does not write itself, and signs of life.
-async fn transmit(volume: &Volume, peer: &Peer, silence: Duration) -> Result<Never, ConnectionError> {
     let heartbeat = Packet::Heartbeat.encode(volume.id);
     loop {
-        match timeout(HEARTBEAT, peer.queue.take()).await {
-            Ok(mut batch) => {
-                connection::write(&mut batch.writer, &batch.rest, &batch.frames, silence).await?;
+        let soon =
+            Some(line.silent_in(silence)).filter(|left| !left.is_zero()).map_or(HEARTBEAT, |left| left.min(HEARTBEAT));
+        match timeout(soon, peer.queue.take()).await {
+            Ok(batch) => {
+                pen.write(&batch.rest, &batch.frames).await?;
                 if peer.queue.written(batch) {
                     volume.tell(Event::Room(peer.party.copy)).await;
                 }
             }
-            Err(_) => {
-                // It goes with the next batch. A full queue says as much.
-                let _ = peer.queue.push(heartbeat.clone());
-            }
+            // It goes with the next batch. A full queue says as much.
+            Err(_) if line.was_quiet(HEARTBEAT) => drop(peer.queue.push(heartbeat.clone())),
+            Err(_) => {}
+        }
+        if line.is_silent(silence) {
+            return Err(ConnectionError::Silent);
         }
     }
 }

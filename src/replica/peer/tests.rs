@@ -1,4 +1,5 @@
 mod codec;
+mod line;
 mod loopback;
 mod refusals;
 mod samples;

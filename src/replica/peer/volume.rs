@@ -1,10 +1,11 @@
 //! A volume's copy at this end: what the engine holds, and what happens to it.
 //!
 //! Invariants: a peer's conversation ends with its removal and all end when the [`Session`] is dropped; events of one peer
-//! arrive in order.
+//! arrive in order. Messages do not come by that way: whoever hears [`Event::Connected`] reads the [`Line`].
 
 use super::endpoint::{Identification, Shared};
 use super::hello::{Hello, Nonce, Party};
+use super::line::Line;
 use super::message::may_have;
 use super::packet::Packet;
 use super::payload::Payload;
@@ -19,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-/// Events that wait for the engine: each may hold a request's data (1 MiB). Beyond them TCP holds the peers back.
+/// Events that wait for the engine: some of each peer.
 pub(super) const MAX_EVENTS: usize = 32;
 
 /// What happens on a volume's connections.
@@ -27,7 +28,7 @@ pub(super) const MAX_EVENTS: usize = 32;
 pub enum Event {
     /// A connection to this copy is new: whatever is not answered must be said again.
     Connected(InstanceId),
-    /// A message.
+    /// A message, from a [`Line`].
     Received {
         /// The copy whose certificate and instance id were checked.
         from: InstanceId,
@@ -180,6 +181,11 @@ impl Session {
     pub fn flush(&self) {
         let peers: Vec<_> = self.volume.peers().values().cloned().collect();
         peers.iter().for_each(|peer| peer.queue.flush());
+    }
+
+    /// The connection with this copy, if there is one: its socket becomes readable when something was said.
+    pub fn line(&self, with: InstanceId) -> Option<Arc<Line>> {
+        self.volume.peer(with)?.queue.line()
     }
 
     /// Bytes that wait to be sent to this copy or are being written.

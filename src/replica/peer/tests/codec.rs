@@ -4,7 +4,7 @@ use super::samples::{any_message, configuration, copy, frames, payload, stamp, v
 use crate::protocol::{Extent, Lacks, MAX_MARKS, Message};
 use crate::replica::peer::header::{FrameError, HEADER, Header, Kind, MAX_FRAME};
 use crate::replica::peer::packet::Packet;
-use crate::replica::peer::payload::{BadLength, Blocks, Payload};
+use crate::replica::peer::payload::{BadLength, Payload};
 use crate::store::format::tests::{flip_every_bit, golden};
 use crate::volume::MAX_REQUEST_BLOCKS;
 use proptest::prelude::*;
@@ -133,21 +133,13 @@ fn the_largest_frames_are_within_the_limit() {
 }
 
 #[test]
-fn blocks_lie_where_direct_io_takes_them() {
-    for length in [0, 4096, 256 * 4096] {
-        let mut blocks = Blocks::zeros(length);
-        assert!(Blocks::are_aligned(blocks.bytes_mut()) && blocks.bytes_mut().len() == length);
-        blocks.bytes_mut().fill(7);
-        let bytes = blocks.freeze();
-        assert!(length == 0 || Blocks::are_aligned(&bytes));
-        assert!(bytes.len() == length && bytes.iter().all(|byte| *byte == 7));
-    }
-}
-
-#[test]
 fn data_is_whole_blocks_and_damage_is_named() {
     assert_eq!(Payload::new(vec![0; 4095].into()), Err(BadLength(4095)));
     assert_eq!(Payload::new(vec![0; 257 * 4096].into()), Err(BadLength(257 * 4096)));
+    assert_eq!(Payload::gather(257 * 4096, |_, _| {}), Err(BadLength(257 * 4096)));
+    let data: Vec<u8> = (0..3 * 4096u32).map(|byte| (byte / 7) as u8).collect();
+    let gathered = Payload::gather(data.len(), |at, block| block.copy_from_slice(&data[at..at + block.len()]));
+    assert_eq!(gathered, Payload::new(data.clone().into()));
     let payload = payload(3);
     assert_eq!((payload.blocks(), payload.crcs().count(), payload.check()), (3, 3, Ok(())));
     let mut bytes = bytes(&Packet::Message(write(1, 3), payload));

@@ -2,9 +2,10 @@
 
 use super::samples::{copy, name, payload, volume, write};
 use crate::protocol::{Frame, Generation, Incarnation, Message, SILENCE, SerialNumber, Stamp};
-use crate::replica::peer::{Endpoint, Event, MAX_IN_FLIGHT, Party, Payload, Security, SendError, Session};
+use crate::replica::peer::{Endpoint, Event, Heard, Line, MAX_IN_FLIGHT, Party, Payload, Security, SendError, Session};
 use crate::tls::{Authority, Credentials, Leaf, Role, Validity};
 use crate::volume::{ClusterId, InstanceId, MAX_REQUEST_BLOCKS};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +16,9 @@ use tokio::time::timeout;
 
 /// When a condition is given up: a test that waits so long has failed.
 pub const LONG: Duration = Duration::from_secs(120);
+
+/// How often an end looks whether something was said: an engine is told.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// A cluster's authority in a directory of its own.
 pub struct Lab {
@@ -59,6 +63,7 @@ pub struct Node {
 pub struct End {
     pub session: Session,
     pub events: Receiver<Event>,
+    lines: BTreeMap<InstanceId, Arc<Line>>,
 }
 
 impl Node {
@@ -76,14 +81,48 @@ impl Node {
     pub fn open(&self, number: u8, other: &Node, theirs: u8) -> End {
         let (session, events) = self.endpoint.open(volume(), copy(number), Generation(2)).expect("not open");
         session.add_peer(other.party(theirs), other.address);
-        End { session, events }
+        End { session, events, lines: BTreeMap::new() }
     }
 }
 
 impl End {
     /// The next event.
     pub async fn next(&mut self) -> Event {
-        timeout(LONG, self.events.recv()).await.expect("an event").expect("the session is there")
+        timeout(LONG, self.event()).await.expect("an event")
+    }
+
+    async fn event(&mut self) -> Event {
+        loop {
+            if let Some(message) = self.heard() {
+                return message;
+            }
+            if let Ok(event) = timeout(LOOK, self.events.recv()).await {
+                let event = event.expect("the session is there");
+                if let Event::Connected(copy) = &event {
+                    self.lines.extend(self.session.line(*copy).map(|line| (*copy, line)));
+                }
+                return event;
+            }
+        }
+    }
+
+    /// What was said, as an engine reads it.
+    fn heard(&mut self) -> Option<Event> {
+        for (copy, line) in self.lines.clone() {
+            match line.receive() {
+                Heard::Event(message) => return Some(message),
+                Heard::Nothing => {}
+                Heard::Ended => drop(self.lines.remove(&copy)),
+            }
+        }
+        None
+    }
+
+    /// Takes everything, for ever.
+    async fn take_all(mut self) {
+        loop {
+            self.event().await;
+        }
     }
 
     /// Skips events until this one.
@@ -145,6 +184,33 @@ async fn without_encryption_two_nodes_that_both_have_it_off_talk() {
     let (mut one, mut two) = connected(&first, &second).await;
     says(&one, copy(1), &mut two, copy(2), 1).await;
     says(&two, copy(2), &mut one, copy(1), 1).await;
+    large_messages_cross(&mut one, &mut two).await;
+}
+
+/// Hears these writes, in order and with their data.
+async fn hears(end: &mut End, from: InstanceId, serials: std::ops::Range<u64>, blocks: u8) {
+    for serial in serials {
+        let (message, payload) = (write(serial, blocks), payload(blocks));
+        assert_eq!(end.next().await, Event::Received { from, message, payload });
+    }
+}
+
+/// More than sockets keep, both ways at once: nobody waits for the other to read first.
+async fn large_messages_cross(one: &mut End, two: &mut End) {
+    for serial in 0..12 {
+        one.session.send(copy(2), &write(serial, u8::MAX), &payload(u8::MAX)).expect("taken");
+        two.session.send(copy(1), &write(serial, u8::MAX), &payload(u8::MAX)).expect("taken");
+    }
+    one.session.flush();
+    two.session.flush();
+    tokio::join!(hears(one, copy(2), 0..12, u8::MAX), hears(two, copy(1), 0..12, u8::MAX));
+    says(one, copy(1), two, copy(2), 12).await;
+}
+
+#[tokio::test]
+async fn large_messages_cross_and_arrive_whole() {
+    let (_first, _second, mut one, mut two) = pair(&lab()).await;
+    large_messages_cross(&mut one, &mut two).await;
 }
 
 #[tokio::test]
@@ -180,7 +246,7 @@ async fn a_peer_that_never_was_is_silent_once() {
 
 #[tokio::test]
 async fn a_receiver_that_does_not_read_stops_the_sender_at_its_bound() {
-    let (_first, _second, mut one, mut two) = pair_with(&lab(), SILENCE).await;
+    let (_first, _second, mut one, two) = pair_with(&lab(), SILENCE).await;
     let blocks = MAX_REQUEST_BLOCKS as usize;
     let request = crate::protocol::Request::Write(super::samples::range(0, MAX_REQUEST_BLOCKS));
     let frame = Frame { stamp: Stamp::default(), incarnation: Incarnation(1) };
@@ -204,20 +270,20 @@ async fn a_receiver_that_does_not_read_stops_the_sender_at_its_bound() {
     // What waits here, what waits there, and what the kernel keeps between: not everything that could have been sent.
     assert!(full && taken < 512 << 20, "{taken}");
     // As soon as it reads again the two find each other again.
-    let reader = tokio::spawn(async move { while two.events.recv().await.is_some() {} });
+    let reader = tokio::spawn(two.take_all());
     one.until(&Event::Connected(copy(2))).await;
     reader.abort();
 }
 
 #[tokio::test]
 async fn whoever_was_refused_is_told_when_there_is_room() {
-    let (_first, _second, mut one, mut two) = pair(&lab()).await;
+    let (_first, _second, mut one, two) = pair(&lab()).await;
     let (message, data) = (write(1, 200), payload(200));
     // Not a single await: nothing is written meanwhile.
     while one.session.send(copy(2), &message, &data).is_ok() {}
     assert_eq!(one.session.send(copy(2), &message, &data), Err(SendError::Full));
     one.session.flush();
-    let reader = tokio::spawn(async move { while two.events.recv().await.is_some() {} });
+    let reader = tokio::spawn(two.take_all());
     one.until(&Event::Room(copy(2))).await;
     assert_eq!(one.session.send(copy(2), &message, &data), Ok(()));
     reader.abort();

@@ -1,0 +1,324 @@
+//! A connection after its handshake: a socket and its encryption, for threads that must not wait.
+//!
+//! ```text
+//!   engine's thread ── receive <── frame being put together <── TLS <──128 KiB── socket
+//!   engine's thread, or the connection's task ── write ── 64 KiB ──> TLS ──> socket
+//! ```
+//! # Invariants
+//! * Nothing in here waits for the peer. The lock is held for as long as a piece takes to be encrypted, or one frame to be read.
+//! * Bytes go out in the order of the calls of [`Line::write`]: whoever gets some not taken gives them again before others.
+//! * A payload goes from the decrypted record to where direct I/O takes it, in one copy.
+//! * Whoever reads hears at the latest by an event of the socket that there is more, once [`Heard::Nothing`] was said.
+//! * The first error ends the connection, whoever found it; its task hears it.
+
+use super::blocks::Blocks;
+use super::connection::ConnectionError;
+use super::header::{HEADER, Header};
+use super::packet::Packet;
+use super::payload::Payload;
+use super::volume::Event;
+use crate::protocol::Message;
+use crate::volume::{InstanceId, VolumeId};
+use bytes::Bytes;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustls::Connection;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// Bytes that are read at once: many small frames, a part of a large one. rustls by itself reads 4 KiB at a time.
+const READ_AHEAD: usize = 128 << 10;
+/// Bytes that [`Line::write`] should be given at a time: as many as rustls encrypts before it wants to write.
+pub(super) const PIECE: usize = 64 << 10;
+
+/// What a peer says on one connection.
+#[derive(Debug)]
+pub enum Heard {
+    /// [`Event::Received`], always.
+    Event(Event),
+    /// Nothing more at the moment.
+    Nothing,
+    /// Nothing ever again.
+    Ended,
+}
+
+/// What the connection took.
+pub(super) struct Taken {
+    pub bytes: usize,
+    /// All, and none is kept inside.
+    pub is_all: bool,
+}
+
+/// See the module.
+pub struct Line {
+    socket: TcpStream,
+    volume: VolumeId,
+    peer: InstanceId,
+    state: Mutex<State>,
+    end: Mutex<Option<ConnectionError>>,
+    ended: Notify,
+}
+
+struct State {
+    tls: Option<Connection>,
+    /// When the socket had bytes last, and took some.
+    heard: Instant,
+    said: Instant,
+    ahead: Ahead,
+    frame: Assembly,
+}
+
+/// What was read from the socket and is not used yet.
+struct Ahead {
+    bytes: Box<[u8]>,
+    at: usize,
+    end: usize,
+}
+
+/// A frame, as far as it has come.
+struct Assembly {
+    part: Part,
+    filled: usize,
+}
+
+enum Part {
+    Header([u8; HEADER]),
+    Table(Header, Vec<u8>),
+    Data(Header, Vec<u8>, Blocks),
+}
+
+impl Line {
+    /// A connection about this volume with this peer, whose socket does not block.
+    pub(super) fn new(socket: TcpStream, tls: Option<Connection>, volume: VolumeId, peer: InstanceId) -> Self {
+        let ahead = Ahead { bytes: vec![0; READ_AHEAD].into(), at: 0, end: 0 };
+        let frame = Assembly { part: Part::Header([0; HEADER]), filled: 0 };
+        let now = Instant::now();
+        let state = State { tls, heard: now, said: now, ahead, frame };
+        Self { socket, volume, peer, state: Mutex::new(state), end: Mutex::default(), ended: Notify::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The peer's next message. To be called until there is none, whenever the socket has become readable, and once at first.
+    pub fn receive(&self) -> Heard {
+        let heard = self.state().next(&self.socket, self.volume);
+        match heard {
+            Ok(Some((message, payload))) => Heard::Event(Event::Received { from: self.peer, message, payload }),
+            Ok(None) => Heard::Nothing,
+            Err(error) => {
+                self.end(error);
+                Heard::Ended
+            }
+        }
+    }
+
+    /// Gives the connection at most [`PIECE`] bytes, and what it has kept inside before.
+    pub(super) fn write(&self, bytes: &[u8]) -> Result<Taken, ConnectionError> {
+        Ok(self.state().write(&self.socket, bytes)?)
+    }
+
+    /// Nothing was said for so long.
+    pub(super) fn was_quiet(&self, time: Duration) -> bool {
+        self.state().said.elapsed() >= time
+    }
+
+    /// How long until nothing was heard for so long; zero, if it was not.
+    pub(super) fn silent_in(&self, silence: Duration) -> Duration {
+        silence.saturating_sub(self.state().heard.elapsed())
+    }
+
+    /// Nothing is heard any more: not a byte for so long, and none waits to be read.
+    pub(super) fn is_silent(&self, silence: Duration) -> bool {
+        self.silent_in(silence).is_zero() && !self.has_more()
+    }
+
+    /// Whether bytes of a peer that is there wait to be read.
+    fn has_more(&self) -> bool {
+        let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN | closed)];
+        // Any other event, also one that has no name there, is an end.
+        poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].revents() == Some(PollFlags::POLLIN)
+    }
+
+    fn end(&self, error: ConnectionError) {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.ended.notify_one();
+    }
+
+    /// Waits until whoever reads has found the end.
+    pub(super) async fn ended(&self) -> ConnectionError {
+        loop {
+            let end = self.end.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(error) = end {
+                return error;
+            }
+            self.ended.notified().await;
+        }
+    }
+
+    /// Nothing is sent or received any more: whoever watches the socket, here and there, finds its end.
+    pub(super) fn close(&self) {
+        // It may be closed by the peer already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+impl AsRawFd for Line {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl State {
+    fn next(&mut self, socket: &TcpStream, volume: VolumeId) -> Result<Option<(Message, Payload)>, ConnectionError> {
+        loop {
+            let count = self.take()?;
+            if count > 0 {
+                if let Some(heard) = self.frame.advance(count, volume)? {
+                    return Ok(Some(heard));
+                }
+            } else if !self.refill(socket)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Moves what is there to where the frame wants it: how many bytes.
+    fn take(&mut self) -> Result<usize, ConnectionError> {
+        let place = self.frame.place();
+        let Some(tls) = &mut self.tls else { return Ok(self.ahead.take(place)) };
+        match tls.reader().read(place) {
+            Ok(0) => Err(ConnectionError::Closed),
+            Ok(count) => Ok(count),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Reads on and decrypts. `false`: there is nothing.
+    fn refill(&mut self, socket: &TcpStream) -> Result<bool, ConnectionError> {
+        if self.ahead.at == self.ahead.end {
+            if !self.ahead.read(socket)? {
+                return Ok(false);
+            }
+            self.heard = Instant::now();
+        }
+        if let Some(tls) = &mut self.tls {
+            let mut rest = &self.ahead.bytes[self.ahead.at..self.ahead.end];
+            self.ahead.at += tls.read_tls(&mut rest)?;
+            tls.process_new_packets().map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+        }
+        Ok(true)
+    }
+
+    fn write(&mut self, socket: &TcpStream, bytes: &[u8]) -> io::Result<Taken> {
+        let mut at = 0;
+        while self.write_kept(socket)? && at < bytes.len() {
+            let rest = &bytes[at..];
+            let written = match &mut self.tls {
+                Some(tls) => tls.writer().write(rest)?,
+                None => unless_blocked(|| (&*socket).write(rest))?.unwrap_or(0),
+            };
+            if written == 0 {
+                return Ok(Taken { bytes: at, is_all: false });
+            }
+            at += written;
+            self.said = Instant::now();
+        }
+        let kept = self.tls.as_ref().is_some_and(|tls| tls.wants_write());
+        Ok(Taken { bytes: at, is_all: at == bytes.len() && !kept })
+    }
+
+    /// Whether nothing that is encrypted is kept any more.
+    fn write_kept(&mut self, socket: &TcpStream) -> io::Result<bool> {
+        let Some(tls) = &mut self.tls else { return Ok(true) };
+        while tls.wants_write() {
+            if unless_blocked(|| tls.write_tls(&mut &*socket))?.is_none_or(|written| written == 0) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Ahead {
+    /// Reads what the socket has. `false`: nothing.
+    fn read(&mut self, mut socket: &TcpStream) -> Result<bool, ConnectionError> {
+        // A read that brings less than it might have has not seen the end that may be behind it: only the next one does.
+        match unless_blocked(|| socket.read(&mut self.bytes))? {
+            None => Ok(false),
+            Some(0) => Err(ConnectionError::Closed),
+            Some(count) => {
+                (self.at, self.end) = (0, count);
+                Ok(true)
+            }
+        }
+    }
+
+    fn take(&mut self, place: &mut [u8]) -> usize {
+        let count = place.len().min(self.end - self.at);
+        place[..count].copy_from_slice(&self.bytes[self.at..self.at + count]);
+        self.at += count;
+        count
+    }
+}
+
+/// `None`: it would have to wait.
+fn unless_blocked(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
+    loop {
+        match call() {
+            Ok(count) => return Ok(Some(count)),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+impl Assembly {
+    /// Where the next bytes go; never empty between two calls.
+    fn place(&mut self) -> &mut [u8] {
+        let filled = self.filled;
+        match &mut self.part {
+            Part::Header(bytes) => &mut bytes[filled..],
+            Part::Table(_, bytes) => &mut bytes[filled..],
+            Part::Data(_, _, blocks) => &mut blocks.bytes_mut()[filled..],
+        }
+    }
+
+    /// So many bytes are in their place. A message about the volume, if these were its last.
+    fn advance(&mut self, count: usize, volume: VolumeId) -> Result<Option<(Message, Payload)>, ConnectionError> {
+        self.filled += count;
+        while self.place().is_empty() {
+            self.filled = 0;
+            match std::mem::replace(&mut self.part, Part::Header([0; HEADER])) {
+                Part::Header(bytes) => {
+                    let header = Header::decode(&bytes)?;
+                    if header.volume != volume {
+                        return Err(ConnectionError::OtherVolume(header.volume));
+                    }
+                    self.part = Part::Table(header, vec![0; header.table()]);
+                }
+                Part::Table(header, table) => self.part = Part::Data(header, table, Blocks::new(header.payload())),
+                Part::Data(header, table, data) => return message(&header, table, data),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// What a whole frame of a session says; nothing, if it is a sign of life.
+fn message(header: &Header, table: Vec<u8>, data: Blocks) -> Result<Option<(Message, Payload)>, ConnectionError> {
+    match Packet::decode(header, Bytes::from(table), data.freeze())? {
+        Packet::Heartbeat => Ok(None),
+        Packet::Message(message, payload) => Ok(Some((message, payload))),
+        Packet::Hello(_) | Packet::Welcome(..) | Packet::Confirm(_) | Packet::Refuse(_) => {
+            Err(ConnectionError::Unexpected(header.kind))
+        }
+    }
+}

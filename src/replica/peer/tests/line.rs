@@ -1,0 +1,103 @@
+//! What one end of a connection makes of its bytes, however they come.
+
+use super::samples::{copy, payload, volume, write};
+use crate::replica::peer::Event;
+use crate::replica::peer::line::{Heard, Line};
+use crate::replica::peer::packet::Packet;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+/// A connection in the clear, and the other end of its socket.
+fn line() -> (Line, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let there = TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
+    let (here, _) = listener.accept().expect("accepted");
+    here.set_nonblocking(true).expect("set");
+    there.set_nodelay(true).expect("set");
+    (Line::new(here, None, volume(), copy(2)), there)
+}
+
+fn frame(serial: u64, blocks: u8) -> (Event, Vec<u8>) {
+    let (message, payload) = (write(serial, blocks), payload(blocks));
+    let encoded = Packet::Message(message.clone(), payload.clone()).encode(volume());
+    (Event::Received { from: copy(2), message, payload }, [&encoded.head[..], &encoded.data].concat())
+}
+
+/// The next message; what was written is there at the latest after a while.
+fn hear(line: &Line) -> Event {
+    let began = Instant::now();
+    loop {
+        match line.receive() {
+            Heard::Event(event) => return event,
+            Heard::Nothing => assert!(began.elapsed() < super::loopback::LONG, "nothing is heard"),
+            Heard::Ended => panic!("it has ended"),
+        }
+    }
+}
+
+#[test]
+fn frames_are_whole_however_they_are_cut() {
+    let (line, mut there) = line();
+    let heartbeat = Packet::Heartbeat.encode(volume()).head;
+    let (first, bytes) = frame(1, 2);
+    let (second, more) = frame(2, u8::MAX);
+    let all = [&heartbeat[..], &bytes, &heartbeat, &more, &bytes].concat();
+    let writer = std::thread::spawn(move || {
+        // Single bytes over the headers, then ever larger pieces that end anywhere.
+        let (mut rest, mut size) = (&all[..], 1);
+        for count in 0.. {
+            let (piece, behind) = rest.split_at(size.min(rest.len()));
+            there.write_all(piece).expect("written");
+            if behind.is_empty() {
+                return there;
+            }
+            rest = behind;
+            size += usize::from(count > 300) * (1 + size / 3);
+        }
+        there
+    });
+    assert_eq!(hear(&line), first);
+    assert_eq!(hear(&line), second);
+    assert_eq!(hear(&line), first);
+    let Event::Received { payload, .. } = second else { panic!("a message") };
+    assert_eq!(payload.check(), Ok(()));
+    let there = writer.join().expect("ends");
+    assert!(matches!(line.receive(), Heard::Nothing));
+    drop(there);
+    while !matches!(line.receive(), Heard::Ended) {}
+}
+
+#[test]
+fn who_has_bytes_to_be_read_is_not_silent_and_who_is_gone_is() {
+    let (line, mut there) = line();
+    let (second, long) = (Duration::from_millis(1), super::loopback::LONG);
+    std::thread::sleep(2 * second);
+    assert!(line.is_silent(second) && !line.is_silent(long));
+    there.write_all(&[0]).expect("written");
+    let began = Instant::now();
+    while line.is_silent(second) {
+        assert!(began.elapsed() < long, "the byte is not seen");
+    }
+    drop(there);
+    while !line.is_silent(second) {
+        assert!(began.elapsed() < long, "the end is not seen");
+    }
+}
+
+#[test]
+fn a_frame_about_another_volume_and_garbage_end_it() {
+    let other = Packet::Message(write(1, 1), payload(1)).encode(crate::volume::VolumeId::random());
+    for bytes in [other.head, vec![7; 4096]] {
+        let (line, mut there) = line();
+        there.write_all(&bytes).expect("written");
+        let began = Instant::now();
+        loop {
+            match line.receive() {
+                Heard::Event(event) => panic!("{event:?} was heard"),
+                Heard::Nothing => assert!(began.elapsed() < super::loopback::LONG, "nothing is heard"),
+                Heard::Ended => break,
+            }
+        }
+    }
+}
