@@ -311,10 +311,14 @@ impl Engine {
         match event {
             Event::Connected(copy) => {
                 mirror.refused.remove(&copy);
+                mirror.guests.is_connected_anew(copy);
                 mirror.connected.insert(copy);
                 self.step(key, Input::Connected(copy));
             }
-            Event::Silent(client) if mirror.guests.are(client) => drop(mirror.connected.remove(&client)),
+            Event::Silent(client) if mirror.guests.are(client) => {
+                mirror.guests.is_connected_anew(client);
+                mirror.connected.remove(&client);
+            }
             Event::Silent(copy) => {
                 mirror.connected.remove(&copy);
                 self.step(key, Input::Silent(copy));
@@ -323,7 +327,7 @@ impl Engine {
             Event::Room(copy) => match mirror.refused.remove(&copy) {
                 Some(Refused::Question) => self.step(key, Input::Connected(copy)),
                 Some(Refused::Answer) => mirror.session.reconnect(copy),
-                None => {}
+                None => self.tell_guest_the_rest(key, copy),
             },
             Event::Received { from, message, payload } => {
                 if let Err(damage) = payload.check() {
