@@ -8,6 +8,8 @@
 //! * Each life of the disk has a server, a mount and a loop device of its own: what has lost power may live on in mount namespaces
 //!   that were made meanwhile, and reaches nothing.
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -116,7 +118,11 @@ impl VolatileDisk {
 
 impl Life {
     fn end(&mut self) {
-        for process in [&mut self.server, &mut self.fuse] {
+        if matches!(self.server.try_wait(), Ok(None)) {
+            // It does nothing any more; and the other one ends before it notices that.
+            let _ = kill(Pid::from_raw(self.server.id() as i32), Signal::SIGSTOP);
+        }
+        for process in [&mut self.fuse, &mut self.server] {
             // One that has ended is a zombie until it is waited for: nobody else has its number.
             let _ = process.kill();
             let _ = process.wait();
