@@ -17,6 +17,8 @@ mod load;
 mod points;
 #[path = "faults/pools.rs"]
 mod pools;
+#[path = "faults/power.rs"]
+mod power;
 #[path = "faults/recovery.rs"]
 mod recovery;
 #[allow(dead_code, reason = "tests/cluster.rs uses the rest")]
@@ -29,6 +31,8 @@ mod site;
 #[allow(dead_code, reason = "tests/full_pool.rs uses the rest")]
 #[path = "support/small_pool.rs"]
 mod small_pool;
+#[path = "support/volatile_disk.rs"]
+mod volatile_disk;
 
 use load::Load;
 use nix::sys::signal::Signal;
@@ -50,14 +54,7 @@ const UNSTAGE_LIMIT: Duration = Duration::from_secs(15);
 async fn a_node_that_dies_under_load_loses_nothing_and_comes_back_by_what_differs() {
     let (site, _, load) = Site::under_load(2).await;
     load.await_writes(500, PATIENCE);
-    site.cluster.run(&["kill", "all", "1"]);
-    let done = load.stop();
-    println!("{} writes, then {} errors", done.writes, done.errors.len());
-    // As the attacher does for a node that is gone.
-    site.unpublish(1).await;
-    let device = site.attach(2).await;
-    site.check(&device).await;
-    let load = Load::start(&device, &site.oracle);
+    let load = site.outlive(1, load, 2).await;
     println!("the other node writes after {:?}", load.await_writes(200, PATIENCE));
     site.cluster.run(&["start", "all", "1"]);
     println!("a member again after {:?}", site.until_whole().await);
@@ -246,12 +243,7 @@ async fn a_slow_way_to_the_other_copy_makes_writes_slow_and_none_hangs() {
 async fn with_three_copies_each_of_the_others_has_what_a_dead_primary_acknowledged() {
     let (site, _, load) = Site::under_load(3).await;
     load.await_writes(300, PATIENCE);
-    site.cluster.run(&["kill", "all", "1"]);
-    load.stop();
-    site.unpublish(1).await;
-    let device = site.attach(2).await;
-    site.check(&device).await;
-    let load = Load::start(&device, &site.oracle);
+    let load = site.outlive(1, load, 2).await;
     load.await_writes(200, PATIENCE);
     site.cluster.run(&["start", "all", "1"]);
     println!("three members after {:?}", site.until_whole().await);

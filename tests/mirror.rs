@@ -24,7 +24,7 @@ use std::time::Duration;
 use tandem::replica::device::loop_device;
 use tandem::replica::engine::{CopyState, IoChoice, MirrorInput};
 use tandem::store::{Control, Directory, PENDING_BYTES, Pending, Store};
-use tandem::volume::SnapshotId;
+use tandem::volume::{InstanceId, SnapshotId};
 
 const MIB: u64 = 1 << 20;
 /// Blocks of the volumes of most tests.
@@ -360,6 +360,37 @@ fn a_device_that_outlived_another_primary_is_never_served_again() {
         check(&again, 0..10, 2).await;
         both_up_to_date(&one, &two).await;
         assert_eq!(compare(&one, &two).await, 10);
+        end(one, two).await;
+    });
+}
+
+/// The volume was published at a node without a copy while the engine was down, and its device was still there: what that was
+/// asked went over what the other node had written.
+#[test]
+fn a_device_that_outlived_its_engine_gives_way_to_a_client_that_was_named_meanwhile() {
+    let mut lab = Lab::new(64 * MIB);
+    runtime().block_on(async {
+        let two = lab.start(1).await;
+        let device = lab.start_child();
+        write(&device, 0..10, 1).await;
+        lab.kill_child();
+        lab.catalogue.set_client(Some(InstanceId::random()));
+        let path = device.clone();
+        let late = tokio::task::spawn_blocking(move || {
+            let file = File::options().write(true).open(&path).expect("the device");
+            file.write_all_at(&content(3, 2), 3 * 4096).and_then(|()| file.sync_all())
+        });
+        let one = lab.start(0).await;
+        both_up_to_date(&one, &two).await;
+        let error = late.await.expect("no panic").expect_err("another node uses the volume");
+        assert_eq!(error.raw_os_error(), Some(nix::libc::EIO), "{error}");
+        let snapshot = SnapshotId::random();
+        let seal = Control::Seal { volume: one.volume, snapshot, created_ms: 1 };
+        one.handle.control(one.tree, seal).await.expect("seals");
+        for node in [&one, &two] {
+            let found = node.contents(snapshot).await;
+            assert_eq!((found.len(), found[&3]), (10, crc32c::crc32c(&content(3, 1))));
+        }
         end(one, two).await;
     });
 }

@@ -1,5 +1,7 @@
 //! Mirrored volumes made from objects in the catalogue alone: two nodes in one process, devices, real disks. Needs root.
 
+#[path = "mirror_nodes/clients.rs"]
+mod clients;
 #[path = "mirror_nodes/site.rs"]
 mod site;
 #[path = "mirror_nodes/snapshots.rs"]

@@ -223,8 +223,14 @@ async fn replace(MoveArguments { volume, from, to, target, output }: MoveArgumen
     let doing = format!("cannot move the copy of volume {volume} from {from} to {to}");
     let request = MoveCopyRequest { volume_id: id.clone(), from_node: from.clone(), to_node: to.clone() };
     until_done(doing.clone(), async || operator.move_copy(request.clone()).await).await?;
-    let gone = |copies: &[Copy]| copies.iter().all(|copy| copy.node != from);
-    watch(&mut operator, &id, &to, &doing, gone).await?;
+    let has_none = |copies: &[Copy], node: &str| copies.iter().all(|copy| copy.node != node);
+    // Without the new copy it was taken back.
+    let over = |copies: &[Copy]| has_none(copies, &from) || has_none(copies, &to);
+    watch(&mut operator, &id, &to, &doing, over).await?;
+    if has_none(&copies(&mut operator, &id).await.map_err(refused(doing.as_str()))?, &to) {
+        let answer = format!("it was taken back, or the new copy is missed: see `tandem volume copies {volume}`");
+        return Err(CliError::Refused { doing, answer });
+    }
     let sentence = format!("volume {volume}: the copy on {from} is replaced by the one on {to}");
     output.done(&serde_json::json!({ "id": id, "from": from, "to": to }), &sentence)
 }

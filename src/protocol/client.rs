@@ -17,6 +17,7 @@
 //!   primary that was replaced nothing is ever executed again (its term is over).
 //! * An answer other than `Fenced` is the primary's word, as good as that of a disk: a completed write is in the cache of
 //!   every member, and so the flush of a later primary covers it.
+//! * At most two sessions begin in a heartbeat because something was refused.
 //! * A client that the catalogue does not name any more executes nothing: whatever waits ends with `Fenced`.
 //!
 //! [`Host`]: super::Host
@@ -62,6 +63,8 @@ pub struct Client {
     asked: BTreeMap<OperationId, Request>,
     /// Heartbeats since something was answered, while something waits.
     quiet: u8,
+    /// In this heartbeat a session has ended because something was not executed.
+    refused: bool,
     ended: bool,
 }
 
@@ -69,7 +72,7 @@ impl Client {
     /// Of one start; the incarnation is never used again.
     pub fn new(me: Incarnation) -> Self {
         let (connected, asked) = Default::default();
-        Self { me, attempt: 1, connected, session: None, asked, quiet: 0, ended: false }
+        Self { me, attempt: 1, connected, session: None, asked, quiet: 0, refused: false, ended: false }
     }
 
     /// The core wants this executed.
@@ -117,9 +120,13 @@ impl Client {
             }
             Message::Answer { session, serial, result } if self.session == Some((from, session)) => {
                 if result == Err(DiskError::Fenced) {
-                    // Not executed, and never to be: whoever is primary is asked again.
+                    // Not executed, and never to be: whoever is primary is asked again, at once the first time. A primary
+                    // that knows only a smaller volume says so in each session.
                     self.leave(from);
-                    return self.seek(outputs);
+                    if !std::mem::replace(&mut self.refused, true) {
+                        self.seek(outputs);
+                    }
+                    return;
                 }
                 let operation = OperationId(serial.0);
                 if self.asked.remove(&operation).is_some() {
@@ -139,6 +146,7 @@ impl Client {
     /// Time has passed.
     pub fn tick(&mut self, outputs: &mut Vec<ClientOutput>) {
         self.quiet = if self.asked.is_empty() { 0 } else { self.quiet.saturating_add(1) };
+        self.refused = false;
         if self.session.is_none() || self.quiet >= PATIENCE {
             self.seek(outputs);
         }
@@ -200,3 +208,7 @@ fn ask(to: InstanceId, session: Session, operation: OperationId, request: Reques
     let message = Message::Ask { session, serial: SerialNumber(operation.0), request };
     ClientOutput::Send { to, message, operation: Some(operation) }
 }
+
+#[cfg(test)]
+#[path = "client/tests.rs"]
+mod tests;

@@ -1,7 +1,10 @@
 //! One operation at a time per volume, snapshot or tree; the next one waits a little, then is told to come back.
+//!
+//! Invariants: an operation that only waits for others gives its objects up to whoever wants them instead; one that does something
+//! ends first.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -12,6 +15,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Inner {
     busy: Mutex<BTreeSet<[u8; 16]>>,
     freed: Notify,
+    /// What somebody waits for who may have it at once: as often as it is waited for.
+    wanted: Mutex<Vec<[u8; 16]>>,
+    asked: Notify,
 }
 
 /// The objects that have an operation under way.
@@ -49,6 +55,16 @@ impl Operations {
         Ok(OperationGuard { operations: self.clone(), keys })
     }
 
+    /// As [`Self::begin`]; whoever has one of `keys` and only waits gives it up: see [`OperationGuard::wanted`].
+    pub async fn begin_instead(&self, keys: Vec<[u8; 16]>) -> Result<OperationGuard, Busy> {
+        let _wish = Wish::new(self.clone(), keys.clone());
+        self.begin(keys).await
+    }
+
+    fn wishes(&self) -> MutexGuard<'_, Vec<[u8; 16]>> {
+        self.0.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until nothing is busy, but no longer than a second operation would wait for a first one.
     pub async fn idle(&self) {
         let all_done = async {
@@ -72,6 +88,45 @@ impl Operations {
         }
         busy.extend(keys);
         true
+    }
+}
+
+/// Somebody waits for these, as long as this is there.
+struct Wish {
+    operations: Operations,
+    keys: Vec<[u8; 16]>,
+}
+
+impl Wish {
+    fn new(operations: Operations, keys: Vec<[u8; 16]>) -> Self {
+        operations.wishes().extend(&keys);
+        operations.0.asked.notify_waiters();
+        Self { operations, keys }
+    }
+}
+
+impl Drop for Wish {
+    fn drop(&mut self) {
+        let mut wanted = self.operations.wishes();
+        for key in &self.keys {
+            if let Some(at) = wanted.iter().position(|wish| wish == key) {
+                wanted.swap_remove(at);
+            }
+        }
+    }
+}
+
+impl OperationGuard {
+    /// Ends when somebody waits for one of these objects who may have it instead.
+    pub async fn wanted(&self) {
+        loop {
+            // Registered before the check, or a wish in between would be missed.
+            let asked = self.operations.0.asked.notified();
+            if self.operations.wishes().iter().any(|wish| self.keys.contains(wish)) {
+                return;
+            }
+            asked.await;
+        }
     }
 }
 
@@ -102,5 +157,26 @@ mod tests {
         assert!(!second.is_finished());
         drop(first);
         second.await.expect("task").expect("freed");
+    }
+
+    #[tokio::test]
+    async fn one_that_only_waits_gives_way_to_one_that_takes_its_place() {
+        let operations = Operations::default();
+        let waits = async {
+            let guard = operations.begin(vec![[1; 16]]).await.expect("free");
+            guard.wanted().await;
+            drop(guard);
+        };
+        let others = async {
+            operations.begin_instead(vec![[2; 16]]).await.map(drop).expect("another object is free");
+            operations.begin_instead(vec![[1; 16]]).await.map(drop).expect("given up")
+        };
+        tokio::join!(waits, others);
+        // Nobody waits for it any more.
+        let guard = operations.begin(vec![[1; 16]]).await.expect("free");
+        let wanted = tokio::time::timeout(Duration::from_millis(50), guard.wanted()).await;
+        assert!(wanted.is_err(), "a wish that was fulfilled is over");
+        let second = operations.begin(vec![[1; 16]]);
+        assert!(tokio::time::timeout(Duration::from_millis(50), second).await.is_err(), "one that can wait does");
     }
 }

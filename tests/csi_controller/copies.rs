@@ -34,7 +34,7 @@ async fn demote(driver: &Driver, id: &str) -> Result<(), Status> {
     OperatorService(driver.controller.clone()).demote(Request::new(request)).await.map(drop)
 }
 
-async fn replace(driver: &Driver, id: &str, from: &str, to: &str) -> Result<(), Status> {
+pub async fn replace(driver: &Driver, id: &str, from: &str, to: &str) -> Result<(), Status> {
     let request = MoveCopyRequest { volume_id: id.into(), from_node: from.into(), to_node: to.into() };
     OperatorService(driver.controller.clone()).move_copy(Request::new(request)).await.map(drop)
 }

@@ -1,6 +1,6 @@
 //! Copies that are lost and made anew elsewhere, with nobody who says so. Tasks of the test do what nodes and primary would do.
 
-use crate::copies::{commit, copy_on};
+use crate::copies::{commit, copy_on, replace};
 use crate::mirrors::{LONG, make_copies, object};
 use crate::nodes::{Cluster, at, cluster};
 use crate::site::*;
@@ -125,4 +125,30 @@ async fn a_copy_that_comes_back_first_stays_and_no_node_that_fits_is_told() {
     driver.modify(&id, &[("rebuildAfter", "never")]).await.expect("modified");
     assert_eq!(object(&driver, &id).await.spec.rebuild_after, RebuildAfter::Never);
     tasks.iter().for_each(JoinHandle::abort);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_to_a_node_that_dies_is_taken_back_and_can_be_asked_for_again() {
+    let (mut nodes, driver) = cluster(&[10, 20, 30, 40]).await;
+    let _work = make_copies(&driver.catalog, &["node-1", "node-2", "node-3", "node-4"]);
+    let id = volume(&nodes, &driver, "1s").await;
+    let copies_of = |volume: &Object| volume.spec.mirror.clone().expect("mirrored");
+    replace(&driver, &id, "node-2", "node-3").await.expect("recorded");
+    assert_eq!(copies_of(&object(&driver, &id).await).leaving.len(), 1);
+    nodes.stop(3);
+    let [rebuild, tend] = run(&driver);
+    let back = until(&driver, &id, "the old copies", |volume| {
+        let mirror = copies_of(volume);
+        mirror.leaving.is_empty() && mirror.copies.values().all(|of| of.node.0 != "node-3")
+    });
+    assert_eq!(copies_of(&back.await).copies.len(), 2);
+    // To another node; and a person takes that back.
+    rebuild.abort();
+    let _ = rebuild.await;
+    replace(&driver, &id, "node-2", "node-4").await.expect("recorded");
+    replace(&driver, &id, "node-4", "node-2").await.expect("taken back");
+    let back = until(&driver, &id, "the old copies", |volume| copies_of(volume).leaving.is_empty()).await;
+    let there: BTreeSet<_> = copies_of(&back).copies.into_values().map(|of| of.node.0).collect();
+    assert_eq!(there, BTreeSet::from(["node-1".to_owned(), "node-2".to_owned()]));
+    tend.abort();
 }

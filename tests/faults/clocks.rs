@@ -1,7 +1,6 @@
 //! Nodes whose clocks jump. What a replica reads is the time since its node was started, and a time namespace gives each of its
 //! lives another one; a clock that jumps in the middle of a life is the simulator's.
 
-use crate::load::Load;
 use crate::site::{PATIENCE, Site};
 
 /// Three years, and a month.
@@ -28,12 +27,7 @@ async fn nodes_whose_clocks_jump_to_and_fro_lose_nothing() {
     }
     site.until_whole().await;
     load.await_writes(100, PATIENCE);
-    site.cluster.run(&["kill", "all", "1"]);
-    load.stop();
-    site.unpublish(1).await;
-    let device = site.attach(2).await;
-    site.check(&device).await;
-    let load = Load::start(&device, &site.oracle);
+    let load = site.outlive(1, load, 2).await;
     load.await_writes(100, PATIENCE);
     site.cluster.run(&["start", "all", "1"]);
     println!("a member again after {:?}", site.until_whole().await);

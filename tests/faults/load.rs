@@ -4,6 +4,7 @@
 //! never answered is *unknown*: the block may be as before it or as after it, until it is read; each thread has blocks of
 //! its own and one request at a time, so it knows what every read must return.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
@@ -60,6 +61,8 @@ struct Known {
     unknown: bool,
     /// Round of the last of those, if a read has shown that it never happened.
     refuted: u64,
+    /// Round of the last write that was acknowledged before a flush that was acknowledged, too.
+    flushed: u64,
 }
 
 impl Known {
@@ -79,6 +82,10 @@ impl Known {
             (self.acknowledged, self.unknown) = (round, false);
         }
         self.refuted != round
+    }
+    /// It is as it was at the last flush, or as any later write has left it.
+    fn loses_power(&mut self) {
+        (self.acknowledged, self.unknown, self.refuted) = (self.flushed, self.tried > self.flushed, 0);
     }
 }
 
@@ -103,7 +110,13 @@ impl Oracle {
         assert!(wrong.is_empty(), "{} wrong blocks, such as {}", wrong.len(), wrong[0]);
     }
 
-    fn wrong(&self, device: &Path) -> Vec<String> {
+    /// Nobody has what was not flushed. Disks that lose power are those of `support/volatile_disk.rs`: they write whole blocks.
+    pub fn loses_power(&self) {
+        (0..self.0.len()).for_each(|block| self.known(block, Known::loses_power));
+    }
+
+    /// What is not as it may be.
+    pub fn wrong(&self, device: &Path) -> Vec<String> {
         let file = open(device).expect("the device opens");
         let parts = (0..self.0.len()).step_by(PART);
         let part = |first| self.read(&file, first..(first + PART).min(self.0.len())).expect("the device reads");
@@ -249,6 +262,7 @@ impl Load {
 fn work(shared: &Shared, oracle: &Oracle, file: &File, number: usize) -> std::io::Result<()> {
     let chunks = oracle.0.len() / CHUNK / THREADS;
     let mut random = 0x9e37_79b9_7f4a_7c15 ^ (number as u64 + 1);
+    let mut unflushed = BTreeMap::new();
     while !shared.stop.load(SeqCst) {
         random ^= random << 13;
         random ^= random >> 7;
@@ -256,6 +270,9 @@ fn work(shared: &Shared, oracle: &Oracle, file: &File, number: usize) -> std::io
         let chunk = (random >> 20) as usize % chunks * THREADS + number;
         if random.is_multiple_of(FLUSH_EVERY) {
             file.sync_data()?;
+            for (block, round) in std::mem::take(&mut unflushed) {
+                oracle.known(block, |known| known.flushed = round);
+            }
         } else if random.is_multiple_of(READ_EVERY) {
             file.read_exact_at(&mut Box::new(Page([0; BLOCK])).0, (chunk * CHUNK * BLOCK) as u64)?;
             if shared.retired.load(SeqCst) {
@@ -267,7 +284,9 @@ fn work(shared: &Shared, oracle: &Oracle, file: &File, number: usize) -> std::io
             let first = chunk * CHUNK + (random >> 8) as usize % CHUNK;
             let blocks = first..(chunk + 1) * CHUNK;
             let last = blocks.clone().map(|block| oracle.known(block, |known| known.tried)).max();
-            shared.is_wrong(oracle.write(file, blocks, last.unwrap_or_default() + 1)?);
+            let round = last.unwrap_or_default() + 1;
+            shared.is_wrong(oracle.write(file, blocks.clone(), round)?);
+            unflushed.extend(blocks.map(|block| (block, round)));
             shared.writes.fetch_add(1, SeqCst);
         }
     }
@@ -296,4 +315,31 @@ fn a_lost_a_torn_and_a_misplaced_block_are_found() {
     }
     file.as_file().write_all_at(&before, at).expect("writes");
     oracle.check(file.path());
+}
+
+#[test]
+fn of_a_device_that_lost_power_what_was_flushed_and_is_lost_is_found_and_nothing_else() {
+    let file = tempfile::NamedTempFile::new_in("/var/tmp").expect("a file");
+    file.as_file().set_len(1 << 20).expect("a length");
+    let oracle = Oracle::new(1 << 20);
+    let load = Load::start(file.path(), &oracle);
+    let flushed = || (0..256).find(|block| oracle.known(*block, |known| known.flushed > 0));
+    while flushed().is_none() {
+        load.await_writes(10, Duration::from_secs(60));
+    }
+    load.stop_well();
+    let (block, device) = (flushed().expect("one was flushed"), open(file.path()).expect("opens"));
+    let known = oracle.known(block, |known| *known);
+    assert_eq!(oracle.write(&device, block..block + 1, known.tried + 1).expect("writes"), Vec::<String>::new());
+    for round in known.flushed..=known.tried + 1 {
+        file.as_file().write_all_at(&Page::stamped(block as u64, round).0, (block * BLOCK) as u64).expect("writes");
+        oracle.known(block, |known_now| *known_now = Known { tried: known.tried + 1, ..known });
+        oracle.loses_power();
+        oracle.check(file.path());
+    }
+    for bad in [Page([0; BLOCK]), Page::stamped(block as u64, known.flushed - 1)] {
+        file.as_file().write_all_at(&bad.0, (block * BLOCK) as u64).expect("writes");
+        oracle.loses_power();
+        assert_eq!(oracle.wrong(file.path()).len(), 1);
+    }
 }

@@ -65,8 +65,13 @@ impl Site {
 
     /// The same, with the pool of node 2 in this directory.
     pub async fn under_load_with_pool(pool: &Path) -> (Self, PathBuf, Load) {
-        let flags = format!("--pool default={} --overcommit 100", pool.display());
-        Self::with(2, 2, block(), vec![("TANDEM_CLUSTER_NODE_FLAGS_2", flags)]).await.loaded().await
+        Self::with(2, 2, block(), vec![pool_of(2, pool)]).await.loaded().await
+    }
+
+    /// The same with a node, and a copy, for each of these pools.
+    pub async fn under_load_with_pools(pools: &[&Path]) -> (Self, PathBuf, Load) {
+        let environment = pools.iter().enumerate().map(|(at, pool)| pool_of(at + 1, pool)).collect();
+        Self::with(pools.len(), pools.len(), block(), environment).await.loaded().await
     }
 
     /// The same with two nodes whose processes die where they are told (`kills.rs`).
@@ -370,6 +375,18 @@ impl Site {
         Pid::from_raw(std::fs::read_to_string(file).expect("started").trim().parse().expect("a pid"))
     }
 
+    /// The whole of a node dies, where the volume is used: another one has everything that was acknowledged, and goes on.
+    pub async fn outlive(&self, dead: usize, load: Load, next: usize) -> Load {
+        self.cluster.run(&["kill", "all", &dead.to_string()]);
+        let done = load.stop();
+        println!("{} writes, then {} errors", done.writes, done.errors.len());
+        // As the attacher does for a node that is gone.
+        self.unpublish(dead).await;
+        let device = self.attach(next).await;
+        self.check(&device).await;
+        Load::start(&device, &self.oracle)
+    }
+
     pub fn signal(&self, number: usize, signal: Signal) {
         kill(self.pid("replica", &format!("node-{number}")), signal).expect("it runs");
     }
@@ -394,6 +411,12 @@ impl Site {
         cluster.delete(&id).await.expect("deleted");
         cluster.down();
     }
+}
+
+/// Where a replica has its pool.
+fn pool_of(number: usize, pool: &Path) -> (&'static str, String) {
+    let variable = ["TANDEM_CLUSTER_NODE_FLAGS_1", "TANDEM_CLUSTER_NODE_FLAGS_2"][number - 1];
+    (variable, format!("--pool default={} --overcommit 100", pool.display()))
 }
 
 fn block() -> VolumeCapability {

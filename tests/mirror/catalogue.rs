@@ -69,6 +69,15 @@ impl Catalogue {
         Some(Wish { primary: primary.parse().ok(), copies })
     }
 
+    /// Who alone uses the volume, on a node without a copy.
+    pub fn set_client(&self, client: Option<InstanceId>) {
+        replace(&self.directory.join("client"), client.map(|id| id.to_string()).unwrap_or_default().as_bytes());
+    }
+
+    pub fn client(&self) -> Option<InstanceId> {
+        fs::read_to_string(self.directory.join("client")).ok()?.parse().ok()
+    }
+
     /// Where a copy can be called.
     pub fn set_node(&self, copy: InstanceId, name: &str, address: &str) {
         replace(&self.directory.join("nodes").join(copy.to_string()), format!("{name} {address}").as_bytes());

@@ -144,6 +144,8 @@ struct Driver {
 /// What was seen of the catalogue.
 #[derive(Default)]
 struct Seen {
+    /// `None`: nothing yet.
+    client: Option<Option<InstanceId>>,
     configuration: Option<tandem::protocol::Configuration>,
     wish: Option<Wish>,
     nodes: BTreeMap<InstanceId, (String, String)>,
@@ -177,7 +179,10 @@ impl Driver {
                 self.tell(MirrorInput::Proposed { stamp: next.stamp, outcome }).await;
             }
             CatalogueRequest::Read if isolated => {}
-            CatalogueRequest::Read => self.tell(MirrorInput::Configuration(Box::new(self.catalogue.read()))).await,
+            CatalogueRequest::Read => {
+                self.tell(MirrorInput::Client { client: self.catalogue.client(), term: None }).await;
+                self.tell(MirrorInput::Configuration(Box::new(self.catalogue.read()))).await;
+            }
         }
     }
 
@@ -188,6 +193,12 @@ impl Driver {
             std::mem::take(&mut seen.nodes).into_keys().for_each(|copy| self.session.remove_peer(copy));
             seen.configuration = None;
             return;
+        }
+        let client = self.catalogue.client();
+        if seen.client != Some(client) {
+            // Before anything that could make it serve.
+            seen.client = Some(client);
+            self.tell(MirrorInput::Client { client, term: None }).await;
         }
         let configuration = self.catalogue.read();
         if seen.configuration.as_ref() != Some(&configuration) {

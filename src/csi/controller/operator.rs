@@ -180,6 +180,18 @@ impl Controller {
         if stored.object.spec.publications.contains_key(&from) {
             return Err(OperatorError::InUse { id, node: from });
         }
+        if let Some(back) = there.filter(|there| mirror.leaving.contains(there)) {
+            // A move is taken back: the old copy stays, the new one goes.
+            self.change(stored, |volume| {
+                if let Some(mirror) = &mut volume.spec.mirror {
+                    mirror.leaving.remove(&back);
+                    mirror.leaving.insert(old);
+                    mirror.rebuild = None;
+                }
+            })
+            .await?;
+            return Ok(());
+        }
         if !mirror.leaving.is_empty() || mirror.copies.len() >= MAX_COPIES {
             let leaving = mirror.leaving.iter().filter_map(|copy| mirror.copies.get(copy));
             let nodes = names(leaving.map(|copy| &copy.node));

@@ -15,7 +15,7 @@
 //! * Level-triggered: each look begins with the catalogue, and a step that was cut off is found again.
 
 use super::Controller;
-use crate::catalog::{Missed, NodeName, Rebuild, RebuildAfter, Stored, Volume, VolumeConfiguration};
+use crate::catalog::{MirrorSpec, Missed, NodeName, Rebuild, RebuildAfter, Stored, Volume, VolumeConfiguration};
 use crate::csi::errors::Transient;
 use crate::csi::operations::Subject;
 use crate::protocol::{Configuration, MAX_COPIES};
@@ -181,7 +181,8 @@ fn step(
     if primary.filled.contains(&lost) {
         return Ok(Step::Nothing);
     }
-    if mirror.rebuild.is_some_and(|rebuild| rebuild.new == lost) {
+    let fills_another = || mirror.staying().any(|(copy, _)| primary.filled.contains(&copy));
+    if replaces(mirror, lost) && (mirror.rebuild.is_some() || !fills_another()) {
         return Ok(Step::Withdraw);
     }
     if !mirror.leaving.is_empty() || mirror.copies.len() >= MAX_COPIES {
@@ -196,6 +197,15 @@ fn step(
 /// Whether a wanted copy of the volume is on that node.
 fn holds(volume: &Volume, node: &NodeName) -> bool {
     volume.spec.mirror.iter().flat_map(|mirror| mirror.copies.values()).any(|copy| copy.node == *node)
+}
+
+/// Whether the copy, which is no member, was to replace another one. Where a person has moved a copy, nothing else says which one
+/// is the new one.
+fn replaces(mirror: &MirrorSpec, copy: InstanceId) -> bool {
+    match mirror.rebuild {
+        Some(Rebuild { new, .. }) => new == copy,
+        None => !mirror.leaving.is_empty() && !mirror.leaving.contains(&copy),
+    }
 }
 
 /// Whether a copy is being filled, in place of another one, on a node that answers.
@@ -251,9 +261,13 @@ impl Controller {
             .iter()
             .filter_map(|stored| Some((stored.object.volume, Configuration::try_from(&stored.object).ok()?)));
         let configurations: BTreeMap<_, _> = read.collect();
-        let replaces =
-            |stored: &&Stored<Volume>| is_replacing(&stored.object, configurations.get(&stored.object.id), &silent);
-        let replacing = volumes.iter().filter(replaces).count();
+        // One that was late and not being filled makes no progress.
+        let fills = |id: &VolumeId| memory.unfilled.get(id).is_none_or(|times| *times == 0);
+        let takes_a_place = |stored: &&Stored<Volume>| {
+            let Volume { id, .. } = &stored.object;
+            fills(id) && is_replacing(&stored.object, configurations.get(id), &silent)
+        };
+        let replacing = volumes.iter().filter(takes_a_place).count();
         let mut around = Around { silent, lap, replacing };
         let there: BTreeSet<_> = volumes.iter().map(|stored| stored.object.id).collect();
         memory.counted.retain(|volume, _| there.contains(volume));
@@ -289,6 +303,7 @@ impl Controller {
         }
         if missed.is_empty() && volume.status.missed.is_empty() {
             memory.counted.remove(&id);
+            memory.unfilled.remove(&id);
             return Ok(());
         }
         if count(&mut volume, &missed, around.lap, memory.counted.entry(id).or_default()) {
@@ -303,8 +318,11 @@ impl Controller {
         let done = match step(&volume, lost, now, primary.as_ref(), around) {
             Ok(Step::Nothing) => Ok(()),
             Ok(step) => {
-                if matches!(step, Step::Wish(_)) {
-                    memory.left.insert(id, (lost, Instant::now() + DROPPED_WITHIN));
+                match step {
+                    Step::Wish(_) => _ = memory.left.insert(id, (lost, Instant::now() + DROPPED_WITHIN)),
+                    // The next copy that replaces one has its time before it.
+                    Step::Withdraw => _ = memory.unfilled.remove(&id),
+                    Step::Replace | Step::Nothing => {}
                 }
                 self.take(&volume, lost, &step, around).await?
             }
@@ -337,7 +355,7 @@ impl Controller {
         memory: &mut Memory,
     ) -> bool {
         let (Some(mirror), Some(primary)) = (&volume.spec.mirror, primary) else { return false };
-        if mirror.rebuild.is_none_or(|rebuild| rebuild.new != late) {
+        if !replaces(mirror, late) {
             return false;
         }
         let times = memory.unfilled.entry(volume.id).or_default();

@@ -312,6 +312,7 @@ impl Engine {
         match event {
             Event::Connected(copy) => {
                 mirror.refused.remove(&copy);
+                mirror.guests.is_connected_anew(copy);
                 mirror.connected.insert(copy);
                 self.step(key, Input::Connected(copy));
                 self.begin_listening(key, copy);
@@ -319,6 +320,9 @@ impl Engine {
             Event::Silent(copy) => {
                 mirror.connected.remove(&copy);
                 let is_client = mirror.guests.are(copy);
+                if is_client {
+                    mirror.guests.is_connected_anew(copy);
+                }
                 self.stop_listening(key, Some(copy));
                 if !is_client {
                     self.step(key, Input::Silent(copy));
@@ -328,7 +332,7 @@ impl Engine {
             Event::Room(copy) => match mirror.refused.remove(&copy) {
                 Some(Refused::Question) => self.step(key, Input::Connected(copy)),
                 Some(Refused::Answer) => mirror.session.reconnect(copy),
-                None => {}
+                None => self.tell_guest_the_rest(key, copy),
             },
             Event::Received { from, message, payload } => {
                 if let Err(damage) = payload.check() {

@@ -1,7 +1,8 @@
 //! A primary's requests from a node without a copy: they have a place and a buffer here, in the stead of a device's slot.
 //!
 //! # Invariants
-//! * At most [`MAX_ASKED`] at a time, each with at most one request's data; the client waits for the rest.
+//! * At most [`MAX_ASKED`] at a time, each with at most one request's data; the client waits for the rest. As many answers may wait
+//!   for room ([`Unsaid`]).
 //! * A buffer stays until its request is answered by the core, which is after the disk and the other copies have used it.
 //! * What was damaged on its way is not even heard. The checksums of a write are those that its node has made.
 //! * While the catalogue names a client, a device of this node executes nothing: it was left by an earlier publication.
@@ -9,6 +10,7 @@
 use super::outputs::aligned;
 use super::requests::slot_of;
 use super::turn::Engine;
+use super::unsaid::Unsaid;
 use super::volume::{Device, TICKETS, VolumeKey};
 use crate::protocol::{
     DiskError, Host, Input, MAX_ASKED, Message, Next, Request, SerialNumber, Session, Standpoint, Tag,
@@ -32,11 +34,13 @@ pub(super) struct Guests {
     buffers: Vec<Buffer>,
     /// Who has asked last: none of the copies.
     entered: Option<InstanceId>,
+    unsaid: Unsaid,
 }
 
 impl Guests {
     pub fn new(core: Host) -> Self {
-        Self { core, buffers: (0..MAX_ASKED).map(|_| Buffer::None).collect(), entered: None }
+        let buffers = (0..MAX_ASKED).map(|_| Buffer::None).collect();
+        Self { core, buffers, entered: None, unsaid: Unsaid::default() }
     }
 
     /// Whether this is a client, and no copy.
@@ -52,6 +56,11 @@ impl Guests {
     /// Whether nothing of any client is in the core.
     pub fn is_idle(&self) -> bool {
         self.core.is_idle()
+    }
+
+    /// The connection to this one is new, or gone: it asks again.
+    pub fn is_connected_anew(&mut self, client: InstanceId) {
+        self.unsaid.take(client);
     }
 
     /// The bytes of a write, for the other copies.
@@ -189,13 +198,22 @@ impl Engine {
         Some(Standpoint { term, answers, quiet, blocks: volume.size.blocks() })
     }
 
-    /// A client that gets no answer for want of room begins a new session when there is some.
+    /// What there is no room for is said when there is some; of more than that the client hears on a new connection.
     fn tell_guest(&mut self, key: VolumeKey, to: InstanceId, message: &Message, payload: &Payload) {
         let Some(mirror) = self.mirror_mut(key) else { return };
-        if mirror.session.send(to, message, payload) == Err(crate::replica::peer::SendError::Full) {
+        let full = mirror.session.send(to, message, payload) == Err(crate::replica::peer::SendError::Full);
+        if full && !mirror.guests.unsaid.keep(to, message, payload) {
             mirror.refused.insert(to, super::copies::Refused::Answer);
         }
         self.note_unsent(key);
+    }
+
+    /// There is room in the connection to this client.
+    pub fn tell_guest_the_rest(&mut self, key: VolumeKey, to: InstanceId) {
+        let Some(mirror) = self.mirror_mut(key) else { return };
+        for (message, payload) in mirror.guests.unsaid.take(to) {
+            self.tell_guest(key, to, &message, &payload);
+        }
     }
 
     /// Where the data of the request with this tag are.

@@ -34,6 +34,7 @@ mod requests;
 mod statistics;
 mod tree;
 mod turn;
+mod unsaid;
 mod volume;
 
 pub use crate::replica::io::Choice as IoChoice;

@@ -118,7 +118,11 @@ impl Engine {
         memory: *mut u8,
         kept: Option<Box<Kept>>,
     ) {
-        let purpose = Purpose::core(key, operation, memory, kept);
+        self.start_in_store(key, Purpose::core(key, operation, memory, kept), request);
+    }
+
+    /// The store executes this; its end is what the purpose says.
+    pub(super) fn start_in_store(&mut self, key: VolumeKey, purpose: Purpose, request: Request) {
         let Some((id, volume)) = self.running_in_store(key, purpose) else { return };
         let (tree, volume) = (volume.tree, volume.id);
         let Self { trees, actions, .. } = self;

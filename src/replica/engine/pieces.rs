@@ -112,13 +112,7 @@ impl Engine {
             // SAFETY: the data of all parts together are as long as the memory, where there is any.
             let part = if memory.is_null() { memory } else { unsafe { memory.add(at) } };
             at += request.range().map_or(0, |range| range.bytes() as usize);
-            let purpose = Purpose::Part { volume: key, operation, memory: part, corrupt: false };
-            let Some((id, volume)) = self.running_in_store(key, purpose) else { return };
-            let (tree, volume) = (volume.tree, volume.id);
-            let Self { trees, actions, .. } = self;
-            let Some(found) = trees[tree.0 as usize].as_mut() else { return };
-            found.store.start(id, volume, request, actions);
-            self.collect_actions(tree);
+            self.start_in_store(key, Purpose::Part { volume: key, operation, memory: part, corrupt: false }, request);
         }
     }
 

@@ -15,30 +15,58 @@ use tokio::time::{Instant, sleep, timeout};
 const WISH_LIMIT: Duration = Duration::from_secs(12);
 
 /// How long a call waits for its copy to become primary: it takes over from a dead node within five seconds.
-pub(super) const SERVED_LIMIT: Duration = Duration::from_secs(15);
+const SERVED_LIMIT: Duration = Duration::from_secs(15);
 const SERVED_PAUSE: Duration = Duration::from_millis(20);
 
 impl Manager {
     /// The block device of the volume.
     pub async fn attach(&self, volume: VolumeId) -> Result<PathBuf, Failure> {
-        let Some(place) = self.place(volume) else {
-            self.publication(volume).ok_or(Failure::NoVolume(volume))?;
-            let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
-            return self.attach_client(volume).await;
-        };
-        let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+        let guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+        // What waits for other nodes ends when the device is to be given up.
+        tokio::select! {
+            served = self.wait_until_served(volume) => served?,
+            () = guard.wanted() => return Err(Failure::NotServed(volume)),
+        }
+        self.attach_served(volume).await
+    }
+
+    async fn wait_until_served(&self, volume: VolumeId) -> Result<(), Failure> {
+        // Also if there is a device: what this copy has not heard of yet may have overtaken it.
+        if let Some(mirror) = self.place(volume).and_then(|place| place.mirror) {
+            check_wish(volume, &mirror).await?;
+        }
+        let until = Instant::now() + SERVED_LIMIT;
+        while !self.is_served(volume).await? {
+            if Instant::now() >= until {
+                return Err(Failure::NotServed(volume));
+            }
+            sleep(SERVED_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// Whether the volume answers here, or has a device that works. A device is made when its copy answers: what the kernel asks
+    /// of it meanwhile would hold up whoever makes it, beyond the end of this process.
+    async fn is_served(&self, volume: VolumeId) -> Result<bool, Failure> {
+        let Some(place) = self.place(volume) else { return self.is_client_served(volume).await };
         if place.copy.is_some() {
             return Err(Failure::NotReady(volume));
         }
-        // Also if there is a device: what this copy has not heard of yet may have overtaken it.
-        if let Some(mirror) = &place.mirror {
-            check_wish(volume, mirror).await?;
-            let works = self.engine().has_device(volume).await;
-            if !works.map_err(|error| Failure::Status { volume, error })? {
-                self.wait_until_served(volume).await?;
-            }
+        if place.mirror.is_none() {
+            return Ok(true);
         }
-        let attached = self.engine().attach(place.tree, volume).await;
+        let failed = |error| Failure::Status { volume, error };
+        if self.engine().has_device(volume).await.map_err(failed)? {
+            return Ok(true);
+        }
+        let status = self.engine().mirror_status(volume).await.map_err(failed)?;
+        Ok(status.is_none_or(|status| status.answers))
+    }
+
+    /// Needs the volume's operation.
+    async fn attach_served(&self, volume: VolumeId) -> Result<PathBuf, Failure> {
+        let tree = self.place(volume).map(|place| place.tree).or_else(|| self.publication(volume));
+        let attached = self.engine().attach(tree.ok_or(Failure::NoVolume(volume))?, volume).await;
         let device = attached.map_err(|error| Failure::Attach { volume, error })?;
         if let Some(place) = self.index().volumes.get_mut(&volume) {
             place.device = Some(device.clone());
@@ -46,26 +74,9 @@ impl Manager {
         Ok(device)
     }
 
-    /// A device is made when its copy answers: what the kernel asks of it meanwhile would hold up whoever makes it, beyond the
-    /// end of this process.
-    async fn wait_until_served(&self, volume: VolumeId) -> Result<(), Failure> {
-        let until = Instant::now() + SERVED_LIMIT;
-        loop {
-            let status = self.engine().mirror_status(volume).await;
-            match status.map_err(|error| Failure::Status { volume, error })? {
-                Some(status) if !status.answers => {}
-                _ => return Ok(()),
-            }
-            if Instant::now() >= until {
-                return Err(Failure::NotServed(volume));
-            }
-            sleep(SERVED_PAUSE).await;
-        }
-    }
-
     /// The volume has no device any more. Unknown volumes have none.
     pub async fn detach(&self, volume: VolumeId) -> Result<(), Failure> {
-        let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+        let _guard = self.inner.operations.begin_instead(vec![volume.to_bytes()]).await?;
         // Also without a device: a call that was cut off may have left the connection that it was made on; and of a volume
         // that nobody knows: its device may be there while its pool is not.
         self.engine().detach(volume).await.map_err(|error| Failure::Detach { volume, error })?;
@@ -79,7 +90,7 @@ impl Manager {
     /// Whoever waits for the device of a mirrored volume gets an error, if this copy answers nothing for as long as the copy that
     /// it may wait for is waited for. Without a device there is nothing to do.
     pub async fn abandon(&self, volume: VolumeId) -> Result<(), Failure> {
-        let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
+        let _guard = self.inner.operations.begin_instead(vec![volume.to_bytes()]).await?;
         if self.publication(volume).is_some() {
             return self.abandon_client(volume).await;
         }

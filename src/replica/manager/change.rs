@@ -86,14 +86,20 @@ impl Manager {
         self.volume_info(place.tree, volume).await.ok_or(Failure::NoVolume(volume))
     }
 
-    /// The device of a mirrored volume becomes as large as its core says. It waits with the requests that are under way, which
-    /// may wait for other nodes: no operation is held meanwhile, so that the device can be given up.
+    /// The device of a mirrored volume, with a copy here or without one, becomes as large as its core says. It waits with the
+    /// requests that are under way, which may wait for other nodes: no operation is held meanwhile, so that the device can be given up.
     pub async fn resize_device(&self, volume: VolumeId) -> Result<(), Failure> {
         let engine = |error| Failure::Engine { volume, error };
-        let Some(device) = self.place(volume).and_then(|place| place.device) else { return Ok(()) };
-        let Some(status) = self.engine().mirror_status(volume).await.map_err(engine)? else { return Ok(()) };
+        let found = if let Some(place) = self.place(volume) {
+            let status = self.engine().mirror_status(volume).await.map_err(engine)?;
+            place.device.zip(status.map(|status| status.size))
+        } else {
+            let status = self.engine().client_status(volume).await.map_err(engine)?;
+            status.and_then(|status| Some((status.device?, status.size)))
+        };
+        let Some((device, size)) = found else { return Ok(()) };
         // Also after an attempt that failed between the two.
-        if device_size(device).await != Some(status.size.bytes()) {
+        if device_size(device).await != Some(size.bytes()) {
             crash_point("resize.device");
             self.engine().resized(volume).await.map_err(engine)?;
         }

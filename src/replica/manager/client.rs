@@ -2,16 +2,12 @@
 //!
 //! Invariants: a volume has a copy on a node, or is used there without one, never both; its publication is its name here.
 
-use super::attach::SERVED_LIMIT;
 use super::errors::{AttachFailure, VolumeFailure};
 use super::status::{HealthEntry, HealthKind, VolumeView};
 use super::{ClientPlace, Manager};
-use crate::crash::crash_point;
-use crate::mount::device_size;
 use crate::protocol::{HEARTBEAT, SILENCE};
 use crate::replica::engine::{ClientConfig, ClientStatus, MirrorInput};
 use crate::volume::{InstanceId, VolumeId};
-use std::path::PathBuf;
 use tokio::time::{Instant, sleep};
 
 impl Manager {
@@ -54,21 +50,14 @@ impl Manager {
         self.engine().client_status(volume).await.ok().flatten()
     }
 
-    pub(super) async fn attach_client(&self, volume: VolumeId) -> Result<PathBuf, AttachFailure> {
-        let publication = self.publication(volume).ok_or(AttachFailure::NotOpen(volume))?;
-        if self.client_status(volume).await.is_none_or(|status| status.ended) {
+    /// Whether what a device here asks is answered, or there is one already.
+    pub(super) async fn is_client_served(&self, volume: VolumeId) -> Result<bool, AttachFailure> {
+        self.publication(volume).ok_or(AttachFailure::NoVolume(volume))?;
+        let Some(status) = self.client_status(volume).await.filter(|status| !status.ended) else {
             self.inner.clients_changed.notify_one();
             return Err(AttachFailure::NotWished(volume));
-        }
-        let until = Instant::now() + SERVED_LIMIT;
-        while self.client_status(volume).await.is_some_and(|status| status.device.is_none() && !status.answers) {
-            if Instant::now() >= until {
-                return Err(AttachFailure::NotServed(volume));
-            }
-            sleep(HEARTBEAT).await;
-        }
-        let attached = self.engine().attach(publication, volume).await;
-        attached.map_err(|error| AttachFailure::Attach { volume, error })
+        };
+        Ok(status.device.is_some() || status.answers)
     }
 
     /// After its device has gone.
@@ -96,19 +85,6 @@ impl Manager {
         let ended = MirrorInput::Client { client: None, term: None };
         let told = self.engine().tell_mirror(volume, ended).await;
         told.map_err(|error| AttachFailure::Status { volume, error })
-    }
-
-    /// The device becomes as large as the volume.
-    pub async fn resize_client(&self, volume: VolumeId) -> Result<(), VolumeFailure> {
-        let engine = |error| VolumeFailure::Engine { volume, error };
-        let Some(status) = self.engine().client_status(volume).await.map_err(engine)? else { return Ok(()) };
-        let Some(device) = status.device else { return Ok(()) };
-        let found = tokio::task::spawn_blocking(move || device_size(&device).ok()).await.ok().flatten();
-        if found != Some(status.size.bytes()) {
-            crash_point("resize.device");
-            self.engine().resized(volume).await.map_err(engine)?;
-        }
-        Ok(())
     }
 
     /// What is known of it here.

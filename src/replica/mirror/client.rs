@@ -11,6 +11,7 @@
 //! # Invariants
 //! * A client is its publication: it is ended when the catalogue names another one, or none, and never goes on after that.
 //! * A node has a copy of a volume or uses it without one, never both: a copy that is to be made here waits.
+//! * A device that is resized waits for its requests, and nothing else of this node waits for that.
 //! * After a start nothing is asked of a primary before the catalogue has named the publication.
 
 use super::driver::Task;
@@ -26,7 +27,7 @@ use crate::volume::{InstanceId, VolumeId};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep};
 
 /// After a wish was written: a takeover waits for a lease and its margin, and drops who is silent.
@@ -44,22 +45,27 @@ type Reached = Arc<Mutex<BTreeSet<InstanceId>>>;
 pub(super) struct ClientDriver {
     session: Arc<Session>,
     peers: Parties,
-    _tasks: [Task; 2],
+    /// The volume's size may be another.
+    resized: Arc<Notify>,
+    _tasks: [Task; 3],
 }
 
 impl ClientDriver {
     fn begin(
         settings: &MirrorSettings,
-        engine: EngineHandle,
+        manager: &Manager,
         volume: VolumeId,
         publication: InstanceId,
         (session, events): (Arc<Session>, mpsc::Receiver<Event>),
     ) -> Self {
-        let reached = Reached::default();
+        let (engine, reached, resized) = (manager.engine_handle(), Reached::default(), Arc::new(Notify::new()));
         let watch = Watch { catalog: settings.catalog.clone(), engine: engine.clone(), volume, publication };
-        let tasks =
-            [tokio::spawn(forward(engine, volume, events, Arc::clone(&reached))), tokio::spawn(watch.run(reached))];
-        Self { session, peers: Parties::new(), _tasks: tasks.map(Task::from) }
+        let tasks = [
+            tokio::spawn(forward(engine, volume, events, Arc::clone(&reached))),
+            tokio::spawn(watch.run(reached)),
+            tokio::spawn(super::driver::resize(manager.clone(), volume, Arc::clone(&resized))),
+        ];
+        Self { session, peers: Parties::new(), resized, _tasks: tasks.map(Task::from) }
     }
 
     fn set_peers(&mut self, wanted: Parties) {
@@ -110,7 +116,10 @@ impl Mirrors {
             }
         }
         manager.engine_handle().tell_mirror(id, MirrorInput::Size(volume.status.size)).await?;
-        Ok(manager.resize_client(id).await?)
+        if let Some(driver) = self.clients.get(&id) {
+            driver.resized.notify_one();
+        }
+        Ok(())
     }
 
     async fn open_client(
@@ -127,8 +136,7 @@ impl Mirrors {
         let config = ClientConfig { volume: id, publication, size: volume.status.size, session: Arc::clone(&session) };
         let descriptor = Descriptor::of(volume).encode();
         manager.open_client(config, descriptor).await?;
-        let engine = manager.engine_handle();
-        let driver = ClientDriver::begin(&self.settings, engine, id, publication, (session, events));
+        let driver = ClientDriver::begin(&self.settings, manager, id, publication, (session, events));
         self.clients.insert(id, driver);
         tracing::info!(volume = %id, %publication, "it is used on this node without a copy");
         Ok(())

@@ -176,7 +176,7 @@ pub(super) fn follow_peers(session: &Session, known: &mut Parties, wanted: &Part
 }
 
 /// Lets the device follow the volume's size.
-async fn resize(manager: Manager, volume: VolumeId, resized: Arc<Notify>) {
+pub(super) async fn resize(manager: Manager, volume: VolumeId, resized: Arc<Notify>) {
     loop {
         resized.notified().await;
         let mut pause = FIRST_PAUSE;

@@ -96,8 +96,10 @@ fn another_node_gets_a_copy_only_where_it_can_be_filled_and_few_at_once() {
     assert!(taken(None, 0).expect_err("nobody would fill it").contains("no primary that serves"));
     assert!(taken(Some(&serving(&[])), MAX_REBUILDS).expect_err("a storm").contains("other volumes"));
     let mut moves = volume.clone();
-    moves.spec.mirror.as_mut().expect("mirrored").leaving.insert(copy(1));
-    let waits = step(&moves, copy(2), &now, Some(&serving(&[])), &around(&[2], 1)).expect_err("a person moves one");
+    let mirror = moves.spec.mirror.as_mut().expect("mirrored");
+    mirror.copies.insert(copy(3), CopySpec { node: NodeName("n3".into()), pool: "default".into() });
+    mirror.leaving.insert(copy(1));
+    let waits = step(&moves, copy(2), &now, Some(&serving(&[3])), &around(&[2], 1)).expect_err("a person moves one");
     assert!(waits.contains("being replaced"), "{waits}");
 }
 
@@ -183,4 +185,31 @@ fn what_is_being_filled_is_counted_from_when_that_stops() {
         assert_eq!(look(&mut volume, &mut counted, &[]), None, "its filling rests");
     }
     assert_eq!(look(&mut volume, &mut counted, &[]), Some(copy(2)));
+}
+
+/// As a person moves the copy on n2 to n3.
+fn moving() -> Volume {
+    let mut volume = rebuilding();
+    volume.spec.mirror.as_mut().expect("mirrored").rebuild = None;
+    volume
+}
+
+/// A move to a node that died stayed for ever, and nothing was made anew beside it.
+#[test]
+fn a_copy_that_was_moved_to_a_node_that_is_lost_goes() {
+    let (volume, both) = (moving(), members(&[1, 2]));
+    assert_eq!(missed(&volume, &both, &nodes(&[3]), None), BTreeSet::from([copy(3)]));
+    let taken = |now: &Configuration, lost, filled: &[u8]| {
+        step(&volume, copy(lost), now, Some(&serving(filled)), &around(&[3], MAX_REBUILDS))
+    };
+    assert_eq!(taken(&both, 3, &[]), Ok(Step::Withdraw));
+    assert_eq!(taken(&both, 3, &[3]), Ok(Step::Nothing), "it is being filled");
+    assert_eq!(taken(&without_two(), 3, &[]), Ok(Step::Withdraw), "also if the old one is lost");
+    // A third copy is lost while the new one is being filled: that one is in its place soon.
+    let mut three = moving();
+    let spec = CopySpec { node: NodeName("n4".into()), pool: "default".into() };
+    three.spec.mirror.as_mut().expect("mirrored").copies.insert(copy(4), spec);
+    let taken = |filled: &[u8]| step(&three, copy(4), &both, Some(&serving(filled)), &around(&[4], 1));
+    assert!(taken(&[3]).expect_err("it is waited for").contains("being replaced"));
+    assert_eq!(taken(&[]), Ok(Step::Withdraw));
 }
