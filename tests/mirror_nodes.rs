@@ -12,10 +12,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tandem::catalog::{
-    Catalog, Descriptor, MirrorSpec, Node, RebuildAfter, Remote, Stored, Volume, VolumeConfiguration, VolumePhase,
-    serve,
-};
+use tandem::catalog::{Catalog, MirrorSpec, Remote, Stored, Volume, VolumeConfiguration, serve};
 use tandem::protocol::{Configuration, Generation, Lacks};
 use tandem::replica::manager::AttachFailure;
 use tandem::tls::{Authority, Credentials, Leaf, Role, Validity};
