@@ -14,7 +14,7 @@ mod mirrored;
 pub use forced::{ForceError, Promotion};
 
 use super::Controller;
-use super::seal::{found as taken, is_described, ready};
+use super::seal::{Sealed, found as taken, is_described, ready};
 use crate::catalog::{
     Access, Catalog, CreateError, Descriptor, GroupSnapshot, GroupStatus, NodeName, Object, Reach, Replication,
     Snapshot, SnapshotStatus, Stored, UpdateError, Volume, VolumePhase, VolumeRequest,
@@ -301,12 +301,23 @@ async fn recover_snapshot(
             }
         }
     }
-    let there = catalog.get::<Snapshot>(&sealed.snapshot_id).await?;
+    put_snapshot(catalog, snapshot, taken(answers, found.is_mirrored(volume)), report).await?;
+    Ok(group)
+}
+
+/// In place of one that the catalogue calls half made, or if there is none.
+async fn put_snapshot(
+    catalog: &Catalog,
+    snapshot: Snapshot,
+    sealed: Option<Sealed>,
+    report: &mut Report,
+) -> Result<(), Transient> {
+    let there = catalog.get::<Snapshot>(&snapshot.key()).await?;
     let is_half_made = |there: &Stored<Snapshot>| {
         let Snapshot { status, deleted, .. } = &there.object;
         *status == SnapshotStatus::Creating && !deleted
     };
-    let done = match (there.filter(is_half_made), taken(answers, found.is_mirrored(volume))) {
+    let done = match (there.filter(is_half_made), sealed) {
         (Some(there), Some(sealed)) => {
             let object = ready(there.object, sealed);
             finish(catalog, Stored { version: there.version, object }, report).await?
@@ -314,7 +325,7 @@ async fn recover_snapshot(
         _ => put(catalog, snapshot, |snapshot, name| snapshot.name = Some(name), report).await?,
     };
     report.snapshots += u64::from(done);
-    Ok(group)
+    Ok(())
 }
 
 fn lost_name(key: &str) -> String {

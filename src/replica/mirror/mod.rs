@@ -220,7 +220,8 @@ impl Mirrors {
                 Err(error) => return self.say(None, error.to_string()),
             }
         }
-        match if gives_up { self.forget_given_up(manager).await } else { Ok(()) } {
+        let forgotten = if gives_up { self.forget_given_up(manager).await } else { Ok(()) };
+        match forgotten {
             Ok(()) => drop(self.said.remove(&None)),
             Err(error) => {
                 // Everything else goes on.
