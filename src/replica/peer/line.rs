@@ -36,6 +36,7 @@ pub(super) const PIECE: usize = 64 << 10;
 
 /// What a peer says on one connection.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, and used at once")]
 pub enum Heard {
     /// [`Event::Received`], always.
     Event(Event),
