@@ -57,22 +57,16 @@ impl Pair {
     }
 
     fn answer(&mut self, message: &Message) -> Message {
-        match *message {
-            Message::Enter { client, attempt } => {
-                self.entered += 1;
-                self.host.enter(here(), client, attempt);
-                match self.host.settle(self.core) {
-                    Next::Send(to, message) if to == here() => message,
-                    other => panic!("{other:?}"),
-                }
-            }
-            Message::Ask { session, serial, request } => {
-                match self.host.ask(here(), session, serial, request, self.core) {
-                    Ok(place) => self.host.done(place, Ok(())).expect("it waits").1,
-                    Err(refused) => refused,
-                }
-            }
-            _ => panic!("{message:?}"),
+        if let Message::Enter { client, attempt } = *message {
+            self.entered += 1;
+            self.host.enter(here(), client, attempt);
+            let Next::Send(_, entered) = self.host.settle(self.core) else { panic!("nothing is in its way") };
+            return entered;
+        }
+        let Message::Ask { session, serial, request } = *message else { panic!("{message:?}") };
+        match self.host.ask(here(), session, serial, request, self.core) {
+            Ok(place) => self.host.done(place, Ok(())).expect("it waits").1,
+            Err(refused) => refused,
         }
     }
 }
