@@ -46,7 +46,7 @@ impl Controller {
             return Ok(());
         }
         let control = self.home(&stored.object).await?.control;
-        match erase_copy(&control, id).await {
+        match erase_copy(&control, id, &stored.object.request.pool).await {
             Ok(()) => {
                 self.remove(&stored).await?;
                 self.drop_made_for(id, base).await;
@@ -65,7 +65,7 @@ impl Controller {
     /// deleted there before it was forgotten, unless the catalogue itself was lost.
     async fn erase_unknown(&self, id: VolumeId) -> Result<(), DeleteVolumeError> {
         for node in self.nodes.all().await? {
-            match erase_copy(&node.control, id).await {
+            match erase_copy(&node.control, id, "").await {
                 Err(DeleteVolumeError::Transient(error)) if !self.nodes.is_alone() => {
                     tracing::warn!(volume = %id, node = %node.name, %error, "a copy that nobody knows may stay behind");
                 }
@@ -125,7 +125,7 @@ impl Controller {
     /// As [`Controller::erase_unknown`].
     async fn erase_unknown_snapshot(&self, id: SnapshotId) -> Result<(), DeleteSnapshotError> {
         for node in self.nodes.all().await? {
-            match forget(&node.control, id).await {
+            match forget(&node.control, id, "").await {
                 Err(DeleteSnapshotError::Transient(error)) if !self.nodes.is_alone() => {
                     tracing::warn!(snapshot = %id, node = %node.name, %error, "a snapshot that nobody knows may stay behind");
                 }
@@ -136,8 +136,8 @@ impl Controller {
     }
 }
 
-async fn erase_copy(control: &Control, id: VolumeId) -> Result<(), DeleteVolumeError> {
-    let request = DeleteVolumeRequest { volume_id: id.to_string() };
+async fn erase_copy(control: &Control, id: VolumeId, pool: &str) -> Result<(), DeleteVolumeError> {
+    let request = DeleteVolumeRequest { volume_id: id.to_string(), pool: pool.to_owned() };
     match control.client().delete_volume(request).await.map_err(|status| control.refusal(status)) {
         Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
         Err(ControlError::InUse(by)) => Err(DeleteVolumeError::InUse { id, by }),

@@ -22,7 +22,10 @@ impl Manager {
     /// The block device of the volume.
     pub async fn attach(&self, volume: VolumeId) -> Result<PathBuf, Failure> {
         let Some(place) = self.place(volume) else {
-            self.publication(volume).ok_or(Failure::NoVolume(volume))?;
+            if self.publication(volume).is_none() {
+                self.all_open_for(&volume.to_string(), None).await?;
+                return Err(Failure::NoVolume(volume));
+            }
             let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
             return self.attach_client(volume).await;
         };
@@ -68,7 +71,12 @@ impl Manager {
         let _guard = self.inner.operations.begin(vec![volume.to_bytes()]).await?;
         // Also without a device: a call that was cut off may have left the connection that it was made on; and of a volume
         // that nobody knows: its device may be there while its pool is not.
-        self.engine().detach(volume).await.map_err(|error| Failure::Detach { volume, error })?;
+        let copy = self.place(volume).map(|place| place.tree).or_else(|| self.publication(volume));
+        let detached = match copy {
+            Some(copy) => self.engine().detach_from(copy, volume).await,
+            None => self.engine().detach(volume).await,
+        };
+        detached.map_err(|error| Failure::Detach { volume, error })?;
         if let Some(place) = self.index().volumes.get_mut(&volume) {
             place.device = None;
         }
