@@ -428,6 +428,7 @@ async fn a_volume_is_unpublished_where_nothing_can_be_written_down() {
     case.unpublish(&service).await.expect("unpublish");
     assert!(!Path::new(&case.target).exists());
     assert_eq!(code(case.publish(&service).await), Code::Internal, "what is made is written down before");
+    drop(full);
     fs::remove_file(&filler).expect("it is ours");
     case.publish(&service).await.expect("publish");
     case.unpublish(&service).await.expect("unpublish");

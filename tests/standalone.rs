@@ -280,13 +280,13 @@ async fn a_device_that_was_taken_away_is_never_mistaken_for_what_has_its_number_
     until("its end", async || devices_of(&volume) == 0).await;
     let image = tandem.dir().join("image");
     std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("an image");
-    // Another test may have been faster: then the number is its.
+    // Another test may have been faster: then the number is its, or free again.
     let ours = losetup(&[&text, &image.display().to_string()]);
     let again = tandem.attach(&volume).await;
     if ours {
         assert!(losetup(&["--detach", &text]), "nobody has it open");
+        assert_ne!(again, device);
     }
-    assert_ne!(again, device);
     assert_eq!(byte(&again, 1), 5);
     tandem.detach(&volume).await;
 }

@@ -257,8 +257,9 @@ impl<'a> Opening<'a> {
 
     /// Makes a checkpoint of the tree; whether there was space for it, where it `may_wait`.
     fn checkpoint(&mut self, may_wait: bool) -> Result<bool, OpenError> {
-        // Past every epoch that a torn append may have left behind.
-        let end = Position { epoch: self.generation + 2, sequence: 0, chain: self.end.chain };
+        // Past every epoch that a torn append may have left behind, or that what is pending may be said to belong to: the one
+        // after the last log's, where the next checkpoint was begun and has not got its name.
+        let end = Position { epoch: self.end.epoch + 2, sequence: 0, chain: self.end.chain };
         match prepare_checkpoint(self.files, self.superblock.instance, end, &self.tree) {
             // A full pool must not keep its volumes from coming back: who else would give it space?
             Err(error) if may_wait && is_full(&error) => return Ok(false),
