@@ -9,6 +9,7 @@ mod loopdev;
 use case::{Block, Case, Ext4, KINDS, MIB, SIZE, Xfs, capability, code, with_flags};
 use fake::Node as Machine;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 use tandem::csi::node::{NodeService, Steps};
@@ -407,4 +408,29 @@ async fn the_node_says_who_it_is_and_how_it_fares() {
     let storage =
         service.node_get_storage_health(Request::new(Default::default())).await.expect("storage").into_inner();
     assert_eq!(storage.backend_health.len(), 1, "only the pool with a problem");
+}
+
+/// The target is gone, and a record that still names it names nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_unpublished_where_nothing_can_be_written_down() {
+    let machine = Machine::new();
+    let records = machine.directory.path().join("staged");
+    fs::create_dir(&records).expect("a directory");
+    let _mounted = loopdev::MountPoint::new(records.clone());
+    loopdev::run("mount", &["-t", "tmpfs", "-o", "size=64k", "tandem-records", records.to_str().expect("UTF-8")]);
+    let service = machine.service();
+    let case = Case::new(&machine, machine.volume(SIZE), Ext4);
+    case.stage(&service).await.expect("stage");
+    case.publish(&service).await.expect("publish");
+    let filler = records.join("filler");
+    let mut full = fs::File::create(&filler).expect("a name");
+    while full.write_all(&[0; 4096]).is_ok() {}
+    case.unpublish(&service).await.expect("unpublish");
+    assert!(!Path::new(&case.target).exists());
+    assert_eq!(code(case.publish(&service).await), Code::Internal, "what is made is written down before");
+    drop(full);
+    fs::remove_file(&filler).expect("it is ours");
+    case.publish(&service).await.expect("publish");
+    case.unpublish(&service).await.expect("unpublish");
+    case.unstage(&service).await.expect("unstage");
 }

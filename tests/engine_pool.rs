@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tandem::replica::engine::{IoChoice, drain};
 use tandem::replica::io::{Choice, Event, Io, Operation, Sleep, Token};
-use tandem::replica::pool::{Expected, Pool};
+use tandem::replica::pool::{Expected, Pool, trash};
 
 /// Not a test of its own: the holder that the tests below start.
 #[test]
@@ -222,4 +222,29 @@ fn a_copy_on_btrfs_is_not_copied_on_write() {
     File::create(tree.join("data")).expect("a file");
     let attributes = loopdev::run("lsattr", &[&tree.join("data").display().to_string()]);
     assert!(attributes.split_whitespace().next().is_some_and(|flags| flags.contains('C')), "{attributes}");
+}
+
+/// One copy that cannot be removed keeps no other's space, and no two threads do the same work.
+#[test]
+fn what_cannot_be_removed_from_the_trash_keeps_nothing_else_there() {
+    let place = Place::new();
+    let path = place.path().join("trash");
+    for number in 0..8 {
+        std::fs::create_dir_all(path.join(format!("{number}/in-use"))).expect("a directory");
+        std::fs::write(path.join(format!("{number}/data")), [1; 4096]).expect("a file");
+    }
+    let busy = path.join("3/in-use");
+    mount(Some("tandem-trash"), &busy, Some("tmpfs"), MsFlags::empty(), Some("size=64k")).expect("mounts");
+    let mounted = Mounted(busy);
+    let emptying = trash::Emptying::default();
+    emptying.empty(&path).expect_err("somebody uses one");
+    let left = || std::fs::read_dir(&path).expect("readable").count();
+    assert_eq!(left(), 1);
+    drop(mounted);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| emptying.empty(&path))).collect();
+        threads.into_iter().for_each(|thread| thread.join().expect("no panic").expect("nothing is in use"));
+    });
+    emptying.empty(&path).expect("nothing is there");
+    assert_eq!(left(), 0);
 }

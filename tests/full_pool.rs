@@ -81,6 +81,49 @@ async fn health(tandem: &Installation, volume: &str) -> Vec<String> {
     volume.health.into_iter().map(|health| health.reason).collect()
 }
 
+/// Nobody gets as much as a block any more.
+fn take_the_last_block(pool: &Path) -> std::path::PathBuf {
+    let path = pool.join("in-the-way");
+    let file = OpenOptions::new().create_new(true).write(true).custom_flags(libc::O_DSYNC).open(&path).expect("a name");
+    let mut end = 0;
+    for bytes in [MIB, 4096] {
+        let zeros = vec![0; bytes];
+        while file.write_all_at(&zeros, end).is_ok() {
+            end += bytes as u64;
+        }
+    }
+    path
+}
+
+async fn nothing_is_made(tandem: &Installation, pool: &Path) {
+    let trees = || std::fs::read_dir(pool.join("trees")).expect("readable").count();
+    let before = trees();
+    let refused = tandem.create_from("late", (16 * MIB) as i64, &[], None).await.expect_err("no space for it");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
+    assert_eq!(trees(), before, "nothing is left of it");
+}
+
+/// The next one comes up on the full pool, with every device; writes wait again.
+async fn kill_the_engine(tandem: &Installation, waiting: &str) {
+    let killed = tandem.pids("replica");
+    for pid in &killed {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), nix::sys::signal::Signal::SIGKILL);
+    }
+    until("its end", async || tandem.pids("replica").iter().all(|pid| !killed.contains(pid))).await;
+    until("the next engine", async || has_volume(tandem, waiting).await).await;
+    until("PoolFull again", async || health(tandem, waiting).await.contains(&"PoolFull".to_owned())).await;
+}
+
+async fn has_volume(tandem: &Installation, volume: &str) -> bool {
+    let request = control::GetVolumeRequest { volume_id: volume.to_owned() };
+    tandem.control().get_volume(request).await.is_ok()
+}
+
+async fn promised(tandem: &Installation) -> u64 {
+    let pools = tandem.control().list_pools(control::ListPoolsRequest {}).await.expect("pools").into_inner();
+    pools.pools[0].promised_bytes
+}
+
 async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let began = std::time::Instant::now();
     while !condition().await {
@@ -127,6 +170,12 @@ async fn writes_to_a_full_pool_wait_say_so_and_go_on_when_something_is_deleted()
     // What is there can be read and overwritten while the pool is full.
     check(&neighbour_device, 1, NEIGHBOUR_MIB);
     fill(&neighbour_device, 4, 8).expect("overwritten in place");
+    let left = take_the_last_block(pool.path());
+    nothing_is_made(&tandem, pool.path()).await;
+    kill_the_engine(&tandem, &filler).await;
+    assert!(!writer.is_finished(), "a write to a full pool waits");
+    check(&neighbour_device, 4, 8);
+    std::fs::remove_file(left).expect("it is ours");
     tandem.detach(&in_the_way).await;
     delete(&tandem, &in_the_way).await;
     let gone = csi::DeleteSnapshotRequest { snapshot_id: snapshot, ..Default::default() };
@@ -175,4 +224,28 @@ async fn what_is_promised_without_overcommit_can_be_written_to_the_last_block() 
         check(device, seed, EACH_MIB);
         tandem.detach(id).await;
     }
+}
+
+/// It would fit beside its source if it shared nothing with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_that_does_not_fit_leaves_nothing_in_its_source() {
+    const EACH_MIB: usize = 160;
+    let pool = SmallPool::ext4(POOL_MIB);
+    let argument = format!("default={}", pool.path().display());
+    let tandem = Installation::start(&["--pool", &argument]).await;
+    std::os::unix::fs::symlink(pool.path(), tandem.dir().join("pool")).expect("a link");
+    let id = tandem.create("source", (EACH_MIB * MIB) as i64, &[]).await;
+    let device = tandem.attach(&id).await;
+    fill(&device, 1, EACH_MIB).expect("it fits");
+    let before = promised(&tandem).await;
+    let source = csi::volume_content_source::VolumeSource { volume_id: id.clone() };
+    let source = Some(csi::volume_content_source::Type::Volume(source));
+    let refused = tandem.create_from("clone", (EACH_MIB * MIB) as i64, &[], source).await.expect_err("it does not fit");
+    assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
+    assert_eq!(promised(&tandem).await, before);
+    let request = control::GetVolumeRequest { volume_id: id.clone() };
+    let layers = tandem.control().get_volume(request).await.expect("volume").into_inner().layers;
+    assert_eq!(layers, 1, "it was never sealed");
+    tandem.detach(&id).await;
+    delete(&tandem, &id).await;
 }

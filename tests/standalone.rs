@@ -246,3 +246,139 @@ async fn a_pool_that_comes_back_brings_what_was_acknowledged_before_it_went() {
     drop(open);
     tandem.detach(&volume).await;
 }
+
+fn losetup(arguments: &[&str]) -> bool {
+    std::process::Command::new("losetup").args(arguments).status().expect("losetup").success()
+}
+
+/// Loop devices whose file is of this volume.
+fn devices_of(volume: &str) -> usize {
+    let blocks = std::fs::read_dir("/sys/block").expect("sysfs").flatten();
+    let backing =
+        blocks.map(|block| std::fs::read_to_string(block.path().join("loop/backing_file")).unwrap_or_default());
+    backing.filter(|backing| backing.contains(volume)).count()
+}
+
+async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let began = std::time::Instant::now();
+    while !condition().await {
+        assert!(began.elapsed() < std::time::Duration::from_secs(300), "{what} does not come");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
+/// A loop device that somebody takes away while nothing has it open leaves its number to anybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_was_taken_away_is_never_mistaken_for_what_has_its_number_now() {
+    let tandem = Installation::start(&[]).await;
+    let volume = tandem.create("taken", 64 << 20, &[]).await;
+    let device = tandem.attach(&volume).await;
+    assert_eq!(tandem.attach(&volume).await, device, "it is there");
+    fill(&device, 1, 5);
+    let text = device.display().to_string();
+    assert!(losetup(&["--detach", &text]), "nobody has it open");
+    until("its end", async || devices_of(&volume) == 0).await;
+    let image = tandem.dir().join("image");
+    std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("an image");
+    // Another test may have been faster: then the number is its, or free again.
+    let ours = losetup(&[&text, &image.display().to_string()]);
+    let again = tandem.attach(&volume).await;
+    if ours {
+        assert!(losetup(&["--detach", &text]), "nobody has it open");
+        assert_ne!(again, device);
+    }
+    assert_eq!(byte(&again, 1), 5);
+    tandem.detach(&volume).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_died_with_its_holder_goes_when_it_is_detached() {
+    let mut tandem = Installation::start(&[]).await;
+    let volume = tandem.create("orphan", 64 << 20, &[]).await;
+    fill(&tandem.attach(&volume).await, 1, 5);
+    tandem.kill();
+    kill_when_it_comes(tandem.dir(), "holder");
+    until("the end of the holder", async || tandem.pids("holder").is_empty()).await;
+    assert_eq!(devices_of(&volume), 1, "it is dead, and there");
+    tandem.start_again().await;
+    tandem.detach(&volume).await;
+    assert_eq!(devices_of(&volume), 0);
+    let device = tandem.attach(&volume).await;
+    assert_eq!(byte(&device, 1), 5);
+    tandem.detach(&volume).await;
+}
+
+/// The others go on, nothing of what it has counts as gone, and it is used again as soon as that is possible.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_that_cannot_be_opened_stops_nothing_else_and_comes_back_by_itself() {
+    let dir = tempfile::Builder::new().prefix("tandem-test-").tempdir().expect("directory");
+    let second = dir.path().join("second");
+    let pools = [("default", "pool"), ("second", "second")];
+    let pools = pools.map(|(name, place)| format!("{name}={}", dir.path().join(place).display()));
+    let mut tandem = Installation::start_in(dir, &["--pool", &pools[0], "--pool", &pools[1]], &[]).await;
+    let near = tandem.create("near", 64 << 20, &[]).await;
+    let far = tandem.create("far", 64 << 20, &[("pool", "second")]).await;
+    let gone = tandem.create("gone", 64 << 20, &[("pool", "second")]).await;
+    let (near_device, far_device) = (tandem.attach(&near).await, tandem.attach(&far).await);
+    fill(&near_device, 0, 1);
+    fill(&far_device, 0, 2);
+    let snapshot = tandem.snapshot("of-far", &far).await.expect("snapshot");
+    tandem.kill();
+    let lock = std::fs::File::open(second.join("pool.tandem")).expect("its superblock");
+    lock.lock().expect("nobody has it");
+    tandem.start_again().await;
+    fill(&near_device, 1, 3);
+    let delete_volume = csi::DeleteVolumeRequest { volume_id: gone.clone(), ..Default::default() };
+    let delete_snapshot = csi::DeleteSnapshotRequest { snapshot_id: snapshot, ..Default::default() };
+    let stage = csi::NodeStageVolumeRequest {
+        volume_id: far.clone(),
+        staging_target_path: tandem.dir().display().to_string(),
+        volume_capability: Some(support::installation::block()),
+        ..Default::default()
+    };
+    let refusals = [
+        tandem.controller().delete_volume(delete_volume.clone()).await.map(drop).expect_err("not known"),
+        tandem.controller().delete_snapshot(delete_snapshot.clone()).await.map(drop).expect_err("not known"),
+        tandem.node().node_stage_volume(stage).await.map(drop).expect_err("not known"),
+    ];
+    for refused in refusals {
+        assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
+        assert!(refused.message().contains("second"), "{refused}");
+    }
+    let never = csi::DeleteVolumeRequest { volume_id: "never-heard-of".to_owned(), ..Default::default() };
+    tandem.controller().delete_volume(never).await.expect("it cannot be anywhere");
+    drop(lock);
+    assert_eq!(byte(&far_device, 0), 2, "it waited for its pool");
+    tandem.controller().delete_volume(delete_volume).await.expect("deleted");
+    tandem.controller().delete_snapshot(delete_snapshot).await.expect("deleted");
+    assert_eq!(tandem.attach(&far).await, far_device);
+    for volume in [near, far] {
+        tandem.detach(&volume).await;
+    }
+}
+
+/// A creation that was cut off and repeated may leave two copies that name one volume.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_copy_never_takes_the_place_of_one_with_data() {
+    let mut tandem = Installation::start(&[]).await;
+    let volume = tandem.create("twice", 64 << 20, &[]).await;
+    tandem.terminate();
+    let trees = tandem.dir().join("pool/trees");
+    let first = std::fs::read_dir(&trees).expect("readable").flatten().next().expect("a copy").path();
+    // Before it and behind it in every order.
+    for other in ["00000000-0000-4000-8000-000000000001", "ffffffff-ffff-4fff-bfff-ffffffffffff"] {
+        let copied = std::process::Command::new("cp").arg("-a").arg(&first).arg(trees.join(other)).status();
+        assert!(copied.expect("cp").success());
+    }
+    for round in 1..4 {
+        tandem.start_again().await;
+        let device = tandem.attach(&volume).await;
+        assert_eq!(byte(&device, 0), round - 1);
+        fill(&device, 0, round);
+        tandem.detach(&volume).await;
+        let pools = tandem.control().list_pools(tandem::rpc::control::ListPoolsRequest {}).await.expect("pools");
+        let problem = &pools.get_ref().pools[0].problem;
+        assert!(problem.contains("2 copies") && problem.contains(&volume), "{problem}");
+        tandem.terminate();
+    }
+}

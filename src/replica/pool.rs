@@ -11,6 +11,7 @@
 //! * Nothing is promised that is not there: promised <= (used + free in the filesystem) x overcommit, with [`Promises`]
 //!   as the only place where a promise is made.
 
+use crate::store::is_full;
 use crate::volume::{InstanceId, PoolId};
 use nix::sys::statfs;
 use std::fs::{self, File, OpenOptions};
@@ -210,6 +211,8 @@ pub struct Pool {
     pub id: PoolId,
     /// What it is on.
     pub filesystem: Filesystem,
+    /// The kernel's number of that filesystem: two pools with the same one share its space.
+    pub device: u64,
     _lock: File,
 }
 
@@ -219,7 +222,14 @@ impl Pool {
     pub fn open(name: PoolName, source: &Path, mounts: &Path, expected: Expected) -> Result<Self, PoolError> {
         let at = |e| PoolError::Path { path: source.to_owned(), source: e };
         let path = match fs::metadata(source) {
-            Ok(meta) if disk::is_block_device(&meta) => disk::mount(source, &mounts.join(name.as_str()), expected)?,
+            Ok(meta) if disk::is_block_device(&meta) => {
+                let mounted = disk::mount(source, &mounts.join(name.as_str()), expected)?;
+                let opened = Self::open_at(name, source, mounted.clone(), expected);
+                if opened.is_err() {
+                    disk::unmount(&mounted);
+                }
+                return opened;
+            }
             Ok(_) => source.to_owned(),
             Err(e) if e.kind() == io::ErrorKind::NotFound && !matches!(expected, Expected::Known(_)) => {
                 fs::create_dir_all(source).map_err(at)?;
@@ -228,6 +238,12 @@ impl Pool {
             Err(e) if e.kind() == io::ErrorKind::NotFound => source.to_owned(),
             Err(e) => return Err(at(e)),
         };
+        Self::open_at(name, source, path, expected)
+    }
+
+    /// The pool in the directory `path`.
+    fn open_at(name: PoolName, source: &Path, path: PathBuf, expected: Expected) -> Result<Self, PoolError> {
+        let at = |e| PoolError::Path { path: source.to_owned(), source: e };
         if let Expected::Known(id) = expected
             && !path.join(SUPERBLOCK).exists()
         {
@@ -245,7 +261,8 @@ impl Pool {
             fs::create_dir_all(path.join(part)).map_err(at)?;
         }
         sync_directory(&path).map_err(at)?;
-        Ok(Self { name, source: source.to_owned(), path, id: found, filesystem, _lock: lock })
+        let device = fs::metadata(&path).map_err(at)?.dev();
+        Ok(Self { name, source: source.to_owned(), path, id: found, filesystem, device, _lock: lock })
     }
 
     /// The directory of a copy.
@@ -283,20 +300,20 @@ impl Pool {
         Ok(found)
     }
 
-    /// Bytes that the copies of this pool occupy in its filesystem. Blocking: it asks for every file.
-    pub fn used_bytes(&self) -> u64 {
-        let files = |path: PathBuf| fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
-        let trees = files(self.path.join("trees")).chain(files(self.path.join("trash")));
-        let occupied = trees.flat_map(|tree| files(tree.path())).filter_map(|file| file.metadata().ok());
-        occupied.map(|meta| meta.blocks() * 512).sum()
-    }
-
     /// Space of the filesystem now.
     pub fn space(&self) -> io::Result<Space> {
         let s = nix::sys::statvfs::statvfs(&self.path)?;
         let unit = s.fragment_size();
         Ok(Space { free: s.blocks_available() * unit, total: s.blocks() * unit })
     }
+}
+
+/// Bytes that the copies of the pool in `path` occupy in its filesystem. Blocking: it asks for every file.
+pub fn used_bytes(path: &Path) -> u64 {
+    let files = |path: PathBuf| fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
+    let trees = files(path.join("trees")).chain(files(path.join("trash")));
+    let occupied = trees.flat_map(|tree| files(tree.path())).filter_map(|file| file.metadata().ok());
+    occupied.map(|meta| meta.blocks() * 512).sum()
 }
 
 /// fsync of a directory: makes a rename or a new name in it durable.
@@ -321,7 +338,8 @@ fn filesystem(path: &Path) -> Result<Filesystem, PoolError> {
     }
 }
 
-/// Writes one aligned block with O_DIRECT and reads it back.
+/// Writes one aligned block with O_DIRECT and reads it back. Where there is no space for it the pool is full, which is no
+/// reason to keep it closed: what is in it could not even be deleted.
 fn check_direct_io(path: &Path) -> Result<(), PoolError> {
     #[repr(align(4096))]
     struct Block([u8; 4096]);
@@ -342,6 +360,9 @@ fn check_direct_io(path: &Path) -> Result<(), PoolError> {
     };
     let result = attempt();
     let _ = fs::remove_file(&probe);
+    if result.as_ref().is_err_and(is_full) {
+        return Ok(());
+    }
     result.map_err(|e: io::Error| match e.raw_os_error() {
         Some(libc::EROFS) => PoolError::ReadOnly(path.to_owned()),
         Some(libc::EINVAL | libc::EOPNOTSUPP) => PoolError::NoDirectIo { path: path.to_owned(), source: e },

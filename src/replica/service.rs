@@ -38,8 +38,11 @@ impl ReplicaService {
     }
 
     async fn view(&self, volume: VolumeId) -> Result<Response<rpc::Volume>, Status> {
-        let view = self.manager.volume(volume).await;
-        Ok(Response::new(told(view.ok_or(VolumeFailure::NoVolume(volume))?.into(), self.encrypted)))
+        if let Some(view) = self.manager.volume(volume).await {
+            return Ok(Response::new(told(view.into(), self.encrypted)));
+        }
+        self.manager.all_open_for(&volume.to_string(), None).await.map_err(VolumeFailure::from)?;
+        Err(VolumeFailure::NoVolume(volume).into())
     }
 }
 
@@ -302,13 +305,10 @@ impl Replica for ReplicaService {
         &self,
         r: Request<rpc::DeleteVolumeRequest>,
     ) -> Result<Response<rpc::DeleteVolumeResponse>, Status> {
-        let rpc::DeleteVolumeRequest { volume_id, unwritten } = r.into_inner();
+        let rpc::DeleteVolumeRequest { volume_id, pool, unwritten } = r.into_inner();
         if let Ok(volume) = volume_id.parse() {
             let manager = self.manager.clone();
-            to_the_end(async move {
-                if unwritten { manager.delete_unwritten(volume).await } else { manager.delete_volume(volume).await }
-            })
-            .await?;
+            to_the_end(async move { manager.ensure_no_volume(volume, &pool, unwritten).await }).await?;
         }
         Ok(Response::new(rpc::DeleteVolumeResponse {}))
     }
@@ -413,9 +413,10 @@ impl Replica for ReplicaService {
         &self,
         r: Request<rpc::DeleteSnapshotRequest>,
     ) -> Result<Response<rpc::DeleteSnapshotResponse>, Status> {
-        if let Ok(snapshot) = r.into_inner().snapshot_id.parse() {
+        let rpc::DeleteSnapshotRequest { snapshot_id, pool } = r.into_inner();
+        if let Ok(snapshot) = snapshot_id.parse() {
             let manager = self.manager.clone();
-            to_the_end(async move { manager.delete_snapshot(snapshot).await }).await?;
+            to_the_end(async move { manager.ensure_no_snapshot(snapshot, &pool).await }).await?;
         }
         Ok(Response::new(rpc::DeleteSnapshotResponse {}))
     }

@@ -162,6 +162,9 @@ impl Store {
         {
             self.background.deferred = false;
             self.change(&[record]);
+            if let Record::Merged { parent, child } = record {
+                self.background.checking.merged(parent, child);
+            }
             self.background.commit_at.get_or_insert(self.background.now + RETRY);
             if !self.tree.layers.contains_key(&id) {
                 // Its parent may be a leaf now, or have one child; and its child may have lost its checksums.
@@ -193,7 +196,7 @@ impl Store {
             None => Some(free_record(id, layer)),
             Some(&child) => {
                 let below = self.tree.layers.get(&child)?;
-                // Blocks without checksums must not slip into a layer while its checksums are being made.
+                // Blocks must not slip into a layer while its checksums are being made or loaded.
                 let checking = self.background.checking.is_at(child);
                 (!checking).then(|| match merge_end(layer, below) {
                     Some(end) => Record::MergedPart { parent: id, child, end },

@@ -40,9 +40,10 @@ pub(super) struct Checking {
     next_at: Duration,
     /// Layers whose checksums could not be made; tried again when the tree is opened again.
     failed: BTreeSet<LayerId>,
-    loading: bool,
-    /// Layers whose checksums are in `table`.
+    loading: Option<LayerId>,
+    /// Layers whose checksums are in `table`; of the `incomplete` ones not all.
     loaded: BTreeSet<LayerId>,
+    incomplete: BTreeSet<LayerId>,
     /// Blocks of the checksum file; only while a volume verifies its reads.
     table: BTreeMap<u32, ChecksumBlock>,
 }
@@ -78,15 +79,23 @@ impl Checking {
         self.scan = true;
     }
 
-    /// Whether the checksums of this layer are being made.
+    /// Whether the checksums of this layer are being made or loaded.
     pub fn is_at(&self, layer: LayerId) -> bool {
-        self.active.as_ref().is_some_and(|(active, _)| *active == layer)
+        self.loading == Some(layer) || self.active.as_ref().is_some_and(|(active, _)| *active == layer)
+    }
+
+    /// A layer was merged into another one: what is loaded of that one's checksums may not be all any more.
+    pub fn merged(&mut self, parent: LayerId, child: LayerId) {
+        if self.loaded.contains(&child) && !self.loaded.contains(&parent) {
+            self.incomplete.insert(child);
+            self.scan = true;
+        }
     }
 
     /// When there is something to do.
     pub fn next(&self, now: Duration) -> Option<Duration> {
         let waiting = self.active.as_ref().is_some_and(|(_, job)| job.is_some());
-        let begin = self.scan && self.active.is_none() && !self.loading;
+        let begin = self.scan && self.active.is_none() && self.loading.is_none();
         (waiting || begin).then(|| self.next_at.saturating_sub(now))
     }
 
@@ -131,7 +140,7 @@ impl Store {
     /// Begins or goes on with what there is to do for checksums.
     pub(super) fn check_step(&mut self, now: Duration, out: &mut Vec<Action<Job>>) {
         let checking = &mut self.background.checking;
-        if checking.loading || now < checking.next_at || self.commit.failure().is_some() {
+        if checking.loading.is_some() || now < checking.next_at || self.commit.failure().is_some() {
             return;
         }
         if let Some((layer, waiting)) = &mut checking.active {
@@ -148,7 +157,7 @@ impl Store {
             return;
         }
         if let Some(job) = self.load_job() {
-            (self.background.checking.scan, self.background.checking.loading) = (true, true);
+            (self.background.checking.scan, self.background.checking.loading) = (true, Some(job.layer));
             out.push(Action::Job(Job::Load(job)));
         } else if let Some(job) = self.checksum_job() {
             self.background.checking.scan = true;
@@ -181,11 +190,13 @@ impl Store {
         if verifying.is_empty() {
             self.background.checking.table.clear();
             self.background.checking.loaded.clear();
+            self.background.checking.incomplete.clear();
             return None;
         }
-        let loaded = &self.background.checking.loaded;
+        let checking = &self.background.checking;
+        let is_loaded = |id| checking.loaded.contains(&id) && !checking.incomplete.contains(&id);
         let mut layers = verifying.into_iter().flat_map(|top| self.tree.path(top));
-        let (id, layer) = layers.find(|(id, layer)| layer.checksummed && !loaded.contains(id))?;
+        let (id, layer) = layers.find(|(id, layer)| layer.checksummed && !is_loaded(*id))?;
         Some(LoadJob {
             files: FilesHandle(self.files.clone()),
             instance: self.superblock.instance,
@@ -229,9 +240,10 @@ impl Store {
 
     pub(super) fn checksums_loaded(&mut self, job: LoadJob, result: io::Result<()>) {
         let checking = &mut self.background.checking;
-        checking.loading = false;
+        checking.loading = None;
         // What cannot be loaded is not checked; verify names it.
         checking.loaded.insert(job.layer);
+        checking.incomplete.remove(&job.layer);
         if result.is_ok() {
             checking.table.extend(job.found);
         }

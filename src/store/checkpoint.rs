@@ -10,7 +10,7 @@
 //! # Invariants
 //! * A chunk of another checkpoint, or at another place, never passes for the right one, and a missing end is noticed.
 //! * Writing and reading stream: they hold one chunk, whatever the size of the tree.
-//! * The file is written beside the old one, synced, and renamed over it.
+//! * The file is written beside the old one, synced, and takes its name; what lies behind the end is not read.
 
 #[cfg(test)]
 mod tests;

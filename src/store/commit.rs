@@ -73,6 +73,9 @@ pub(super) struct Commit {
     largest: u64,
     /// Generation of the checkpoint on disk: logs of this epoch and later ones are needed.
     generation: u64,
+    /// The tree was opened from two logs and no space for a checkpoint: both are needed until one is made of where the second
+    /// one ends.
+    owes_checkpoint: bool,
     /// The tree as of the end of the current log, taken when its last commit began.
     snapshot: Option<Box<Tree>>,
     /// No more commits go to the current log.
@@ -87,8 +90,9 @@ pub(super) struct Commit {
 }
 
 impl Commit {
-    /// Goes on after what is durable in the log; `to_witness` blocks of it have nothing behind them that says so.
-    pub fn new(writer: Writer, log_blocks: u64, largest: u64, to_witness: u64) -> Self {
+    /// Goes on after what is durable in the log, over the checkpoint of `generation`; `to_witness` blocks of it have nothing
+    /// behind them that says so.
+    pub fn new(writer: Writer, generation: u64, log_blocks: u64, largest: u64, to_witness: u64) -> Self {
         Self {
             phase: Phase::Idle,
             failure: None,
@@ -101,7 +105,8 @@ impl Commit {
             sealing: Vec::new(),
             batch: None,
             has_records: false,
-            generation: writer.position().epoch,
+            generation,
+            owes_checkpoint: generation != writer.position().epoch,
             durable_blocks: writer.position().sequence,
             writer,
             append: (0, 0, 0),
@@ -147,6 +152,18 @@ impl Commit {
 
     pub fn can_retry_checkpoint(&self) -> bool {
         self.retry.is_some()
+    }
+
+    #[cfg(test)]
+    pub fn owes_checkpoint(&self) -> bool {
+        self.owes_checkpoint
+    }
+
+    /// Goes on in the other log, which nothing needs any more.
+    fn begin_log(&mut self) {
+        self.writer.begin_epoch();
+        (self.durable_blocks, self.witnessed, self.to_witness) = (0, 0, 0);
+        self.log_ended = false;
     }
 }
 
@@ -316,15 +333,17 @@ impl Store {
         self.bases_sealed(out);
     }
 
-    /// Goes on in the other log, if it is not needed any more.
+    /// Goes on in the other log, if it is not needed any more; if it is because a checkpoint is missing, that comes first.
     fn rotate(&mut self, out: &mut Vec<Action<Job>>) {
         let commit = &mut self.commit;
-        let is_free = commit.generation == commit.writer.position().epoch;
-        if let Some(tree) = commit.snapshot.take_if(|_| is_free && commit.log_ended) {
-            commit.writer.begin_epoch();
-            (commit.durable_blocks, commit.witnessed, commit.to_witness) = (0, 0, 0);
-            commit.log_ended = false;
-            let position = commit.writer.position();
+        let position = commit.writer.position().next_epoch();
+        let is_free = commit.generation + 1 == position.epoch;
+        let may_begin = commit.log_ended && (is_free || commit.owes_checkpoint);
+        if let Some(tree) = commit.snapshot.take_if(|_| may_begin) {
+            commit.owes_checkpoint = false;
+            if is_free {
+                commit.begin_log();
+            }
             // Before the checkpoint can appear: what is pending belongs to the new epoch, not into the checkpoint.
             self.pending.set_epoch(position.epoch);
             let job = CheckpointJob::new(self.files.clone(), self.superblock.instance, position, *tree);
@@ -337,6 +356,10 @@ impl Store {
         match result {
             Ok(generation) => {
                 self.commit.generation = generation;
+                if generation == self.commit.writer.position().epoch + 1 {
+                    // It was owed: the log that it is of has ended, and neither is needed.
+                    self.commit.begin_log();
+                }
                 self.rotate(out);
             }
             // The logs still have everything; `tick` tries again.

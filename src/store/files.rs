@@ -3,6 +3,7 @@
 //! Invariants: a write or read is whole or an error; nothing is durable before its `sync`, and no name before `sync_names`.
 
 use super::{File, LogSlot};
+use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 use nix::libc;
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -20,7 +21,7 @@ pub enum Name {
     Log(LogSlot),
     /// The whole map.
     Checkpoint,
-    /// The next checkpoint, until it is renamed.
+    /// The next checkpoint, until it has that name; between two of them, the last but one: disk space that is kept.
     CheckpointNew,
     /// crc32c of the physical blocks of sealed layers.
     Checksums,
@@ -74,10 +75,19 @@ pub trait Files: Send + Sync {
     fn sync(&self, name: Name) -> io::Result<()>;
     /// Renames, over what is there.
     fn rename(&self, from: Name, to: Name) -> io::Result<()>;
+    /// Each of two files that are there gets the name of the other, in one step.
+    fn exchange(&self, one: Name, other: Name) -> io::Result<()>;
     /// Removes; a file that is not there is a success.
     fn remove(&self, name: Name) -> io::Result<()>;
     /// Makes what was created, renamed and removed durable.
     fn sync_names(&self) -> io::Result<()>;
+    /// Keeps disk space for the first `bytes` of a file, which is made if there is none; its size does not change.
+    fn reserve(&self, name: Name, bytes: u64) -> io::Result<()>;
+}
+
+/// Whether the disk, or what may be used of it, is full: then it had no effect, and can be repeated.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// A directory of a real filesystem.
@@ -143,6 +153,11 @@ impl Files for Directory {
         fs::rename(self.path_of(from), self.path_of(to))
     }
 
+    fn exchange(&self, one: Name, other: Name) -> io::Result<()> {
+        let (one, other) = (self.path_of(one), self.path_of(other));
+        Ok(renameat2(AT_FDCWD, &one, AT_FDCWD, &other, RenameFlags::RENAME_EXCHANGE)?)
+    }
+
     fn remove(&self, name: Name) -> io::Result<()> {
         match fs::remove_file(self.path_of(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -152,5 +167,10 @@ impl Files for Directory {
 
     fn sync_names(&self) -> io::Result<()> {
         fs::File::open(&self.path)?.sync_all()
+    }
+
+    fn reserve(&self, name: Name, bytes: u64) -> io::Result<()> {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(self.path_of(name))?;
+        Ok(fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, bytes.cast_signed())?)
     }
 }

@@ -111,6 +111,11 @@ impl CheckpointJob {
     }
 }
 
+/// Disk space that is kept for the next checkpoint beyond what the last one has: without one, logs that are full are never
+/// used again, nothing can be deleted any more, and a full pool stays full. A checkpoint grows by this much when 65,536 writes
+/// went to as many new places.
+const BALLAST_BYTES: u64 = 1 << 20;
+
 /// Writes the tree as the checkpoint that the log at `position` follows. All data that the tree names must be durable.
 pub(super) fn write_checkpoint(
     files: &dyn Files,
@@ -118,15 +123,47 @@ pub(super) fn write_checkpoint(
     position: Position,
     tree: &Tree,
 ) -> io::Result<()> {
-    files.remove(Name::CheckpointNew)?;
-    files.create(Name::CheckpointNew)?;
+    prepare_checkpoint(files, instance, position, tree)?;
+    name_checkpoint(files)
+}
+
+/// The first half: the checkpoint is durable and has no name, so nothing has changed.
+pub(super) fn prepare_checkpoint(
+    files: &dyn Files,
+    instance: InstanceId,
+    position: Position,
+    tree: &Tree,
+) -> io::Result<()> {
+    // What is there is written over, not removed: its space is kept for this. What is left behind the end is never read.
+    if files.size(Name::CheckpointNew)?.is_none() {
+        files.create(Name::CheckpointNew)?;
+    }
     let mut out = Appender { files, name: Name::CheckpointNew, offset: 0 };
     let layers = tree.layers.iter().map(|(id, layer)| (*id, &layer.map));
     checkpoint::write(&mut out, &Header { instance, log: position }, records(tree).into_iter(), layers)?;
-    // Whole and durable before it has the name; and the name durable before the old logs are used again.
-    files.sync(Name::CheckpointNew)?;
-    files.rename(Name::CheckpointNew, Name::Checkpoint)?;
-    files.sync_names()
+    // Whole and durable before it has the name.
+    files.sync(Name::CheckpointNew)
+}
+
+/// The second half.
+pub(super) fn name_checkpoint(files: &dyn Files) -> io::Result<()> {
+    match files.size(Name::Checkpoint)? {
+        // The old one gives its space to the next one, and not to whoever waits for some.
+        Some(_) => files.exchange(Name::CheckpointNew, Name::Checkpoint)?,
+        None => files.rename(Name::CheckpointNew, Name::Checkpoint)?,
+    }
+    // The name durable before the old logs are used again.
+    files.sync_names()?;
+    keep_ballast(files);
+    Ok(())
+}
+
+/// Keeps space for the next checkpoint, as far as there is any.
+pub(super) fn keep_ballast(files: &dyn Files) {
+    if let Ok(Some(bytes)) = files.size(Name::Checkpoint) {
+        // A disk that is full now may have space the next time.
+        let _ = files.reserve(Name::CheckpointNew, bytes + BALLAST_BYTES);
+    }
 }
 
 /// The records that make the layers and names of a tree.

@@ -58,7 +58,7 @@ pub mod verify;
 
 pub use commit::Failure;
 pub use extents::{ExtentsError, ExtentsPlan, ReadPlan};
-pub use files::{Directory, Files, Name};
+pub use files::{Directory, Files, Name, is_full};
 pub use job::{Job, JobOutcome};
 pub use mirror::{MirrorError, Mirrored, Reserve};
 pub use open::{CreateError, OpenError};

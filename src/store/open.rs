@@ -6,9 +6,9 @@
 use super::allocator::{Allocator, Overlap};
 use super::checkpoint::{self, CheckpointError, Item};
 use super::commit::{Commit, slot_of};
-use super::files::{Files, Name};
+use super::files::{Files, Name, is_full};
 use super::format::BLOCK;
-use super::job::write_checkpoint;
+use super::job::{keep_ballast, name_checkpoint, prepare_checkpoint, write_checkpoint};
 use super::log::{LogError, Position, Reader, Writer};
 use super::map::{Entry, Extent, MAX_PHYSICAL_BLOCKS, PhysicalBlock};
 use super::mirror::{MirrorError, Mirrors};
@@ -23,6 +23,10 @@ use std::sync::Arc;
 
 /// Bytes of each map log: a thousand small commits between checkpoints; a new tree writes two of them, some milliseconds.
 pub const LOG_BYTES: u64 = 4 << 20;
+
+/// Commits that a log must have room for to be gone on with, without a new checkpoint: one for each half of the pending region that a
+/// killed process left, and the one that ends the log.
+const COMMITS_LEFT: u64 = 3;
 
 /// Why a tree was not made.
 #[derive(Debug, thiserror::Error)]
@@ -228,31 +232,47 @@ impl<'a> Opening<'a> {
         let needs_data = !self.remains.is_empty() || self.sealed;
         let room = self.log_blocks.saturating_sub(self.end.sequence);
         let largest = largest_commit(&self.pending);
-        let needs_checkpoint = self.end.epoch != self.generation || room < 3 * largest + self.log_blocks / 4;
+        let needs_checkpoint = self.end.epoch != self.generation || room < COMMITS_LEFT * largest + self.log_blocks / 4;
         if needs_data || needs_checkpoint {
             // Data before map.
             self.files.sync(Name::Data).map_err(io_error("syncing the data"))?;
         }
-        if needs_checkpoint {
-            // Past every epoch that a torn append may have left behind. The rename is the moment at which the logs and
-            // what is pending are history.
-            self.generation += 2;
-            self.unwitnessed = false;
-            self.end = Position { epoch: self.generation, sequence: 0, chain: self.end.chain };
-            write_checkpoint(self.files, self.superblock.instance, self.end, &self.tree)
-                .map_err(io_error("writing a checkpoint"))?;
-        } else {
-            let log = Name::Log(slot_of(self.end.epoch));
+        let fits = |blocks| blocks >= COMMITS_LEFT * largest;
+        let is_other_free = self.end.epoch == self.generation;
+        let may_wait = fits(room) || is_other_free && fits(self.log_blocks);
+        if !needs_checkpoint || !self.checkpoint(may_wait)? {
             // What was replayed may be in a cache only. Blocks that it freed are used from now on, and the next commit says
             // of it that it is durable.
+            let log = Name::Log(slot_of(self.end.epoch));
             self.files.sync(log).map_err(io_error("syncing a map log"))?;
-            self.append_remains(log)?;
+            if !fits(room) {
+                (self.end, self.unwitnessed) = (self.end.next_epoch(), false);
+            }
+            self.append_remains()?;
+            keep_ballast(self.files);
         }
-        self.pending.reset(self.superblock.instance, self.generation);
+        self.pending.reset(self.superblock.instance, self.end.epoch);
         Ok(())
     }
 
-    fn append_remains(&mut self, log: Name) -> Result<(), OpenError> {
+    /// Makes a checkpoint of the tree; whether there was space for it, where it `may_wait`.
+    fn checkpoint(&mut self, may_wait: bool) -> Result<bool, OpenError> {
+        // Past every epoch that a torn append may have left behind, or that what is pending may be said to belong to: the one
+        // after the last log's, where the next checkpoint was begun and has not got its name.
+        let end = Position { epoch: self.end.epoch + 2, sequence: 0, chain: self.end.chain };
+        match prepare_checkpoint(self.files, self.superblock.instance, end, &self.tree) {
+            // A full pool must not keep its volumes from coming back: who else would give it space?
+            Err(error) if may_wait && is_full(&error) => return Ok(false),
+            prepared => prepared.map_err(io_error("writing a checkpoint"))?,
+        }
+        // This is the moment at which the logs and what is pending are history.
+        name_checkpoint(self.files).map_err(io_error("naming a checkpoint"))?;
+        (self.generation, self.end, self.unwitnessed) = (end.epoch, end, false);
+        Ok(true)
+    }
+
+    fn append_remains(&mut self) -> Result<(), OpenError> {
+        let log = Name::Log(slot_of(self.end.epoch));
         let mut writer = Writer::new(self.superblock.instance, self.end, largest_commit(&self.pending) as usize);
         for remains in &self.remains {
             // Killed from here on: the half says where its commit is, and the log whether it has it.
@@ -303,7 +323,7 @@ impl<'a> Opening<'a> {
             superblock: self.superblock,
             tree: self.tree,
             allocator,
-            commit: Commit::new(writer, self.log_blocks, largest, to_witness),
+            commit: Commit::new(writer, self.generation, self.log_blocks, largest, to_witness),
             pending: self.pending,
             requests: Default::default(),
             background: Default::default(),

@@ -1,5 +1,6 @@
 //! The store over real files: every action is executed at once, in order.
 
+mod full;
 mod mirror;
 mod rules;
 

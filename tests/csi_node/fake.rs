@@ -229,6 +229,7 @@ macro_rules! not_asked {
             async fn list_pools(&self, _: Request<ListPoolsRequest>) -> Result<Response<ListPoolsResponse>, Status> {
                 let pools = ["", "99 % full: add a disk"].map(|problem| Pool {
                     name: "default".into(),
+                    id: "1".into(),
                     problem: problem.into(),
                     ..Default::default()
                 });

@@ -66,7 +66,7 @@ impl Controller {
         }
         let control = self.home(&stored.object).await?.control;
         let unwritten = stored.object.status.phase == VolumePhase::Creating;
-        match erase_copy(&control, id, unwritten).await {
+        match erase_copy(&control, id, &stored.object.request.pool, unwritten).await {
             Ok(()) => {
                 self.remove(&stored).await?;
                 self.drop_made_for(id, base).await;
@@ -99,7 +99,7 @@ impl Controller {
     /// deleted there before it was forgotten, unless the catalogue itself was lost.
     async fn erase_unknown(&self, id: VolumeId) -> Result<(), DeleteVolumeError> {
         for node in self.nodes.all().await? {
-            match erase_copy(&node.control, id, false).await {
+            match erase_copy(&node.control, id, "", false).await {
                 Err(DeleteVolumeError::Transient(error)) if !self.nodes.is_alone() => {
                     tracing::warn!(volume = %id, node = %node.name, %error, "a copy that nobody knows may stay behind");
                 }
@@ -159,7 +159,7 @@ impl Controller {
     /// As [`Controller::erase_unknown`].
     async fn erase_unknown_snapshot(&self, id: SnapshotId) -> Result<(), DeleteSnapshotError> {
         for node in self.nodes.all().await? {
-            match forget(&node.control, id).await {
+            match forget(&node.control, id, "").await {
                 Err(DeleteSnapshotError::Transient(error)) if !self.nodes.is_alone() => {
                     tracing::warn!(snapshot = %id, node = %node.name, %error, "a snapshot that nobody knows may stay behind");
                 }
@@ -170,8 +170,8 @@ impl Controller {
     }
 }
 
-async fn erase_copy(control: &Control, id: VolumeId, unwritten: bool) -> Result<(), DeleteVolumeError> {
-    let request = DeleteVolumeRequest { volume_id: id.to_string(), unwritten };
+async fn erase_copy(control: &Control, id: VolumeId, pool: &str, unwritten: bool) -> Result<(), DeleteVolumeError> {
+    let request = DeleteVolumeRequest { volume_id: id.to_string(), pool: pool.to_owned(), unwritten };
     match control.client().delete_volume(request).await.map_err(|status| control.refusal(status)) {
         Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
         Err(ControlError::InUse(by)) => Err(DeleteVolumeError::InUse { id, by }),

@@ -5,7 +5,7 @@
 
 use super::errors::{PublishError, RequestError, UnpublishError};
 use super::path::{PathError, resolve};
-use super::records::{Published, Staged, Use};
+use super::records::{Published, RecordError, Staged, Use};
 use super::{Inner, is_node_of, only_reads, required};
 use crate::catalog::{Access, AccessMode};
 use crate::csi::capability::Capability;
@@ -16,6 +16,7 @@ use crate::mount::{
 use crate::rpc::csi::{
     NodePublishVolumeRequest, NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse,
 };
+use crate::store::is_full;
 use crate::volume::VolumeId;
 use std::fs::{DirBuilder, OpenOptions};
 use std::io::ErrorKind;
@@ -218,7 +219,13 @@ pub fn unpublish(
         if reads(&gone) {
             remove_unused_twin(node, &record)?;
         }
-        node.records.store(&record)?;
+        match node.records.store(&record) {
+            // The target is gone, which is what was asked for; a record that still names it names nothing that is mounted.
+            Err(RecordError::Io { path, source }) if is_full(&source) => {
+                tracing::warn!(volume = %id, path = %path.display(), error = %source, "a target that is gone stays on record");
+            }
+            stored => stored?,
+        }
         node.steps.done()?;
     }
     Ok(NodeUnpublishVolumeResponse {})

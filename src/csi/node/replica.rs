@@ -70,6 +70,21 @@ impl Replica {
         Ok(answer.into_inner().into())
     }
 
+    /// The same, to be used here. One that nobody here knows may be in a pool that is not open: then it is not missing.
+    pub fn volume_to_use(&self, id: VolumeId) -> Result<Facts, ControlError> {
+        let missing = match self.volume(id) {
+            Err(ControlError::NotFound(missing)) => missing,
+            found => return found,
+        };
+        let closed = self.pools()?.into_iter().find(|pool| pool.id.is_empty() && !pool.problem.is_empty());
+        Err(match closed {
+            Some(control::Pool { name, problem, .. }) => {
+                ControlError::Unknown(format!("{missing}; it may be in pool {name}, which cannot be opened: {problem}"))
+            }
+            None => ControlError::NotFound(missing),
+        })
+    }
+
     /// The volume's device, made or found again.
     pub fn attach(&self, id: VolumeId) -> Result<PathBuf, ControlError> {
         let request = control::AttachVolumeRequest { volume_id: id.to_string() };

@@ -28,7 +28,7 @@ pub fn stage(node: &Inner, request: &NodeStageVolumeRequest) -> Result<NodeStage
     required("staging_target_path", &request.staging_target_path)?;
     let used = Use::from(Capability::required(request.volume_capability.as_ref())?);
     let (id, _operation) = node.start(&request.volume_id)?;
-    let facts = node.replica.volume(id)?;
+    let facts = node.replica.volume_to_use(id)?;
     let staging = resolve(&request.staging_target_path)?;
     if !staging.symlink_metadata().is_ok_and(|found| found.is_dir()) {
         return Err(StageError::NotADirectory(staging));

@@ -122,6 +122,11 @@ impl Control {
         let device = loop_device::attach(self.root.as_fd(), self.served)?;
         Ok((device, loop_device::tune(device)))
     }
+    /// Whether the loop device is the one that serves it: a number is used again for anybody once its device is gone, and only
+    /// the kernel knows that.
+    pub fn is_at(&self, device: LoopDevice) -> bool {
+        loop_device::find(self.served) == Some(device)
+    }
     /// Makes a grown size known; the engine answers with it already.
     pub fn resized(&self, size: VolumeSize) -> Result<(), LoopError> {
         loop_device::set_capacity(self.root.as_fd(), self.served, size)

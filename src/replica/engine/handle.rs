@@ -14,7 +14,7 @@ use super::{
     volume_key, volume_meta,
 };
 use crate::crash::crash_point;
-use crate::replica::device::loop_device::{LoopDevice, LoopError};
+use crate::replica::device::loop_device::{self, LoopDevice, LoopError, Served};
 use crate::replica::device::{Control as DeviceControl, FuseLoop};
 use crate::replica::holder::{Holder, HolderError};
 use crate::store::{Control, Store};
@@ -143,7 +143,15 @@ impl EngineHandle {
             found = None;
         }
         let control = match found {
-            Some(Found { device: Some(device), .. }) => return Ok(device.path()),
+            Some(Found { device: Some(device), control, .. }) => {
+                let control = control?;
+                let (is_there, control) = self.blocking(move |_| (control.is_at(device), control)).await?;
+                if is_there {
+                    return Ok(device.path());
+                }
+                tracing::warn!(%volume, device = %device.path().display(), "its loop device was taken away; it gets another one");
+                control
+            }
             Some(found) => found.control?,
             None => self.make_device(tree, volume).await?,
         };
@@ -173,6 +181,15 @@ impl EngineHandle {
     /// The engine is gone, or the device waits for its copy.
     pub async fn has_device(&self, volume: VolumeId) -> Result<bool, EngineError> {
         Ok(self.find(volume).await?.is_some_and(|found| found.device.is_some() && !found.broken))
+    }
+
+    /// The volume's device, if it works.
+    ///
+    /// # Errors
+    /// As [`Self::has_device`].
+    pub async fn device(&self, volume: VolumeId) -> Result<Option<PathBuf>, EngineError> {
+        let found = self.find(volume).await?.filter(|found| !found.broken);
+        Ok(found.and_then(|found| found.device).map(LoopDevice::path))
     }
 
     /// A served connection without loop device.
@@ -217,6 +234,20 @@ impl EngineHandle {
         crash_point("device.release");
         self.blocking(move |shared| shared.hold(|holder| holder.remove(&volume_key(volume)))).await??;
         Ok(())
+    }
+
+    /// As [`Self::detach`] for the device that this copy serves, also where its connection died with the holder: the loop device
+    /// stays then, and the engine knows nothing of it.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn detach_from(&self, tree: InstanceId, volume: VolumeId) -> Result<(), DetachError> {
+        self.detach(volume).await?;
+        let served = Served { volume, copy: tree };
+        self.blocking(move |_| loop_device::detach(served)).await?.map_err(|error| match error {
+            LoopError::Busy { .. } => DetachError::Busy(error),
+            _ => DetachError::Loop(error),
+        })
     }
 
     /// Ends the connection of a device: whoever waits for it gets an error, and nothing that it is asked comes here any more.

@@ -247,8 +247,12 @@ impl Spin {
     }
 }
 
-/// Attempts of one operation that made no progress (EINTR, EAGAIN) before it counts as failed.
-const MAX_RETRIES: u8 = 16;
+/// Attempts of one operation that made no progress (EINTR, EAGAIN) before the next one waits a little.
+const QUICK_RETRIES: u8 = 16;
+
+/// How long it waits: the kernel is short of something, and asking all the time makes that no better. The disk has not failed, so
+/// this never becomes an error; while it lasts the request counts as stalled.
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
 
 /// An operation under way, possibly in several attempts.
 #[derive(Clone, Copy, Debug)]
@@ -264,6 +268,11 @@ struct Transfer {
 unsafe impl Send for Transfer {}
 
 impl Transfer {
+    /// How long the next attempt waits.
+    fn pause(&self) -> Option<Duration> {
+        (self.retries > QUICK_RETRIES).then_some(RETRY_PAUSE)
+    }
+
     /// What is left to do.
     fn remaining(&self) -> Operation {
         let done = self.done;
@@ -285,13 +294,14 @@ impl Transfer {
     /// Takes the result of one attempt (bytes or errno). `Some` when the operation is over, `None` to try on.
     fn advance(&mut self, result: Result<u32, i32>) -> Option<Result<(), DiskError>> {
         let moved = match result {
-            Err(libc::EINTR | libc::EAGAIN) if self.retries < MAX_RETRIES => {
-                self.retries += 1;
+            Err(libc::EINTR | libc::EAGAIN) => {
+                self.retries = self.retries.saturating_add(1);
                 return None;
             }
             Err(errno) => return Some(Err(self.failed(errno))),
             Ok(moved) => moved,
         };
+        self.retries = 0;
         match self.operation {
             Operation::Sync | Operation::Punch { .. } => Some(Ok(())),
             Operation::Write { length, .. } => {

@@ -137,3 +137,28 @@ fn many_at_once_all_end() {
         assert!(memory.iter().all(|m| m.0.iter().all(|b| *b == 5)));
     });
 }
+
+/// A descriptor that has nothing yet says EAGAIN, as a kernel does that is short of something.
+#[test]
+fn what_the_kernel_refuses_for_the_moment_waits_and_is_no_failure() {
+    let mut io = Io::new(Choice::Uring, None).expect("this machine has io_uring");
+    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("an eventfd");
+    let mut read = Box::new(Aligned([9; 4 * BLOCK]));
+    let operation = Operation::Read { memory: read.0.as_mut_ptr(), length: BLOCK as u32, offset: 0 };
+    io.submit(Token(7), event.as_fd().as_raw_fd(), operation);
+    let mut events = vec![];
+    // Longer than the attempts that follow each other at once.
+    let began = Instant::now();
+    while began.elapsed() < 20 * RETRY_PAUSE {
+        io.wait(Sleep::AtMost(RETRY_PAUSE), &mut events).expect("waits");
+        assert_eq!(events, []);
+    }
+    event.write(5).expect("counts");
+    while events.is_empty() {
+        io.wait(Sleep::Long, &mut events).expect("waits");
+    }
+    assert_eq!(events, [Event::Done { token: Token(7), result: Ok(()) }]);
+    assert_eq!(read.0[0], 5);
+    let mut transfer = Transfer { token: Token(1), fd: 0, operation, done: 0, retries: 0 };
+    assert!((0..10_000).all(|_| transfer.advance(Err(libc::EAGAIN)).is_none()) && transfer.pause().is_some());
+}

@@ -131,6 +131,9 @@ fn work(shared: &Shared) {
             if let Some(result) = transfer.advance(attempt) {
                 break result;
             }
+            if let Some(pause) = transfer.pause() {
+                std::thread::sleep(pause);
+            }
         };
         queue = shared.lock();
         queue.finished.push(Event::Done { token: transfer.token, result });

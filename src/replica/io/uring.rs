@@ -40,6 +40,8 @@ pub(super) struct Uring {
     free: Vec<u32>,
     watches: Vec<Watch>,
     again: Vec<u32>,
+    /// What the kernel had no room for again and again, and when it is asked next.
+    later: Vec<(Instant, u32)>,
     rearm: Vec<WatchKey>,
     /// When the one timer in the kernel fires. It stays armed over many waits: one for each would cost more than all the
     /// rest of a wait.
@@ -65,6 +67,7 @@ impl Uring {
             free: Vec::with_capacity(ENTRIES as usize),
             watches: vec![],
             again: vec![],
+            later: vec![],
             rearm: vec![],
             timer: None,
             updates: true,
@@ -172,6 +175,19 @@ impl Uring {
         }
     }
 
+    /// Asks again for what has waited long enough, and sees to it that the others' time comes.
+    fn resume_later(&mut self) {
+        let now = Instant::now();
+        let due: Vec<u32> = self.later.extract_if(.., |(due, _)| *due <= now).map(|(_, index)| index).collect();
+        for index in due {
+            let transfer = self.transfers[index as usize].expect("still under way");
+            self.push(entry(&transfer).user_data(user_data(KIND_TRANSFER, index)));
+        }
+        if let Some(next) = self.later.iter().map(|(due, _)| *due).min() {
+            self.arm_timer(next.saturating_duration_since(now));
+        }
+    }
+
     fn enter(&mut self, wanted: u32) -> io::Result<()> {
         const GETEVENTS: u32 = 1;
         let length = self.ring.submission().len() as u32;
@@ -219,7 +235,13 @@ impl Uring {
         }
         while let Some(index) = self.again.pop() {
             let transfer = self.transfers[index as usize].expect("still under way");
-            self.push(entry(&transfer).user_data(user_data(KIND_TRANSFER, index)));
+            match transfer.pause() {
+                Some(pause) => self.later.push((Instant::now() + pause, index)),
+                None => self.push(entry(&transfer).user_data(user_data(KIND_TRANSFER, index))),
+            }
+        }
+        if !self.later.is_empty() {
+            self.resume_later();
         }
         while let Some(key) = self.rearm.pop() {
             self.arm(key); // unless it was unwatched

@@ -48,7 +48,13 @@ impl Manager {
     /// Whether the volume answers here, or has a device that works. A device is made when its copy answers: what the kernel asks
     /// of it meanwhile would hold up whoever makes it, beyond the end of this process.
     async fn is_served(&self, volume: VolumeId) -> Result<bool, Failure> {
-        let Some(place) = self.place(volume) else { return self.is_client_served(volume).await };
+        let Some(place) = self.place(volume) else {
+            if self.publication(volume).is_none() {
+                self.all_open_for(&volume.to_string(), None).await?;
+                return Err(Failure::NoVolume(volume));
+            }
+            return self.is_client_served(volume).await;
+        };
         if place.copy.is_some() {
             return Err(Failure::NotReady(volume));
         }
@@ -79,7 +85,12 @@ impl Manager {
         let _guard = self.inner.operations.begin_instead(vec![volume.to_bytes()]).await?;
         // Also without a device: a call that was cut off may have left the connection that it was made on; and of a volume
         // that nobody knows: its device may be there while its pool is not.
-        self.engine().detach(volume).await.map_err(|error| Failure::Detach { volume, error })?;
+        let copy = self.place(volume).map(|place| place.tree).or_else(|| self.publication(volume));
+        let detached = match copy {
+            Some(copy) => self.engine().detach_from(copy, volume).await,
+            None => self.engine().detach(volume).await,
+        };
+        detached.map_err(|error| Failure::Detach { volume, error })?;
         if let Some(place) = self.index().volumes.get_mut(&volume) {
             place.device = None;
         }

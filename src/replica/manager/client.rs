@@ -41,7 +41,12 @@ impl Manager {
         Ok(())
     }
 
-    /// Somebody uses a volume without a copy no more, or wants to: who follows the catalogue looks again.
+    /// Copies were opened that could not be before: who follows the catalogue looks at them.
+    pub(super) fn copies_came(&self) {
+        self.inner.clients_changed.notify_one();
+    }
+
+    /// Somebody uses a volume without a copy no more, or wants to, or copies came: who follows the catalogue looks again.
     pub async fn clients_changed(&self) {
         self.inner.clients_changed.notified().await;
     }

@@ -11,6 +11,7 @@ use super::{CopyState, Manager, PoolState, VolumePlace};
 use crate::crash::crash_point;
 use crate::memory::Memory;
 use crate::replica::executor::Executor;
+use crate::replica::pool::Promise;
 use crate::replica::records::Record;
 use crate::store::map::Entry;
 use crate::store::{Directory, Files, Name, ReadPlan};
@@ -30,9 +31,10 @@ impl CopyState {
 /// Requests of 1 MiB between two pauses: application I/O on the same disk goes first.
 const BURST: u32 = 16;
 const PAUSE: Duration = Duration::from_millis(5);
-/// Times a failed copy is tried again before it is reported and left for the next start.
-const TRIES: u32 = 5;
-const RETRY: Duration = Duration::from_secs(5);
+/// Pauses before a failed copy is tried again, from the beginning: what keeps it from going on (a pool that is full or away) may
+/// take long, and whoever asks for the volume waits for it.
+const FIRST_RETRY: Duration = Duration::from_secs(5);
+const LAST_RETRY: Duration = Duration::from_secs(300);
 
 /// What a copy under way holds among the operations: not the volume itself, which may be asked for meanwhile.
 fn copy_key(volume: VolumeId) -> [u8; 16] {
@@ -55,8 +57,9 @@ impl Manager {
         new: &NewVolume,
         pool: &Arc<PoolState>,
         snapshot: SnapshotId,
+        promise: Promise,
     ) -> Result<(), Failure> {
-        self.create_blank(new, pool, Blank::copying(snapshot)).await?;
+        self.create_promised(new, pool, Blank::copying(snapshot), promise).await?;
         self.resume_copy(new.volume, snapshot);
         Ok(())
     }
@@ -65,21 +68,28 @@ impl Manager {
     pub(super) fn resume_copy(&self, volume: VolumeId, snapshot: SnapshotId) {
         let manager = self.clone();
         tokio::spawn(async move {
-            for attempt in 1..=TRIES {
-                // Held until the copy lets go of its files: whoever deletes the volume waits for that.
-                let Ok(copying) = manager.inner.operations.begin(vec![copy_key(volume)]).await else { return };
-                match manager.copy(volume, snapshot).await {
-                    Ok(()) => return manager.finish_copy(volume, snapshot).await,
-                    Err(_) if manager.place(volume).is_none() => return,
-                    Err(error) => {
-                        tracing::warn!(%volume, attempt, %error, "the background copy failed");
-                        manager.report(volume, |copy| copy.problem = Some(error.to_string()));
-                    }
+            let (mut pause, mut is_written) = (FIRST_RETRY, false);
+            while let Err(error) = manager.try_copy(volume, snapshot, &mut is_written).await {
+                if manager.place(volume).is_none() {
+                    return;
                 }
-                drop(copying);
-                tokio::time::sleep(RETRY).await;
+                tracing::warn!(%volume, %error, again_in = ?pause, "the background copy failed");
+                manager.report(volume, |copy| copy.problem = Some(error.to_string()));
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LAST_RETRY);
             }
         });
+    }
+
+    /// `is_written`: all of it is at the target, and only its record is missing.
+    async fn try_copy(&self, volume: VolumeId, snapshot: SnapshotId, is_written: &mut bool) -> Result<(), Failure> {
+        // Held until the copy lets go of its files: whoever deletes the volume waits for that.
+        let _copying = self.begin(volume, &[copy_key(volume)]).await?;
+        if !*is_written {
+            self.copy(volume, snapshot).await?;
+            *is_written = true;
+        }
+        self.finish_copy(volume, snapshot).await
     }
 
     async fn copy(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<(), Failure> {
@@ -127,15 +137,12 @@ impl Manager {
         Ok(())
     }
 
-    async fn finish_copy(&self, volume: VolumeId, snapshot: SnapshotId) {
-        let Some(place) = self.place(volume) else { return };
-        let Some(pool) = self.pool(&place.pool) else { return };
+    async fn finish_copy(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<(), Failure> {
+        let place = self.place(volume).ok_or(Failure::NoVolume(volume))?;
+        let pool = self.pool(&place.pool).ok_or_else(|| Failure::NoPool(place.pool.clone()))?;
         let record = Record::new(place.descriptor.clone(), None);
         crash_point("copy.complete");
-        if let Err(error) = self.write_record(&pool, place.tree, volume, &volume.to_string(), record).await {
-            tracing::warn!(%volume, %error, "the copy is complete and will be made again at the next start");
-            return;
-        }
+        self.write_record(&pool, place.tree, volume, &volume.to_string(), record).await?;
         if let Some(place) = self.index().volumes.get_mut(&volume) {
             place.copy = None;
         }
@@ -146,6 +153,7 @@ impl Manager {
             self.tidy_tree(&source.pool, source.tree).await;
         }
         tracing::info!(%volume, "the background copy is complete");
+        Ok(())
     }
 
     fn tree_path(&self, pool: &crate::replica::pool::PoolName, tree: crate::volume::InstanceId) -> Option<PathBuf> {

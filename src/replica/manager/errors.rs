@@ -1,5 +1,6 @@
 //! What can go wrong, one enum per kind of operation, each with its gRPC code in one exhaustive match.
 
+use super::unopened::Unopened;
 use crate::replica::engine::{AttachError, ControlError, DetachError, EngineError};
 use crate::replica::operations::Busy;
 use crate::replica::pool::promises::NotEnough;
@@ -52,6 +53,8 @@ pub enum VolumeFailure {
     NoSnapshotOf { volume: VolumeId, source_volume: VolumeId },
     #[error("volume {volume}: its copy {tree} cannot be opened ({problem}); repair it or give the volume another copy")]
     Broken { volume: VolumeId, tree: InstanceId, problem: String },
+    #[error("{0}")]
+    Unopened(#[from] Unopened),
     #[error("volume {volume}: {error}")]
     Busy { volume: VolumeId, error: Busy },
     #[error("volume {volume}: {error}")]
@@ -83,7 +86,7 @@ impl From<VolumeFailure> for Status {
             F::Elsewhere { .. } | F::NoSnapshotOf { .. } => Code::InvalidArgument,
             F::Control { error, .. } => control_code(error),
             // Something may be half made: the caller shall come again, not give up.
-            F::Engine { .. } | F::Create { .. } | F::Record { .. } | F::Io { .. } => Code::Unavailable,
+            F::Engine { .. } | F::Create { .. } | F::Record { .. } | F::Io { .. } | F::Unopened(_) => Code::Unavailable,
             F::Open { .. } | F::Broken { .. } => Code::DataLoss,
         };
         Status::new(code, failure.to_string())
@@ -125,6 +128,8 @@ pub enum SnapshotFailure {
     #[error("snapshot {snapshot}: its map is inconsistent: {what}; run `tandem verify`")]
     Damaged { snapshot: SnapshotId, what: Inconsistent },
     #[error("{0}")]
+    Unopened(#[from] Unopened),
+    #[error("{0}")]
     Busy(#[from] Busy),
     #[error("{0}")]
     Control(#[from] ControlError),
@@ -145,7 +150,7 @@ impl From<SnapshotFailure> for Status {
             F::NotReady(_) | F::Busy(_) | F::TakenBefore(_) | F::Engine(EngineError::NotPrimary(_)) => Code::Aborted,
             F::Control(error) => control_code(error),
             F::Damaged { .. } => Code::DataLoss,
-            F::Engine(_) | F::Record(_) => Code::Unavailable,
+            F::Engine(_) | F::Record(_) | F::Unopened(_) => Code::Unavailable,
         };
         Status::new(code, failure.to_string())
     }
@@ -172,6 +177,8 @@ pub enum AttachFailure {
     #[error("volume {volume} is mirrored, and the catalogue cannot be asked who shall use it: {problem}")]
     NoCatalogue { volume: VolumeId, problem: String },
     #[error("{0}")]
+    Unopened(#[from] Unopened),
+    #[error("{0}")]
     Busy(#[from] Busy),
     #[error("volume {volume}: {error}")]
     Attach { volume: VolumeId, error: AttachError },
@@ -192,7 +199,7 @@ impl From<AttachFailure> for Status {
             F::NoVolume(_) => Code::NotFound,
             F::NotReady(_) | F::Busy(_) | F::NotOpen(_) | F::NotServed(_) => Code::Aborted,
             F::NotWished(_) | F::Only(_) | F::Served(_) => Code::FailedPrecondition,
-            F::Attach { .. } | F::NoCatalogue { .. } | F::Status { .. } => Code::Unavailable,
+            F::Attach { .. } | F::NoCatalogue { .. } | F::Status { .. } | F::Unopened(_) => Code::Unavailable,
             F::Detach { error: DetachError::Busy(_), .. } => Code::FailedPrecondition,
             F::Detach { .. } => Code::Unavailable,
         };

@@ -5,7 +5,7 @@
 
 use super::errors::VolumeFailure as Failure;
 use super::volumes::{Blank, NewVolume, Source};
-use super::{Manager, PoolState, VolumePlace, growth};
+use super::{BrokenTree, Manager, PoolState, VolumePlace, growth};
 use crate::protocol;
 use crate::replica::engine::{EngineHandle, MirrorInput, SealReserve};
 use crate::replica::mirror::Refresher;
@@ -108,7 +108,7 @@ impl Manager {
             };
         }
         let pool = self.pool(&new.pool).ok_or_else(|| Failure::NoPool(new.pool.clone()))?;
-        if let Some((_, problem)) = self.index().broken_trees.get(&tree).cloned() {
+        if let Some(BrokenTree { problem, .. }) = self.index().broken_trees.get(&tree).cloned() {
             return Err(Failure::Broken { volume, tree, problem });
         }
         match new.source {
@@ -138,7 +138,8 @@ impl Manager {
         }
         let info = self.snapshot_info(tree, snapshot).await.ok_or(Failure::NoSnapshot(snapshot))?;
         self.check_source_size(new, info.size)?;
-        self.clone_snapshot(new, pool, tree, snapshot, Some(record)).await
+        let promise = self.promise_clone(new, pool).await?;
+        self.clone_snapshot(new, pool, tree, snapshot, promise, Some(record)).await
     }
 
     /// Replaces the record beside the copy.

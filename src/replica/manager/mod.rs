@@ -12,10 +12,10 @@
 
 use super::engine::EngineHandle;
 use super::operations::Operations;
-use super::pool::{Pool, PoolName, Promises};
+use super::pool::{Pool, PoolName, Promises, trash, used_bytes};
 use crate::store::{SnapshotInfo, VolumeInfo, spare_blocks};
 use crate::volume::{BLOCK_SIZE, InstanceId, SnapshotId, VolumeId, VolumeSize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 mod attach;
 mod change;
 mod client;
+mod clones;
 mod copy;
 mod errors;
 mod follow;
@@ -31,9 +32,11 @@ mod mirror;
 mod open;
 mod pools;
 mod record;
+mod reopen;
 mod snapshots;
 mod standing;
 mod status;
+mod unopened;
 mod volumes;
 
 pub use errors::{AttachFailure, PoolFailure, SnapshotFailure, VolumeFailure};
@@ -46,10 +49,10 @@ pub use standing::{CopyView, MirrorView};
 pub use status::{HealthEntry, HealthKind, VolumeView};
 pub use volumes::{NewVolume, Source};
 
-/// Space of a tree beside its blocks: two map logs, superblock, records (the logs are 4 MiB each).
+/// Space of a tree beside its blocks: two map logs of 4 MiB each, superblock, records, the checkpoint that is kept room for.
 const TREE_OVERHEAD_BYTES: u64 = 12 << 20;
-/// Map and checksums of a block at rest: 16 + 4 bytes in the worst case, rounded up to a 128th.
-const OVERHEAD_SHARE: u64 = 128;
+/// Map, room for the next one, and checksums of a block at rest: 16 + 16 + 4 bytes in the worst case, rounded up to a 112th.
+const OVERHEAD_SHARE: u64 = 112;
 /// Part of the filesystem that is never promised (a 50th): its own metadata and the page of an unlucky neighbour.
 const HEADROOM_SHARE: u64 = 50;
 /// Below a 20th of free space a pool is reported as nearly full.
@@ -58,8 +61,32 @@ const HIGH_WATER_SHARE: u64 = 20;
 /// An open pool with its promises.
 pub(super) struct PoolState {
     pub pool: Pool,
+    /// Of all pools on the same filesystem: what is free there can be promised once.
     pub promises: Promises,
+    /// Where those pools are, this one among them.
+    neighbours: Arc<Mutex<BTreeSet<PathBuf>>>,
     pub overcommit: f64,
+    pub emptying: trash::Emptying,
+}
+
+/// A pool that could not be opened.
+#[derive(Clone, Debug)]
+pub(super) struct BrokenPool {
+    pub path: PathBuf,
+    /// The sentence that says why.
+    pub problem: String,
+    /// It is tried again by itself.
+    pub retried: bool,
+}
+
+/// A copy that could not be opened, or must not be used.
+#[derive(Clone, Debug)]
+pub(super) struct BrokenTree {
+    pub pool: PoolName,
+    /// The sentence that says why.
+    pub problem: String,
+    /// It is tried again by itself.
+    pub retried: bool,
 }
 
 /// Where a volume is.
@@ -107,15 +134,15 @@ pub(super) struct SnapshotPlace {
 #[derive(Default)]
 pub(super) struct Index {
     pub pools: BTreeMap<PoolName, Arc<PoolState>>,
-    /// Pools that could not be opened, with the sentence that says why.
-    pub broken_pools: BTreeMap<PoolName, (PathBuf, String)>,
+    pub broken_pools: BTreeMap<PoolName, BrokenPool>,
     pub volumes: BTreeMap<VolumeId, VolumePlace>,
     pub clients: BTreeMap<VolumeId, ClientPlace>,
     /// Devices that a killed engine left, with their copy or publication; not those that were taken up since.
     pub held_devices: BTreeMap<VolumeId, InstanceId>,
     pub snapshots: BTreeMap<SnapshotId, SnapshotPlace>,
-    /// Copies that could not be opened.
-    pub broken_trees: BTreeMap<InstanceId, (PoolName, String)>,
+    pub broken_trees: BTreeMap<InstanceId, BrokenTree>,
+    /// A task tries again what could not be opened.
+    pub retrying: bool,
     /// Trees whose promise is looked at again while layers are merged, and how often that was asked for.
     pub merging: BTreeMap<InstanceId, u64>,
 }
@@ -131,7 +158,7 @@ pub(super) struct Inner {
     index: Mutex<Index>,
     operations: Operations,
     settings: OpenSettings,
-    /// What an earlier engine has acknowledged and not logged, of trees whose pool is not open: for when it is added.
+    /// What an earlier engine has acknowledged and not logged, of trees that are not open: for when they are.
     held: Mutex<BTreeMap<InstanceId, OwnedFd>>,
     clients_changed: tokio::sync::Notify,
 }
@@ -182,16 +209,32 @@ impl Manager {
 }
 
 impl PoolState {
-    /// Bytes that may be promised altogether: what Tandem occupies and what is free, less the headroom, times the ratio.
-    /// Blocking (asks the filesystem).
+    /// A pool that was opened, beside those that are open.
+    fn new<'a>(pool: Pool, overcommit: f64, open: impl IntoIterator<Item = &'a Arc<Self>>) -> Arc<Self> {
+        let beside = open.into_iter().find(|other| other.pool.device == pool.device);
+        let (promises, neighbours) =
+            beside.map(|other| (other.promises.clone(), other.neighbours.clone())).unwrap_or_default();
+        paths(&neighbours).insert(pool.path.clone());
+        Arc::new(Self { pool, promises, neighbours, overcommit, emptying: trash::Emptying::default() })
+    }
+
+    /// Bytes that may be promised altogether on this filesystem: what Tandem occupies and what is free, less the headroom,
+    /// times the ratio. Blocking (asks the filesystem).
     fn limit(&self) -> u64 {
         let Ok(space) = self.pool.space() else { return 0 };
-        let ours = self.pool.used_bytes().saturating_add(space.free).saturating_sub(space.total / HEADROOM_SHARE);
+        let pools = paths(&self.neighbours).clone();
+        let used: u64 = pools.iter().map(|path| used_bytes(path)).sum();
+        let ours = used.saturating_add(space.free).saturating_sub(space.total / HEADROOM_SHARE);
         // Precision: f64 is exact to 8 PiB; the cast saturates.
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let scaled = (ours as f64 * self.overcommit) as u64;
         scaled
     }
+}
+
+fn paths(neighbours: &Mutex<BTreeSet<PathBuf>>) -> MutexGuard<'_, BTreeSet<PathBuf>> {
+    // A set of paths is whole between any two calls, so a poisoned lock is still usable.
+    neighbours.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes that a tree may occupy when its volumes and snapshots occupy `bytes`.
@@ -219,6 +262,24 @@ fn largest_volume(bytes: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::replica::pool::Expected;
+
+    #[test]
+    fn two_pools_on_one_filesystem_promise_what_is_free_there_once() {
+        let dir = tempfile::Builder::new().prefix("tandem-pool").tempdir().expect("temporary directory");
+        let open = |name: &str| {
+            let path = dir.path().join(name);
+            Pool::open(name.parse().expect("name"), &path, dir.path(), Expected::Any).expect("a pool")
+        };
+        let one = PoolState::new(open("one"), 1.0, []);
+        let two = PoolState::new(open("two"), 1.0, [&one]);
+        let most = one.limit() / 4 * 3;
+        let promise = one.promises.promise(most, one.limit()).expect("it is free");
+        two.promises.promise(most, two.limit()).expect_err("it is promised");
+        promise.settle(InstanceId::random(), most);
+        two.promises.promise(most, two.limit()).expect_err("it still is");
+        assert!(two.promises.promise(most / 9, two.limit()).is_ok());
+    }
 
     #[test]
     fn the_largest_volume_fits_and_is_a_size() {

@@ -3,19 +3,20 @@
 //! # Invariants
 //! * Copies whose device somebody is using come first: their requests are waiting.
 //! * One damaged copy is reported and left alone; the rest of the pool works on.
+//! * What the holder kept of a copy is kept here until that copy is open.
 
 use super::copy::copying;
 use super::mirror::{MirrorPlace, copy_record};
 use super::pools::PoolList;
 use super::volumes::{Opened, TreeFailure, base_of, base_record, open_tree};
-use super::{CopyState, Index, Inner, Manager, PoolState, SnapshotPlace, VolumePlace};
+use super::{BrokenPool, BrokenTree, CopyState, Index, Inner, Manager, PoolState, SnapshotPlace, VolumePlace};
 use crate::replica::engine::{EngineHandle, Recovered};
 use crate::replica::operations::Operations;
-use crate::replica::pool::{Pool, PoolError, PoolName, Promises};
+use crate::replica::pool::{Expected, Pool, PoolError, PoolName};
 use crate::replica::records::Record;
-use crate::store::{Control, SnapshotInfo, VolumeInfo};
+use crate::store::{Control, SnapshotInfo, Store, VolumeInfo};
 use crate::volume::{InstanceId, SnapshotId, VolumeId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -73,27 +74,32 @@ impl Manager {
             }),
         };
         manager.index().held_devices = recovered.volumes.iter().copied().collect();
-        let mut held = std::mem::take(&mut recovered.pendings);
-        let kept = held.keys().copied().collect();
-        for state in manager.open_pools(settings).await? {
+        let kept: BTreeSet<_> = recovered.pendings.keys().copied().collect();
+        *manager.held() = std::mem::take(&mut recovered.pendings);
+        let mut opened = Vec::new();
+        for state in manager.open_pools(settings, !kept.is_empty()).await? {
             manager.index().pools.insert(state.pool.name.clone(), state.clone());
-            manager.open_trees(&state, &mut held).await;
+            let trees = manager.open_trees(&state).await;
+            opened.push((state, trees));
         }
-        for tree in held.keys() {
-            tracing::error!(%tree, "a device waits for a copy that is in no pool; add its pool with `tandem pool add`");
+        for tree in manager.held().keys() {
+            tracing::error!(%tree, "a device waits for a copy that is not open; if its pool is away, `tandem pool add` takes it back");
         }
-        *manager.held() = held;
         before_devices(&manager, &kept).await;
         manager.engine().reattach(recovered).await.into_iter().for_each(|(volume, device)| {
             if let Some(place) = manager.index().volumes.get_mut(&volume) {
                 place.device = Some(device);
             }
         });
-        manager.clean_up().await;
+        for (state, trees) in &opened {
+            manager.clean_up(state, trees).await;
+        }
+        manager.keep_trying();
         Ok(manager)
     }
 
-    async fn open_pools(&self, settings: OpenSettings) -> Result<Vec<Arc<PoolState>>, OpenFailure> {
+    /// `is_used`: devices of an earlier engine wait.
+    async fn open_pools(&self, settings: OpenSettings, is_used: bool) -> Result<Vec<Arc<PoolState>>, OpenFailure> {
         let mounts = settings.dir.join("pools");
         let mut list = PoolList::read(&settings.dir).map_err(OpenFailure::List)?;
         let mut states = Vec::new();
@@ -107,23 +113,28 @@ impl Manager {
                 open.push((name, path.clone(), false));
             }
         }
-        let mut is_new = false;
+        let (mut is_new, mut refused) = (false, None);
         for (name, path, required) in open {
             let (mounts, wanted, source, expected) = (mounts.clone(), name.clone(), path.clone(), list.expected(&name));
             match tokio::task::spawn_blocking(move || Pool::open(wanted, &source, &mounts, expected)).await? {
                 Ok(pool) => {
                     is_new |= list.note(&pool);
-                    let overcommit = settings.overcommit;
-                    states.push(Arc::new(PoolState { pool, promises: Promises::default(), overcommit }));
+                    states.push(PoolState::new(pool, settings.overcommit, &states));
                 }
-                // A pool that the command line names must be there; an added one must not keep the others from working,
-                // nor one that is gone: only `tandem pool add --force` begins it anew.
-                Err(error) if required && !error.is_gone() => return Err(error.into()),
                 Err(error) => {
                     tracing::error!(pool = %name, %error, "a pool cannot be opened");
-                    self.index().broken_pools.insert(name, (path, error.to_string()));
+                    // One that is gone is a person's to bring back, or to begin anew.
+                    let broken = BrokenPool { path, problem: error.to_string(), retried: !error.is_gone() };
+                    self.index().broken_pools.insert(name, broken);
+                    if required && expected == Expected::Any {
+                        refused.get_or_insert(error);
+                    }
                 }
             }
+        }
+        // A first start ends with what is wrong. Whoever has devices, or another pool, is not left alone for one that is bad.
+        if let Some(error) = refused.filter(|_| states.is_empty() && !is_used) {
+            return Err(error.into());
         }
         if is_new {
             list.write(&settings.dir).map_err(OpenFailure::List)?;
@@ -131,26 +142,28 @@ impl Manager {
         Ok(states)
     }
 
-    /// Opens the copies of a pool: held ones first, a few at a time.
-    pub(super) async fn open_trees(&self, state: &Arc<PoolState>, held: &mut BTreeMap<InstanceId, OwnedFd>) {
+    /// Opens the copies of a pool, and says which there are: held ones first, a few at a time.
+    pub(super) async fn open_trees(&self, state: &Arc<PoolState>) -> BTreeSet<InstanceId> {
         let listed = state.clone();
         let trees = match tokio::task::spawn_blocking(move || listed.pool.trees()).await {
             Ok(Ok(trees)) => trees,
             other => {
                 tracing::error!(pool = %state.pool.name, ?other, "the copies of the pool cannot be listed");
-                return;
+                return BTreeSet::new();
             }
         };
-        let (first, rest): (Vec<_>, Vec<_>) = trees.into_iter().partition(|tree| held.contains_key(tree));
-        let mut work =
-            first.into_iter().chain(rest).map(|tree| (tree, held.remove(&tree))).collect::<Vec<_>>().into_iter();
+        let (first, rest): (Vec<InstanceId>, Vec<InstanceId>) = {
+            let held = self.held();
+            trees.iter().partition(|tree| held.contains_key(tree))
+        };
+        let mut work = first.into_iter().chain(rest);
         let mut running = tokio::task::JoinSet::new();
         loop {
             while running.len() < PARALLEL_OPENS
-                && let Some((tree, pending)) = work.next()
+                && let Some(tree) = work.next()
             {
-                let path = state.pool.tree(tree);
-                running.spawn_blocking(move || (tree, open_tree(&path, pending)));
+                let open = self.opening(state, tree);
+                running.spawn_blocking(move || (tree, open()));
             }
             let Some(opened) = running.join_next().await else { break };
             if let Ok((tree, opened)) = opened {
@@ -158,36 +171,71 @@ impl Manager {
             }
         }
         self.empty_trash(state);
+        trees.into_iter().collect()
     }
 
-    async fn adopt(&self, state: &Arc<PoolState>, tree: InstanceId, opened: Result<Opened, TreeFailure>) {
-        let name = state.pool.name.clone();
-        let problem = match opened {
+    /// What opens a copy; it blocks. Records of what was never named are gone before anybody can write others.
+    pub(super) fn opening(
+        &self,
+        state: &PoolState,
+        tree: InstanceId,
+    ) -> impl FnOnce() -> Result<Opened, TreeFailure> + Send + use<> {
+        // What was acknowledged is in this memory and nowhere else: it is kept until the copy is open.
+        let held = self.held().get(&tree).map(OwnedFd::try_clone).transpose();
+        let path = state.pool.tree(tree);
+        move || {
+            let opened = open_tree(&path, held?)?;
+            if let Err(error) = remove_orphans(&path.join("records"), &names_of(&opened.store)) {
+                tracing::warn!(%tree, %error, "records of nothing stay until the next start");
+            }
+            Ok(opened)
+        }
+    }
+
+    /// A copy that was opened is used from now on; one that was not is noted.
+    pub(super) async fn adopt(&self, state: &Arc<PoolState>, tree: InstanceId, opened: Result<Opened, TreeFailure>) {
+        let pool = state.pool.name.clone();
+        let (problem, retried) = match opened {
             Ok(opened) => {
                 let (volumes, snapshots) = (opened.store.volumes(), opened.store.snapshots());
                 match self.engine().open_tree(tree, opened.store, opened.files, opened.pending).await {
                     Ok(()) => {
-                        self.read_names(state, tree, &volumes, &snapshots);
+                        self.held().remove(&tree);
+                        self.index().broken_trees.remove(&tree);
+                        self.read_names(state, tree, &volumes, &snapshots).await;
                         state.promises.settle(tree, self.promised_bytes(tree).await);
                         return;
                     }
-                    Err(error) => error.to_string(),
+                    Err(error) => (error.to_string(), false),
                 }
             }
-            Err(error) => error.to_string(),
+            Err(error) => (error.to_string(), error.is_full()),
         };
-        tracing::error!(pool = %name, %tree, %problem, "a copy cannot be opened");
-        self.index().broken_trees.insert(tree, (name, problem));
+        let broken = BrokenTree { pool, problem, retried };
+        let known = self.index().broken_trees.insert(tree, broken.clone());
+        if known.is_none_or(|known| known.problem != broken.problem) {
+            tracing::error!(pool = %broken.pool, %tree, problem = %broken.problem, retried, "a copy cannot be opened");
+        }
     }
 
-    fn read_names(&self, state: &PoolState, tree: InstanceId, volumes: &[VolumeInfo], snapshots: &[SnapshotInfo]) {
+    async fn read_names(
+        &self,
+        state: &PoolState,
+        tree: InstanceId,
+        volumes: &[VolumeInfo],
+        snapshots: &[SnapshotInfo],
+    ) {
         let path = state.pool.tree(tree);
         let pool = &state.pool.name;
         for info in volumes {
+            if !self.may_claim(state, tree, info).await {
+                continue;
+            }
             let copy = copying(&path, info.volume).map(|_| CopyState::new(info.size));
             let descriptor = descriptor(&path, &info.volume.to_string());
             let mirror = mirror(&path, info.volume);
-            let place = VolumePlace { pool: pool.clone(), tree, descriptor, device: None, copy, mirror };
+            let device = self.device_here(info.volume, tree).await;
+            let place = VolumePlace { pool: pool.clone(), tree, descriptor, device, copy, mirror };
             self.index().volumes.insert(info.volume, place);
         }
         for info in snapshots {
@@ -197,54 +245,63 @@ impl Manager {
         }
     }
 
-    /// What a crash left: copies go on, bases that nobody needs go away, and so do copies without names.
-    async fn clean_up(&self) {
-        let pools: Vec<_> = self.index().pools.values().cloned().collect();
-        // Before any copy goes on and writes records.
-        for pool in &pools {
-            for tree in pool.pool.trees().unwrap_or_default() {
-                self.clean_records(pool, tree).await;
+    /// Whether the volume is this copy's: a creation that was cut off may have left an empty one beside the one that was made
+    /// when the call was repeated. Whichever does not count is named and left alone.
+    async fn may_claim(&self, state: &PoolState, tree: InstanceId, info: &VolumeInfo) -> bool {
+        let volume = info.volume;
+        let Some(other) = self.place(volume).filter(|place| place.tree != tree) else { return true };
+        let is_blank = |info: &VolumeInfo| info.allocated_blocks == 0 && info.layers == 1;
+        let other_info = self.volume_info(other.tree, volume).await;
+        let is_held = self.index().held_devices.get(&volume) == Some(&other.tree);
+        let claims = !is_held && !is_blank(info) && other_info.is_some_and(|info| is_blank(&info));
+        let this = (tree, state.pool.name.clone());
+        let ((used, _), (left, pool)) =
+            if claims { (this, (other.tree, other.pool)) } else { ((other.tree, other.pool), this) };
+        let problem = format!(
+            "it has volume {volume}, and so has copy {used}, which is used; if nothing of it is missed, move its directory away \
+             while tandem does not run"
+        );
+        tracing::error!(%pool, tree = %left, %problem, "a copy is left alone");
+        self.index().broken_trees.insert(left, BrokenTree { pool, problem, retried: false });
+        claims
+    }
+
+    /// The device that the engine serves for a volume that a killed engine served.
+    async fn device_here(&self, volume: VolumeId, tree: InstanceId) -> Option<PathBuf> {
+        if self.index().held_devices.get(&volume) != Some(&tree) {
+            return None;
+        }
+        // One that waits for something else is found when it is attached.
+        self.engine().device(volume).await.ok().flatten()
+    }
+
+    /// What a crash left in these copies: copies under way go on, bases that nobody needs go away, and so do copies without
+    /// names. Others may be in use meanwhile.
+    pub(super) async fn clean_up(&self, state: &Arc<PoolState>, trees: &BTreeSet<InstanceId>) {
+        let volumes: Vec<_> = {
+            let index = self.index();
+            let here = index.volumes.iter().filter(|(_, place)| trees.contains(&place.tree));
+            here.map(|(volume, place)| (*volume, place.tree)).collect()
+        };
+        for (volume, tree) in volumes {
+            match copying(&state.pool.tree(tree), volume) {
+                Some(snapshot) => self.resume_copy(volume, snapshot),
+                None => self.clean_base(volume).await,
             }
         }
-        let places: Vec<_> = self.index().volumes.iter().map(|(v, p)| (*v, p.clone())).collect();
-        for (volume, place) in &places {
-            let Some(pool) = self.pool(&place.pool) else { continue };
-            match copying(&pool.pool.tree(place.tree), *volume) {
-                Some(snapshot) => self.resume_copy(*volume, snapshot),
-                None => self.clean_base(*volume).await,
-            }
-        }
-        for pool in pools {
-            let Ok(trees) = pool.pool.trees() else { continue };
-            for tree in trees {
-                if !self.index().broken_trees.contains_key(&tree) {
-                    self.clean_orphan_bases(&pool.pool.name, tree).await;
-                    self.tidy_tree(&pool.pool.name, tree).await;
-                }
+        for tree in trees {
+            let Ok(_guard) = self.inner.operations.begin(vec![tree.to_bytes()]).await else { continue };
+            if !self.index().broken_trees.contains_key(tree) {
+                self.clean_orphan_bases(&state.pool.name, *tree).await;
+                self.tidy_tree(&state.pool.name, *tree).await;
             }
         }
     }
 
     async fn clean_base(&self, volume: VolumeId) {
+        let Ok(_guard) = self.inner.operations.begin(vec![volume.to_bytes()]).await else { return };
         if let Some(place) = self.snapshot_place(base_of(volume)) {
             self.drop_base(volume, place.tree).await;
-        }
-    }
-
-    /// A record whose object was never named: the call was cut off between the two.
-    async fn clean_records(&self, state: &Arc<PoolState>, tree: InstanceId) {
-        let names = self.engine().inspect(tree, |store| {
-            let volumes = store.volumes().into_iter().map(|info| info.volume);
-            let volumes = volumes.flat_map(|id| [id.to_string(), copy_record(id)]);
-            let snapshots = store.snapshots().into_iter().map(|info| info.snapshot);
-            let snapshots = snapshots.flat_map(|id| [id.to_string(), base_record(id)]);
-            volumes.chain(snapshots).collect::<BTreeSet<_>>()
-        });
-        let Ok(names) = names.await else { return };
-        let records = state.pool.tree(tree).join("records");
-        match tokio::task::spawn_blocking(move || remove_orphans(&records, &names)).await {
-            Ok(Ok(())) => {}
-            other => tracing::warn!(%tree, ?other, "records of nothing stay until the next start"),
         }
     }
 
@@ -252,6 +309,10 @@ impl Manager {
     async fn clean_orphan_bases(&self, pool: &PoolName, tree: InstanceId) {
         let nameless: Vec<SnapshotId> = {
             let index = self.index();
+            if !index.broken_pools.is_empty() || !index.broken_trees.is_empty() {
+                // The clone may be there.
+                return;
+            }
             let of_tree = index.snapshots.iter().filter(|(_, p)| p.tree == tree && p.base);
             of_tree
                 .map(|(id, _)| *id)
@@ -269,9 +330,22 @@ impl Manager {
     }
 }
 
-/// Removes records of what was never made, and what was left of writing one. Blocking.
+/// The records that a copy may have.
+fn names_of(store: &Store) -> BTreeSet<String> {
+    let volumes = store.volumes().into_iter().map(|info| info.volume);
+    let volumes = volumes.flat_map(|id| [id.to_string(), copy_record(id)]);
+    let snapshots = store.snapshots().into_iter().map(|info| info.snapshot);
+    let snapshots = snapshots.flat_map(|id| [id.to_string(), base_record(id)]);
+    volumes.chain(snapshots).collect()
+}
+
+/// Removes records of what was never made (the call was cut off between the two), and what was left of writing one. Blocking.
 fn remove_orphans(records: &Path, named: &BTreeSet<String>) -> io::Result<()> {
-    for entry in std::fs::read_dir(records)? {
+    let entries = match std::fs::read_dir(records) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
         let entry = entry?;
         if !entry.file_name().to_str().is_some_and(|name| named.contains(name)) {
             std::fs::remove_file(entry.path())?;

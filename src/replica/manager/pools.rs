@@ -1,8 +1,9 @@
 //! Pools: opened at start, added while running, and their figures.
 
 use super::errors::PoolFailure as Failure;
-use super::{HIGH_WATER_SHARE, Manager, PoolState, largest_volume};
-use crate::replica::pool::{Expected, Pool, PoolName, Promises, sync_directory, trash};
+use super::{BrokenPool, HIGH_WATER_SHARE, Manager, PoolState, largest_volume};
+use crate::replica::operations::{Busy, OperationGuard};
+use crate::replica::pool::{Expected, Pool, PoolName, sync_directory, used_bytes};
 use crate::volume::PoolId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -83,7 +84,7 @@ impl Manager {
     /// The pool is there, now and after every restart.
     pub async fn add_pool(&self, add: AddPool) -> Result<PoolView, Failure> {
         let name = add.name.clone();
-        let _guard = self.inner.operations.begin(vec![[0xff; 16]]).await?;
+        let _guard = self.begin_pools().await?;
         if let Some(there) = self.pool(&name) {
             if there.pool.source != add.path {
                 return Err(Failure::Exists(name));
@@ -103,15 +104,26 @@ impl Manager {
             Ok(pool)
         });
         let pool = opened.await.map_err(|e| Failure::List(io::Error::other(e)))??;
-        let state =
-            Arc::new(PoolState { pool, promises: Promises::default(), overcommit: self.inner.settings.overcommit });
-        // Their devices may be waiting with what was acknowledged: it is in this memory and nowhere else.
-        let mut held = std::mem::take(&mut *self.held());
-        self.open_trees(&state, &mut held).await;
-        self.held().append(&mut held);
+        let state = self.take_in(pool).await;
+        Ok(self.view(&state).await)
+    }
+
+    /// One pool is opened at a time.
+    pub(super) async fn begin_pools(&self) -> Result<OperationGuard, Busy> {
+        self.inner.operations.begin(vec![[0xff; 16]]).await
+    }
+
+    /// A pool that was opened while others are in use. Needs the operation of all pools.
+    pub(super) async fn take_in(&self, pool: Pool) -> Arc<PoolState> {
+        let name = pool.name.clone();
+        let state = PoolState::new(pool, self.inner.settings.overcommit, self.index().pools.values());
+        let trees = self.open_trees(&state).await;
         self.index().pools.insert(name.clone(), state.clone());
         self.index().broken_pools.remove(&name);
-        Ok(self.view(&state).await)
+        self.clean_up(&state, &trees).await;
+        self.copies_came();
+        self.keep_trying();
+        state
     }
 
     /// Whether the pool is open.
@@ -129,7 +141,7 @@ impl Manager {
         for pool in pools {
             views.push(self.view(&pool).await);
         }
-        views.extend(broken.into_iter().map(|(name, (path, problem))| PoolView {
+        views.extend(broken.into_iter().map(|(name, BrokenPool { path, problem, .. })| PoolView {
             name,
             path,
             id: String::new(),
@@ -156,20 +168,21 @@ impl Manager {
 
     fn broken_trees_of(&self, name: &PoolName) -> String {
         let index = self.index();
-        let broken: Vec<_> = index.broken_trees.iter().filter(|(_, (pool, _))| pool == name).collect();
+        let broken: Vec<_> = index.broken_trees.iter().filter(|(_, tree)| tree.pool == *name).collect();
         match broken.as_slice() {
             [] => String::new(),
-            [(tree, (_, why)), rest @ ..] => {
-                format!("{} copies cannot be opened; the first is {tree}: {why}", rest.len() + 1)
+            [(tree, first), rest @ ..] => {
+                format!("{} copies cannot be opened; the first is {tree}: {}", rest.len() + 1, first.problem)
             }
         }
     }
 
     /// Empties the trash of a pool in a thread of its own.
     pub(super) fn empty_trash(&self, state: &Arc<PoolState>) {
-        let path = state.pool.path.join("trash");
+        let state = state.clone();
         tokio::task::spawn_blocking(move || {
-            if let Err(error) = trash::empty(&path) {
+            let path = state.pool.path.join("trash");
+            if let Err(error) = state.emptying.empty(&path) {
                 tracing::warn!(path = %path.display(), %error, "the trash is emptied later");
             }
         });
@@ -196,7 +209,7 @@ impl PoolState {
             id: self.pool.id.to_string(),
             capacity,
             promised,
-            used: self.pool.used_bytes(),
+            used: used_bytes(&self.pool.path),
             free,
             largest_volume: largest_volume(capacity.saturating_sub(promised)),
             overcommit: self.overcommit,

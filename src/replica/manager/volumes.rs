@@ -1,4 +1,4 @@
-//! Volumes: made, cloned and deleted.
+//! Volumes: made and deleted, and the trees that they are in.
 
 use super::errors::VolumeFailure as Failure;
 use super::mirror::{MirrorPlace, copy_record};
@@ -9,11 +9,12 @@ use crate::replica::operations::OperationGuard;
 use crate::replica::pool::promises::NotEnough;
 use crate::replica::pool::{PoolName, Promise, sync_directory, trash};
 use crate::replica::records::Record;
-use crate::store::{Control, Directory, PENDING_BYTES, Pending, Store, Superblock, VolumeInfo};
+use crate::store::{Control, Directory, OpenError, PENDING_BYTES, Pending, Store, Superblock, VolumeInfo, is_full};
 use crate::volume::{BLOCK_SIZE, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::collections::btree_map::Entry;
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -93,6 +94,7 @@ impl Manager {
         if let Some(place) = self.place(volume) {
             return self.check_same(&new, &place).await;
         }
+        self.all_open_for(&volume.to_string(), None).await?;
         let pool = self.pool(&new.pool).ok_or_else(|| Failure::NoPool(new.pool.clone()))?;
         match new.source {
             Source::Blank => self.create_blank(&new, &pool, Blank::new()).await,
@@ -120,96 +122,51 @@ impl Manager {
         pool: &Arc<PoolState>,
         blank: Blank,
     ) -> Result<(), Failure> {
+        let promise = self.promise_tree(new, pool).await?;
+        self.create_promised(new, pool, blank, promise).await
+    }
+
+    /// Space for a tree of its own.
+    pub(super) async fn promise_tree(&self, new: &NewVolume, pool: &Arc<PoolState>) -> Result<Promise, Failure> {
+        self.promise(&new.pool, pool, with_overhead(new.size.bytes())).await
+    }
+
+    /// As [`Self::create_blank`], with its space. Nothing is left of what failed: a start would find an empty volume.
+    pub(super) async fn create_promised(
+        &self,
+        new: &NewVolume,
+        pool: &Arc<PoolState>,
+        blank: Blank,
+        promise: Promise,
+    ) -> Result<(), Failure> {
         let (volume, tree) = (new.volume, blank.tree);
-        let promise = self.promise(&new.pool, pool, with_overhead(new.size.bytes())).await?;
         let mut records = vec![(volume.to_string(), Record::new(new.descriptor.clone(), blank.copying))];
         records.extend(blank.mirror.clone().map(|text| (copy_record(volume), Record::new(text, None))));
         let made = pool.clone();
         let opened = tokio::task::spawn_blocking(move || make_tree(&made, tree, volume, &records))
             .await
             .map_err(|e| Failure::Io { volume, what: "cannot make its copy", error: io::Error::other(e) })??;
-        self.engine()
-            .open_tree(tree, opened.store, opened.files, opened.pending)
-            .await
-            .map_err(|error| Failure::Engine { volume, error })?;
-        crash_point("tree.opened");
-        self.control(volume, tree, Control::CreateVolume { volume, size: new.size, verify_reads: new.verify_reads })
-            .await?;
+        let named = self.name_first(new, tree, opened).await;
+        if named.is_err() {
+            self.remove_tree(pool, tree).await;
+            return named;
+        }
         promise.settle(tree, self.promised_bytes(tree).await);
         let mirror = blank.mirror.map(MirrorPlace::closed);
         self.insert(new, tree, blank.copying.map(|_| CopyState::new(new.size)), mirror);
         Ok(())
     }
 
-    async fn restore(&self, new: &NewVolume, pool: &Arc<PoolState>, snapshot: SnapshotId) -> Result<(), Failure> {
-        let place = self.snapshot_place(snapshot).ok_or(Failure::NoSnapshot(snapshot))?;
-        let info = self.snapshot_info(place.tree, snapshot).await.ok_or(Failure::NoSnapshot(snapshot))?;
-        self.check_source_size(new, info.size)?;
-        if place.pool != new.pool {
-            return self.start_copy(new, pool, snapshot).await;
-        }
-        let _tree = self.begin(new.volume, &[place.tree.to_bytes()]).await?;
-        self.clone_snapshot(new, pool, place.tree, snapshot, None).await
-    }
-
-    async fn clone_volume(&self, new: &NewVolume, pool: &Arc<PoolState>, source: VolumeId) -> Result<(), Failure> {
-        let place = self.place(source).ok_or(Failure::NoVolume(source))?;
-        if place.copy.is_some() {
-            return Err(Failure::NotReady(source));
-        }
-        let _tree = self.begin(new.volume, &[place.tree.to_bytes(), source.to_bytes()]).await?;
-        let info = self.volume_info(place.tree, source).await.ok_or(Failure::NoVolume(source))?;
-        self.check_source_size(new, info.size)?;
-        let base = base_of(new.volume);
-        let source_pool = self.pool(&place.pool).ok_or_else(|| Failure::NoPool(place.pool.clone()))?;
-        // What the source holds now is shared from here on: an overwrite of all of it must still fit.
-        let promise = self.promise(&place.pool, &source_pool, shared_by_a_seal(&info)).await?;
-        // The record before the name: a start after a crash must tell it from a user's snapshot.
-        self.write_record(&source_pool, place.tree, new.volume, &base_record(base), Record::new(String::new(), None))
-            .await?;
-        let seal = Control::Seal { volume: source, snapshot: base, created_ms: now_ms() };
-        self.control(new.volume, place.tree, seal).await?;
-        promise.settle(place.tree, self.promised_bytes(place.tree).await);
-        if place.pool != new.pool {
-            self.note_snapshot(base, &place.pool, place.tree);
-            return self.start_copy(new, pool, base).await;
-        }
-        self.clone_snapshot(new, pool, place.tree, base, None).await?;
-        self.control(new.volume, place.tree, Control::DeleteSnapshot(base)).await?;
-        self.remove_record(&place.pool, place.tree, base_record(base)).await;
-        self.tidy_tree(&place.pool, place.tree).await;
-        Ok(())
-    }
-
-    /// `mirror`: the volume is one copy of several, with this record.
-    pub(super) async fn clone_snapshot(
-        &self,
-        new: &NewVolume,
-        pool: &Arc<PoolState>,
-        tree: InstanceId,
-        snapshot: SnapshotId,
-        mirror: Option<String>,
-    ) -> Result<(), Failure> {
+    /// Opens a tree that was made, and names its first volume.
+    async fn name_first(&self, new: &NewVolume, tree: InstanceId, opened: Opened) -> Result<(), Failure> {
         let volume = new.volume;
-        let promise = self.promise(&new.pool, pool, growth(new.size.bytes())).await?;
-        if let Some(text) = mirror.clone() {
-            self.write_record(pool, tree, volume, &copy_record(volume), Record::new(text, None)).await?;
-        }
-        // The record before the name: `recover` must never find a volume that it knows nothing of.
-        self.write_record(pool, tree, volume, &volume.to_string(), Record::new(new.descriptor.clone(), None)).await?;
-        let clone = Control::Clone { snapshot, volume, size: new.size, verify_reads: new.verify_reads };
-        self.control(volume, tree, clone).await?;
-        promise.settle(tree, self.promised_bytes(tree).await);
-        self.insert(new, tree, None, mirror.map(MirrorPlace::closed));
-        Ok(())
-    }
-
-    pub(super) fn check_source_size(&self, new: &NewVolume, source: VolumeSize) -> Result<(), Failure> {
-        if new.size >= source {
-            return Ok(());
-        }
-        let (wanted, source_bytes) = (new.size.bytes(), source.bytes());
-        Err(Failure::SmallerThanSource { volume: new.volume, wanted, source_bytes })
+        self.engine()
+            .open_tree(tree, opened.store, opened.files, opened.pending)
+            .await
+            .map_err(|error| Failure::Engine { volume, error })?;
+        crash_point("tree.opened");
+        let create = Control::CreateVolume { volume, size: new.size, verify_reads: new.verify_reads };
+        self.control(volume, tree, create).await
     }
 
     /// The volume is gone; what its snapshots and clones share stays.
@@ -243,7 +200,7 @@ impl Manager {
             return Err(Failure::Written(volume));
         }
         // A call that was cut off may have left a connection without device.
-        self.engine().detach(volume).await.map_err(|_| Failure::Attached(volume))?;
+        self.engine().detach_from(place.tree, volume).await.map_err(|_| Failure::Attached(volume))?;
         self.control(volume, place.tree, Control::DeleteVolume(volume)).await?;
         self.index().volumes.remove(&volume);
         self.drop_base(volume, place.tree).await;
@@ -382,7 +339,13 @@ impl Manager {
         }
     }
 
-    fn insert(&self, new: &NewVolume, tree: InstanceId, copy: Option<CopyState>, mirror: Option<MirrorPlace>) {
+    pub(super) fn insert(
+        &self,
+        new: &NewVolume,
+        tree: InstanceId,
+        copy: Option<CopyState>,
+        mirror: Option<MirrorPlace>,
+    ) {
         let descriptor = new.descriptor.clone();
         let place = VolumePlace { pool: new.pool.clone(), tree, descriptor, device: None, copy, mirror };
         self.index().volumes.insert(new.volume, place);
@@ -396,7 +359,7 @@ pub(super) struct Opened {
     pub pending: std::os::fd::OwnedFd,
 }
 
-/// Makes an empty tree under its final name, with the records of its first volume. Blocking.
+/// Makes an empty tree under its final name, with the records of its first volume; what it made is gone if it fails. Blocking.
 fn make_tree(
     pool: &PoolState,
     tree: InstanceId,
@@ -405,21 +368,39 @@ fn make_tree(
 ) -> Result<Opened, Failure> {
     let io = |what| move |error| Failure::Io { volume, what, error };
     let (fresh, path) = (pool.pool.new_tree(tree), pool.pool.tree(tree));
+    let undo = |left: &Path, failure: Failure| {
+        if let Err(error) = trash::discard(&pool.pool, left) {
+            tracing::warn!(%volume, path = %left.display(), %error, "what was half made stays until the next start");
+        }
+        failure
+    };
+    fill_tree(pool, tree, volume, records).map_err(|failure| undo(&fresh, failure))?;
+    crash_point("tree.name");
+    // The name is the promise that the tree is whole: everything in it is durable before the rename is.
+    fs::rename(&fresh, &path).map_err(io("cannot name its directory")).map_err(|failure| undo(&fresh, failure))?;
+    crash_point("tree.named");
+    let synced = sync_directory(&pool.pool.path.join("trees")).map_err(io("cannot sync the pool"));
+    let opened = synced.and_then(|()| open_tree(&path, None).map_err(|error| error.of(volume)));
+    opened.map_err(|failure| undo(&path, failure))
+}
+
+fn fill_tree(
+    pool: &PoolState,
+    tree: InstanceId,
+    volume: VolumeId,
+    records: &[(String, Record)],
+) -> Result<(), Failure> {
+    let io = |what| move |error| Failure::Io { volume, what, error };
+    let fresh = pool.pool.new_tree(tree);
     fs::create_dir(&fresh).map_err(io("cannot make its directory"))?;
     pool.pool.prepare(&fresh).map_err(io("cannot switch copy-on-write off for it"))?;
     crash_point("tree.made");
     let files = Directory::new(&fresh);
     let superblock = Superblock { instance: tree, pool: pool.pool.id, created_ms: now_ms() };
     Store::create(&files, &superblock).map_err(|error| Failure::Create { volume, error })?;
-    for (name, record) in records {
-        record.write(&fresh, name).map_err(|error| Failure::Record { volume, error })?;
-    }
-    crash_point("tree.name");
-    // The name is the promise that the tree is whole: everything in it is durable before the rename is.
-    fs::rename(&fresh, &path).map_err(io("cannot name its directory"))?;
-    crash_point("tree.named");
-    sync_directory(&pool.pool.path.join("trees")).map_err(io("cannot sync the pool"))?;
-    open_tree(&path, None).map_err(|e| e.of(volume))
+    records
+        .iter()
+        .try_for_each(|(name, record)| record.write(&fresh, name).map_err(|error| Failure::Record { volume, error }))
 }
 
 /// Why a tree could not be opened.
@@ -430,10 +411,18 @@ pub(super) enum TreeFailure {
     Io(#[from] io::Error),
     /// Its contents do not fit.
     #[error("{0}")]
-    Store(#[from] crate::store::OpenError),
+    Store(#[from] OpenError),
 }
 
 impl TreeFailure {
+    /// There was no space for what opening it writes: it had no effect.
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Io(error) | Self::Store(OpenError::Io { error, .. }) => is_full(error),
+            Self::Store(_) => false,
+        }
+    }
+
     fn of(self, volume: VolumeId) -> Failure {
         match self {
             Self::Io(error) => Failure::Io { volume, what: "cannot open its copy", error },
@@ -443,7 +432,7 @@ impl TreeFailure {
 }
 
 /// Opens a tree; `held` is the pending region that the holder kept. Blocking.
-pub(super) fn open_tree(path: &std::path::Path, held: Option<std::os::fd::OwnedFd>) -> Result<Opened, TreeFailure> {
+pub(super) fn open_tree(path: &Path, held: Option<std::os::fd::OwnedFd>) -> Result<Opened, TreeFailure> {
     let directory = Arc::new(Directory::new(path));
     let files = TreeFiles::open(path)?;
     // A killed engine's direct I/O may still be under way: nothing is read before it has landed.

@@ -5,6 +5,7 @@
 
 use super::{Expected, PoolError};
 use crate::mount::{Content, Signature, probe};
+use nix::mount::{MntFlags, umount2};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -34,6 +35,13 @@ pub(super) fn mount(device: &Path, target: &Path, expected: Expected) -> Result<
         .mount(device, target)
         .map_err(|e| failed(format!("cannot be mounted: {e}; see the kernel log")))?;
     Ok(target.to_owned())
+}
+
+/// Takes the mount away again: the pool on it could not be opened, and is tried again.
+pub(super) fn unmount(target: &Path) {
+    if let Err(error) = umount2(target, MntFlags::MNT_DETACH) {
+        tracing::warn!(path = %target.display(), %error, "a disk that is no pool stays mounted");
+    }
 }
 
 /// Whether an xfs has our label: 12 bytes at offset 108 of its superblock.

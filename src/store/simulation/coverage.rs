@@ -10,6 +10,8 @@ pub struct Coverage {
     pub crashes_in_open: u64,
     pub failures: u64,
     pub no_space: u64,
+    pub full_opens: u64,
+    pub owed_checkpoints: u64,
     pub seals: u64,
     pub clones: u64,
     pub deletions: u64,
@@ -25,7 +27,7 @@ pub struct Coverage {
 }
 
 impl Coverage {
-    fn fields(&mut self) -> [(&'static str, &mut u64); 16] {
+    fn fields(&mut self) -> [(&'static str, &mut u64); 18] {
         [
             ("steps", &mut self.steps),
             ("kills", &mut self.kills),
@@ -34,6 +36,8 @@ impl Coverage {
             ("crashes in open", &mut self.crashes_in_open),
             ("failures", &mut self.failures),
             ("no space", &mut self.no_space),
+            ("opens without space", &mut self.full_opens),
+            ("checkpoints owed", &mut self.owed_checkpoints),
             ("seals", &mut self.seals),
             ("clones", &mut self.clones),
             ("deletions", &mut self.deletions),

@@ -8,6 +8,7 @@ use crate::store::planted::Planted;
 use crate::store::{Io, Pending, Store};
 use crate::volume::{BlockRange, SnapshotId, VolumeId};
 use std::collections::BTreeMap;
+use std::io;
 
 impl World {
     pub fn crash(&mut self, power_cut: bool) -> Outcome {
@@ -79,8 +80,15 @@ impl World {
         loop {
             let fuse = self.random.chance(1, 5).then(|| 1 + self.random.below(30) as u32);
             self.disk.set_fuse(fuse);
-            match self.open() {
+            let full = self.fill_disk();
+            let opened = self.open();
+            self.disk.set_full(false);
+            match opened {
                 Ok(()) if !self.disk.has_blown() => break,
+                // It stays as it is until there is space: the same as a kill.
+                Err(error) if full && error.ends_with(&io::Error::from(io::ErrorKind::StorageFull).to_string()) => {
+                    self.coverage.full_opens += 1;
+                }
                 Err(error) if !self.disk.has_blown() => return Err(format!("open: {error}")),
                 Ok(()) | Err(_) => {}
             }
@@ -94,6 +102,7 @@ impl World {
             }
         }
         self.disk.set_fuse(None);
+        self.coverage.owed_checkpoints += u64::from(self.store().commit.owes_checkpoint());
         Ok(was_cut)
     }
 

@@ -48,11 +48,14 @@ struct Content {
     unsynced: Vec<(u64, Block)>,
     /// How many were ever dropped from the front of `unsynced`.
     synced: u64,
+    /// Bytes from its start for which there is space, also on a full disk.
+    reserved: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum NameChange {
     Set(Name, usize),
+    Swap(Name, Name),
     Remove(Name),
 }
 
@@ -67,6 +70,9 @@ struct State {
     fuse: Option<u32>,
     /// Out of 1,000 blocking writes, how many fail.
     write_errors: usize,
+    /// Blocking calls get no new space; nor do they where there was some, if this disk keeps none.
+    full: bool,
+    keeps_space: bool,
     units: usize,
 }
 
@@ -85,10 +91,11 @@ impl Disk {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed ^ 0xd15c);
         let units = if random.chance(1, 2) { BLOCK / UNIT } else { 1 };
-        let write_errors = 0;
-        let contents = Vec::new();
-        let (names, durable_names, changes) = Default::default();
-        Self(Mutex::new(State { random, contents, names, durable_names, changes, fuse: None, write_errors, units }))
+        let (contents, names, durable_names, changes, fuse) = Default::default();
+        let (write_errors, full, keeps_space) = (0, false, true);
+        let state =
+            State { random, contents, names, durable_names, changes, fuse, write_errors, full, keeps_space, units };
+        Self(Mutex::new(state))
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -105,6 +112,15 @@ impl Disk {
 
     pub fn set_write_errors(&self, per_mille: usize) {
         self.state().write_errors = per_mille;
+    }
+
+    pub fn set_full(&self, full: bool) {
+        self.state().full = full;
+    }
+
+    /// Even what was written before cannot be written over when it is full.
+    pub fn keep_no_space(&self) {
+        self.state().keeps_space = false;
     }
 
     pub fn read(&self, file: File, offset: u64, buffer: &mut [u8]) -> bool {
@@ -257,6 +273,14 @@ impl State {
         if self.random.chance(rate, 1000) { Err(io::Error::other("planned")) } else { Ok(()) }
     }
 
+    /// Whether the first `bytes` of a file can be written now. The logs were written when the tree was made.
+    fn has_space(&mut self, name: Name, bytes: u64) -> io::Result<()> {
+        let (is_full, keeps_space) = (self.full, self.keeps_space || matches!(name, Name::Log(_)));
+        let content = self.content(name)?;
+        let is_there = keeps_space && bytes <= content.size.max(content.reserved);
+        if is_full && !is_there { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
     fn read(&mut self, name: Name, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let content = self.content(name)?;
         if offset + buffer.len() as u64 > content.size {
@@ -298,6 +322,11 @@ fn apply(names: &mut BTreeMap<Name, usize>, change: NameChange) {
             names.retain(|_, there| *there != index);
             names.insert(name, index);
         }
+        NameChange::Swap(one, other) => {
+            if let (Some(first), Some(second)) = (names.remove(&one), names.remove(&other)) {
+                names.extend([(one, second), (other, first)]);
+            }
+        }
         NameChange::Remove(name) => {
             names.remove(&name);
         }
@@ -333,6 +362,7 @@ impl Files for Disk {
         let mut state = self.state();
         state.call()?;
         state.fail()?;
+        state.has_space(name, offset + buffer.len() as u64)?;
         state.write(name, offset, buffer)
     }
 
@@ -351,6 +381,16 @@ impl Files for Disk {
         Ok(())
     }
 
+    fn exchange(&self, one: Name, other: Name) -> io::Result<()> {
+        let mut state = self.state();
+        state.call()?;
+        for name in [one, other] {
+            state.content(name)?;
+        }
+        state.change(NameChange::Swap(one, other));
+        Ok(())
+    }
+
     fn remove(&self, name: Name) -> io::Result<()> {
         let mut state = self.state();
         state.call()?;
@@ -364,6 +404,17 @@ impl Files for Disk {
         state.fail()?;
         state.durable_names = state.names.clone();
         state.changes.clear();
+        Ok(())
+    }
+
+    fn reserve(&self, name: Name, bytes: u64) -> io::Result<()> {
+        if self.size(name)?.is_none() {
+            self.create(name)?;
+        }
+        let mut state = self.state();
+        state.has_space(name, bytes)?;
+        let content = state.content(name)?;
+        content.reserved = content.reserved.max(bytes);
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use std::ops::ControlFlow;
 impl World {
     /// Lets everything come to its end.
     pub fn drain(&mut self) -> Outcome {
-        (self.errors, self.no_space, self.job_errors) = (0, 0, 0);
+        (self.errors, self.no_space, self.job_errors, self.full) = (0, 0, 0, 0);
         for _ in 0..20_000 {
             if self.store().failure().is_some() {
                 self.crash(false)?;

@@ -69,6 +69,10 @@ pub struct World {
     pub errors: usize,
     pub no_space: usize,
     pub job_errors: usize,
+    /// For one blocking call of so many the disk is full; 0 for none.
+    pub full: usize,
+    /// Decides that: by a sequence of its own, so that what a seed does otherwise stays the same.
+    pub space: Random,
     pub had_errors: bool,
     pub had_no_space: bool,
     /// Steps in which a crash is likely, while something delicate is not durable yet.
@@ -91,7 +95,14 @@ impl World {
         let log_bytes = (12 + 4 * random.below(4)) as u64 * BLOCK as u64;
         Store::create_with(&*disk, &superblock(), log_bytes).expect("a tree");
         let rate = |random: &mut Random, part, rate| if random.chance(1, part) { rate } else { 0 };
+        let mut space = Random::new(seed ^ 0xf011);
+        let full = if space.chance(1, 3) { 2 } else { 0 };
+        if space.chance(1, 2) {
+            disk.keep_no_space();
+        }
         let mut world = Self {
+            full,
+            space,
             errors: rate(&mut random, 6, 60),
             no_space: rate(&mut random, 8, 10),
             job_errors: rate(&mut random, 6, 50),
@@ -130,11 +141,11 @@ impl World {
             size: size(if self.mirror.is_some() { mirror::BLOCKS } else { 256 }),
             verify_reads: true,
         })?;
-        let rates = (self.errors, self.no_space, self.job_errors);
+        let rates = (self.errors, self.no_space, self.job_errors, self.full);
         self.drain()?;
         self.reconfigure()?;
         self.drain()?;
-        (self.errors, self.no_space, self.job_errors) = rates;
+        (self.errors, self.no_space, self.job_errors, self.full) = rates;
         let steps = 80 + self.random.below(140);
         for step in 0..steps {
             self.step().map_err(|error| format!("step {step}: {error}"))?;
@@ -401,6 +412,13 @@ impl World {
         Ok(())
     }
 
+    /// The next blocking call finds the disk full, or not.
+    pub fn fill_disk(&mut self) -> bool {
+        let full = self.full > 0 && self.space.chance(1, self.full);
+        self.disk.set_full(full);
+        full
+    }
+
     pub fn run_job(&mut self) -> Outcome {
         if self.jobs.is_empty() {
             return Ok(());
@@ -411,8 +429,10 @@ impl World {
         let fuse = self.random.chance(1, 8).then(|| 1 + self.random.below(14) as u32);
         self.disk.set_fuse(fuse);
         self.disk.set_write_errors(self.job_errors);
+        self.fill_disk();
         let outcome = job.run();
         self.disk.set_write_errors(0);
+        self.disk.set_full(false);
         if self.disk.has_blown() {
             self.coverage.crashes_in_jobs += 1;
             let cut = self.random.chance(1, 2);

@@ -292,6 +292,43 @@ fn verified_reads_name_the_checksum_and_verify_finds_a_changed_bit() {
     assert_eq!((report.wrong, report.findings[0].block, report.findings[0].physical), (1, 1, 1));
 }
 
+/// What was not loaded of a layer's checksums when it was merged into one that was is loaded then.
+#[test]
+fn verified_reads_check_what_a_merge_brought() {
+    let mut bench = by_hand(4096);
+    let seal = |number| Control::Seal { volume: volume(1), snapshot: snapshot(number), created_ms: 0 };
+    bench.write(volume(1), 0, &[1; 3]);
+    assert_eq!(bench.control(seal(1)), Ok(()));
+    // What the two layers own is far apart, so the checksums are in two blocks of their file.
+    let other = Control::CreateVolume { volume: volume(2), size: size(4096), verify_reads: false };
+    assert_eq!(bench.control(other), Ok(()));
+    (0..8).for_each(|part| bench.write(volume(2), part * 200, &[7; 200]));
+    bench.write(volume(1), 2000, &[2; 3]);
+    assert_eq!(bench.control(seal(2)), Ok(()));
+    bench.idle();
+    assert!(bench.store().snapshots().iter().all(|info| info.checksummed));
+    assert_eq!(bench.control(Control::Modify { volume: volume(1), verify_reads: true }), Ok(()));
+    let checked = |bench: &mut Bench, block| {
+        let (_, out) = bench.begin(Request::Read(range(block, 1)));
+        let mut done = Vec::new();
+        ios(&out).iter().for_each(|(io, ..)| done.extend(bench.complete(*io, Ok(()))));
+        done.iter().any(|action| matches!(action, Action::Check { .. }))
+    };
+    // Newest first: one step loads the upper snapshot, and not yet the lower one.
+    while !checked(&mut bench, 2000) {
+        bench.now += Duration::from_secs(1);
+        let (mut out, now) = (Vec::new(), bench.now);
+        bench.store().tick(now, &mut out);
+        bench.run(out, &mut Memory::zeros(4096).expect("memory"));
+    }
+    assert!(!checked(&mut bench, 0), "then this test shows nothing");
+    // In this moment it loses its name; the next step merges it, before it is loaded.
+    assert_eq!(bench.control(Control::DeleteSnapshot(snapshot(1))), Ok(()));
+    bench.idle();
+    assert_eq!(bench.store().volumes()[0].layers, 2, "merged");
+    assert!(checked(&mut bench, 2000) && checked(&mut bench, 0));
+}
+
 #[test]
 fn the_difference_of_two_snapshots_is_what_was_written_between_them() {
     let mut bench = by_hand(1024);

@@ -1,0 +1,63 @@
+//! What is not known here because it may be in a pool or a copy that could not be opened.
+//!
+//! Invariant: an object is said not to be here only when no record beside a copy that is not open names it, and, where something
+//! is to be deleted, no pool that is not open may have it.
+
+use super::{Manager, SnapshotFailure, VolumeFailure};
+use crate::replica::pool::PoolName;
+use crate::volume::{SnapshotId, VolumeId};
+
+/// Nobody can say now.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "it may be in pool {pool}, where this cannot be opened: {problem}; see `tandem pool list`, and repeat the call then"
+)]
+pub struct Unopened {
+    pool: PoolName,
+    problem: String,
+}
+
+impl Manager {
+    /// As [`Self::delete_volume`], or [`Self::delete_unwritten`]; `pool` is where it is said to be, or empty.
+    pub async fn ensure_no_volume(&self, volume: VolumeId, pool: &str, unwritten: bool) -> Result<(), VolumeFailure> {
+        if self.place(volume).is_none() {
+            self.all_open_for(&volume.to_string(), Some(pool)).await?;
+        }
+        if unwritten { self.delete_unwritten(volume).await } else { self.delete_volume(volume).await }
+    }
+
+    /// As [`Self::delete_snapshot`]; `pool` is where it is said to be, or empty.
+    pub async fn ensure_no_snapshot(&self, snapshot: SnapshotId, pool: &str) -> Result<(), SnapshotFailure> {
+        if self.snapshot_place(snapshot).is_none() {
+            self.all_open_for(&snapshot.to_string(), Some(pool)).await?;
+        }
+        self.delete_snapshot(snapshot).await
+    }
+
+    /// All is open in which something that is not known here could be; `record` is the name of its record, and `pool`, if that
+    /// matters, where it is said to be, or empty for anywhere.
+    pub async fn all_open_for(&self, record: &str, pool: Option<&str>) -> Result<(), Unopened> {
+        let (closed, trees) = {
+            let index = self.index();
+            let mut pools = index.broken_pools.iter();
+            let closed = pool.and_then(|pool| pools.find(|(name, _)| pool.is_empty() || name.as_str() == pool));
+            let closed = closed.map(|(name, broken)| Unopened { pool: name.clone(), problem: broken.problem.clone() });
+            (closed, index.broken_trees.clone())
+        };
+        if let Some(closed) = closed {
+            return Err(closed);
+        }
+        let places: Vec<_> = trees
+            .into_iter()
+            .filter_map(|(tree, broken)| {
+                let path = self.pool(&broken.pool)?.pool.tree(tree).join("records").join(record);
+                Some((path, broken))
+            })
+            .collect();
+        let found = tokio::task::spawn_blocking(move || places.into_iter().find(|(path, _)| path.exists()));
+        match found.await {
+            Ok(Some((_, broken))) => Err(Unopened { pool: broken.pool, problem: broken.problem }),
+            Ok(None) | Err(_) => Ok(()),
+        }
+    }
+}

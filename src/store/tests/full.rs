@@ -1,0 +1,114 @@
+//! A disk without space for a checkpoint: the tree opens and goes on for as long as its logs have room, and waits then.
+
+use super::super::*;
+use super::*;
+
+/// Blocks of each log. A change of a setting takes one; a log ends when less than a quarter is left.
+const LOG_BLOCKS: u64 = 24;
+/// Changes that find room in two logs, less some.
+const FIT: u64 = 30;
+
+/// For a pending region with two small halves.
+fn pending() -> Memory {
+    Memory::zeros(3 * 4096).expect("memory")
+}
+
+/// A tree with small logs.
+fn small(disk: &Arc<Disk>) -> Bench {
+    Store::create_with(&**disk, &superblock(), LOG_BLOCKS * BLOCK_SIZE).expect("a tree");
+    let store = Store::open(disk.clone(), Pending::over(pending())).expect("opens");
+    let mut bench = Bench { directory: None, files: disk.clone(), store: Some(store), next: 0, now: Duration::ZERO };
+    let create = Control::CreateVolume { volume: volume(1), size: size(1024), verify_reads: false };
+    assert_eq!(bench.control(create), Ok(()));
+    bench
+}
+
+/// Changes a setting; whether that is done, or waits.
+fn change(bench: &mut Bench, number: u64) -> bool {
+    bench.next += 1;
+    let (mut out, operation) = (Vec::new(), OperationId(bench.next));
+    let modify = Control::Modify { volume: volume(1), verify_reads: number.is_multiple_of(2) };
+    bench.store().control(operation, modify, &mut out);
+    bench.run(out, &mut Memory::zeros(4096).expect("memory")) == Some(Ok(()))
+}
+
+fn is_changed(bench: &mut Bench, number: u64) -> bool {
+    bench.store().volumes()[0].verify_reads == number.is_multiple_of(2)
+}
+
+/// The disk is full; the tree is opened again and again until both logs are full, too. The number of the change that waits.
+fn until_it_waits(bench: &mut Bench, disk: &Disk) -> u64 {
+    disk.keep_no_space();
+    disk.set_full(true);
+    for number in 0..3 * LOG_BLOCKS {
+        if !change(bench, number) {
+            assert!(number > FIT, "only {number} changes fit");
+            return number;
+        }
+        if number < FIT && number.is_multiple_of(3) {
+            bench.kill();
+            assert!(is_changed(bench, number), "change {number} is lost");
+        }
+    }
+    panic!("both logs are full, and nothing waits");
+}
+
+#[test]
+fn without_space_for_a_checkpoint_a_tree_opens_and_goes_on_when_there_is_some() {
+    let disk = Arc::new(Disk::new(0));
+    let mut bench = small(&disk);
+    let last = until_it_waits(&mut bench, &disk);
+    disk.set_full(false);
+    assert_eq!(bench.ticks(&mut Memory::zeros(4096).expect("memory")), Some(Ok(())), "what waited is done");
+    for number in last + 1..last + 3 * LOG_BLOCKS {
+        assert!(change(&mut bench, number));
+    }
+    bench.kill();
+    assert!(is_changed(&mut bench, last + 3 * LOG_BLOCKS - 1));
+    bench.lose_pending();
+    assert!(is_changed(&mut bench, last + 3 * LOG_BLOCKS - 1));
+}
+
+#[test]
+fn a_tree_whose_logs_are_full_opens_when_there_is_space() {
+    let disk = Arc::new(Disk::new(0));
+    let mut bench = small(&disk);
+    let last = until_it_waits(&mut bench, &disk);
+    let memory = bench.store.take().expect("open").into_memory();
+    let opened = Store::open(disk.clone(), Pending::over(memory));
+    assert!(matches!(opened, Err(OpenError::Io { error, .. }) if is_full(&error)), "nothing is to be had");
+    disk.set_full(false);
+    bench.store = Some(Store::open(disk.clone(), Pending::over(pending())).expect("opens"));
+    assert!(is_changed(&mut bench, last - 1), "what was done is kept");
+    assert!(change(&mut bench, last));
+}
+
+/// What is kept for it between two checkpoints is enough for the next one.
+#[test]
+fn with_the_space_that_is_kept_for_checkpoints_a_full_disk_stops_nothing() {
+    let disk = Arc::new(Disk::new(0));
+    let mut bench = small(&disk);
+    disk.set_full(true);
+    for number in 0..20 * LOG_BLOCKS {
+        assert!(change(&mut bench, number), "change {number} waits");
+        if number.is_multiple_of(7) {
+            bench.kill();
+        }
+    }
+    bench.lose_pending();
+    assert!(is_changed(&mut bench, 20 * LOG_BLOCKS - 1));
+}
+
+#[test]
+fn a_directory_keeps_the_space_of_two_checkpoints() {
+    use std::os::unix::fs::MetadataExt;
+    let bench = Bench::on_disk();
+    let path = bench.directory.as_ref().expect("a directory").path();
+    let kept = |name: &str| std::fs::metadata(path.join(name)).expect("it is there").blocks() * 512;
+    assert!(kept("checkpoint.new") >= 1 << 20);
+    let before = std::fs::read(path.join("checkpoint")).expect("readable");
+    bench.files.write_at(Name::CheckpointNew, 0, &[7; 4096]).expect("written");
+    bench.files.exchange(Name::Checkpoint, Name::CheckpointNew).expect("exchanged");
+    assert_eq!(std::fs::read(path.join("checkpoint.new")).expect("readable"), before);
+    assert!(kept("checkpoint") >= 1 << 20);
+}
