@@ -3,6 +3,7 @@
 #![allow(clippy::wildcard_enum_match_arm, reason = "a script names the outputs that it is about")]
 
 mod failures;
+mod losses;
 mod marks;
 mod patience;
 mod pieces;

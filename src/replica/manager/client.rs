@@ -98,6 +98,29 @@ impl Manager {
         told.map_err(|error| AttachFailure::Status { volume, error })
     }
 
+    /// The same for a device that a killed engine left and that nobody serves: its volume was deleted meanwhile, or the
+    /// catalogue does not answer.
+    pub(super) async fn abandon_left(&self, volume: VolumeId) -> Result<(), AttachFailure> {
+        if self.held_publication(volume).is_none() {
+            return Err(AttachFailure::Only(volume));
+        }
+        let until = Instant::now() + SILENCE;
+        while self.publication(volume).is_none() && Instant::now() < until {
+            sleep(HEARTBEAT).await;
+        }
+        if self.publication(volume).is_some() {
+            return self.abandon_client(volume).await;
+        }
+        match self.engine().give_up(volume).await {
+            Ok(true) => {
+                tracing::warn!(%volume, "its device is given up: it is to go, and nobody here may use the volume");
+                Ok(())
+            }
+            Ok(false) => Err(AttachFailure::Only(volume)),
+            Err(error) => Err(AttachFailure::Detach { volume, error }),
+        }
+    }
+
     /// The device becomes as large as the volume.
     pub async fn resize_client(&self, volume: VolumeId) -> Result<(), VolumeFailure> {
         let engine = |error| VolumeFailure::Engine { volume, error };
@@ -117,7 +140,8 @@ impl Manager {
         let status = self.client_status(volume).await?;
         let mut health = Vec::new();
         if !status.answers {
-            let what = if status.ended { "it is not published here any more" } else { "no primary answers this node" };
+            let ended = "it is not published here any more, or no copy has everything that it had not flushed";
+            let what = if status.ended { ended } else { "no primary answers this node" };
             let message = format!("requests of volume {volume} are not executed: {what}");
             health.push(HealthEntry { kind: HealthKind::Inaccessible, reason: "NotServed", message });
         }
