@@ -89,8 +89,8 @@ async fn a_device_whose_volume_was_deleted_while_its_node_was_away_is_unstaged()
     site.unpublish(3).await;
     site.cluster.delete(&site.id).await.expect("deleted");
     site.cluster.run(&["kill", "replica", "3"]);
-    site.cluster.run(&["start", "replica", "3"]);
     site.cluster.run(&["heal"]);
+    site.cluster.run(&["start", "replica", "3"]);
     let began = Instant::now();
     site.unstage(3).await;
     println!("unstaged after {:?}", began.elapsed());

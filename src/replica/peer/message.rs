@@ -73,9 +73,7 @@ fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, attached: &Att
         Message::Enter { client, attempt } => (header.incarnation, header.value) = (*client, *attempt),
         Message::Entered { client, attempt, session, lost } => {
             (header.incarnation, header.value) = (*client, *attempt);
-            // host (8), number (8), lost (16) if any
-            body.extend([session.host.0, session.number].iter().flat_map(|number| number.to_le_bytes()));
-            write_lost(*lost, &mut body);
+            write_entered(*session, *lost, &mut body);
         }
         Message::Ask { session, serial, request } => {
             session_into(*session, *serial, &mut header);
@@ -208,6 +206,12 @@ fn session_into(session: Session, serial: SerialNumber, header: &mut Header) {
 
 fn session(header: &Header) -> Session {
     Session { host: header.incarnation, number: header.value }
+}
+
+/// host (8), number (8), lost (16) if any.
+fn write_entered(session: Session, lost: Stamp, body: &mut Vec<u8>) {
+    body.extend([session.host.0, session.number].iter().flat_map(|number| number.to_le_bytes()));
+    write_lost(lost, body);
 }
 
 fn read_entered(header: &Header, body: &[u8]) -> Result<Message, FrameError> {

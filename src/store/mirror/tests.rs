@@ -184,9 +184,11 @@ fn a_wrong_field_with_a_right_checksum_is_named() {
     for length in 0..body.len() {
         assert!(matches!(decode_record(&body[..length]), Err(HeaderError::Field(_))), "{length} bytes");
     }
-    let mut flags = body.clone();
-    flags[32] = 4;
-    assert_eq!(decode_record(&flags), Err(HeaderError::Field("flags")));
+    for (flag, name) in [(4, "lost"), (8, "flags")] {
+        let mut flags = body.clone();
+        flags[32] = flag;
+        assert_eq!(decode_record(&flags), Err(HeaderError::Field(name)));
+    }
     let longer = [&body[..], &[0]].concat();
     assert_eq!(decode_record(&longer), Err(HeaderError::Field("length")));
     let descending = encode_hot(&[Extent(2), Extent(1)]);
