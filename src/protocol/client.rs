@@ -19,11 +19,14 @@
 //!   every member, and so the flush of a later primary covers it.
 //! * At most two sessions begin in a heartbeat because something was refused.
 //! * A client that the catalogue does not name any more executes nothing: whatever waits ends with `Fenced`.
+//! * A flush is never answered well that does not cover what was completed before it. What the caches of all members have lost,
+//!   the next primary says ([`Configuration::lost`](super::Configuration::lost)): a client with completed writes that no flush
+//!   covers ends then, for good; one without goes on.
 //!
 //! [`Host`]: super::Host
 
 use super::message::{Incarnation, Message, SerialNumber, Session};
-use super::{DiskError, OperationId, Request};
+use super::{DiskError, OperationId, Request, Stamp};
 use crate::volume::InstanceId;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -66,13 +69,45 @@ pub struct Client {
     /// In this heartbeat a session has ended because something was not executed.
     refused: bool,
     ended: bool,
+    /// What the copies had lost when it was served last; `None`: it never was.
+    lost: Option<Stamp>,
+    /// Writes, discards and zeros that were completed.
+    written: u64,
+    /// So many of them were completed before a flush was asked for that has ended well.
+    covered: u64,
+    /// How many each flush covers that is not answered.
+    flushes: BTreeMap<OperationId, u64>,
+    /// A planted mistake: it goes on, whatever was lost.
+    #[cfg(test)]
+    pub(super) goes_on: bool,
 }
 
 impl Client {
     /// Of one start; the incarnation is never used again.
     pub fn new(me: Incarnation) -> Self {
-        let (connected, asked) = Default::default();
-        Self { me, attempt: 1, connected, session: None, asked, quiet: 0, refused: false, ended: false }
+        let (connected, asked, flushes) = Default::default();
+        Self {
+            me,
+            attempt: 1,
+            connected,
+            session: None,
+            asked,
+            quiet: 0,
+            refused: false,
+            ended: false,
+            lost: None,
+            written: 0,
+            covered: 0,
+            flushes,
+            #[cfg(test)]
+            goes_on: false,
+        }
+    }
+
+    /// Of a device that outlived its engine, of which no more is known than what the copies had lost when it was served last:
+    /// as if something was written since its last flush.
+    pub fn resumed(me: Incarnation, lost: Option<Stamp>) -> Self {
+        Self { lost, written: 1, ..Self::new(me) }
     }
 
     /// The core wants this executed.
@@ -84,6 +119,9 @@ impl Client {
             self.quiet = 0;
         }
         self.asked.insert(operation, request);
+        if request == Request::Flush {
+            self.flushes.insert(operation, self.written);
+        }
         if let Some((to, session)) = self.session {
             outputs.push(ask(to, session, operation, request));
         }
@@ -109,11 +147,15 @@ impl Client {
     /// A copy has said something.
     pub fn received(&mut self, from: InstanceId, message: &Message, outputs: &mut Vec<ClientOutput>) {
         match *message {
-            Message::Entered { client, attempt, session } if client == self.me && !self.ended => {
+            Message::Entered { client, attempt, session, lost } if client == self.me && !self.ended => {
                 let anew = self.goes_on_anew(from, attempt, session);
                 if attempt != self.attempt && !anew {
                     return;
                 }
+                if self.has_lost_writes(lost) {
+                    return self.end(outputs);
+                }
+                self.lost = Some(lost);
                 (self.session, self.quiet) = (Some((from, session)), 0);
                 self.attempt += u64::from(!anew);
                 outputs.extend(self.asked.iter().map(|(operation, request)| ask(from, session, *operation, *request)));
@@ -129,8 +171,9 @@ impl Client {
                     return;
                 }
                 let operation = OperationId(serial.0);
-                if self.asked.remove(&operation).is_some() {
+                if let Some(request) = self.asked.remove(&operation) {
                     self.quiet = 0;
+                    self.note_answer(operation, request, result.is_ok());
                     outputs.push(ClientOutput::Done { operation, result });
                 }
             }
@@ -152,9 +195,10 @@ impl Client {
         }
     }
 
-    /// The catalogue does not name this client any more.
+    /// The catalogue does not name this client any more, or it may have been told what is not so any more.
     pub fn end(&mut self, outputs: &mut Vec<ClientOutput>) {
         (self.ended, self.session) = (true, None);
+        self.flushes.clear();
         let asked = std::mem::take(&mut self.asked).into_keys();
         outputs.extend(asked.map(|operation| ClientOutput::Done { operation, result: Err(DiskError::Fenced) }));
     }
@@ -162,6 +206,17 @@ impl Client {
     /// Whether what is asked now is answered soon, as far as is known.
     pub fn is_served(&self) -> bool {
         self.session.is_some() && self.quiet < PATIENCE
+    }
+
+    /// Whether nothing is executed any more.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// What the copies had lost when it was served last: to be kept for as long as its device, in memory that outlives this
+    /// process.
+    pub fn lost(&self) -> Option<Stamp> {
+        self.lost
     }
 
     /// The copy that serves it.
@@ -172,6 +227,23 @@ impl Client {
     /// What an operation that is not answered is about.
     pub fn request(&self, operation: OperationId) -> Option<Request> {
         self.asked.get(&operation).copied()
+    }
+
+    fn note_answer(&mut self, operation: OperationId, request: Request, well: bool) {
+        let covers = self.flushes.remove(&operation);
+        if well {
+            self.written += u64::from(request.is_mutation());
+            self.covered = self.covered.max(covers.unwrap_or_default());
+        }
+    }
+
+    /// Whether what was completed and is not flushed may be gone: the copies have lost something since it was served last.
+    fn has_lost_writes(&self, lost: Stamp) -> bool {
+        #[cfg(test)]
+        if self.goes_on {
+            return false;
+        }
+        self.covered < self.written && self.lost.is_some_and(|known| known != lost)
     }
 
     /// The session with a copy is over, if there is one.

@@ -56,6 +56,10 @@ pub struct Configuration {
     pub secondaries: BTreeSet<InstanceId>,
     /// Copies that are no members: outdated, or being brought up to date. Never promotable.
     pub candidates: BTreeMap<InstanceId, Lacks>,
+    /// The configuration since which writes of before may be gone that no flush covers: no member had everything, or a person
+    /// forced one. The default: that never happened. It is in the catalogue before anything is served after the loss, and kept
+    /// for those who were not asked meanwhile (NFS's write verifier).
+    pub lost: Stamp,
 }
 
 impl Configuration {
@@ -66,7 +70,8 @@ impl Configuration {
     pub fn first(generation: Generation, primary: InstanceId, secondaries: BTreeSet<InstanceId>) -> Self {
         assert!(secondaries.len() < MAX_COPIES, "more than {MAX_COPIES} copies");
         let stamp = Stamp { generation, version: ConfigurationVersion(1) };
-        Self { stamp, term: stamp, primary: Some(primary), secondaries, candidates: BTreeMap::new() }
+        let (candidates, lost) = (BTreeMap::new(), Stamp::default());
+        Self { stamp, term: stamp, primary: Some(primary), secondaries, candidates, lost }
     }
 
     /// Whether the copy holds every acknowledged write by definition.
@@ -98,6 +103,11 @@ impl Configuration {
         next.secondaries.remove(&copy);
         next.primary = Some(copy);
         next
+    }
+
+    /// Whether it says that writes were lost in its term, so that nobody needs to say it again.
+    pub(super) fn says_what_is_lost(&self) -> bool {
+        self.lost >= self.term
     }
 
     /// Makes a secondary a candidate that lacks what is written from this version on.

@@ -153,7 +153,7 @@ impl Replica {
         // One that lost writes may not drop who is silent, but whoever kept everything makes it whole without them.
         let saved = !own && self.peers.iter().any(|peer| peer.member && here(peer) && peer.intact);
         let missing = |peer: &super::primary::Peer| peer.member && !here(peer) && !(saved && peer.out);
-        if !self.may_copy() || self.persisting.is_some() || self.peers.iter().any(missing) {
+        if !self.may_copy() || self.persisting.is_some() || self.peers.iter().any(missing) || self.has_lost_writes() {
             return;
         }
         let intact = |peer: &super::primary::Peer| peer.member && here(peer) && peer.intact;
@@ -170,6 +170,15 @@ impl Replica {
             return self.reconciled_all(outputs);
         }
         self.plan(None, hot.into(), outputs);
+    }
+
+    /// Whether all members are here and none has every acknowledged write, which the configuration does not say yet.
+    pub(super) fn has_lost_writes(&self) -> bool {
+        let lacks = |peer: &super::primary::Peer| !peer.member || (peer.joined && !peer.out && !peer.intact);
+        self.role == Role::Primary(Primary::Reconciling)
+            && !self.record.intact
+            && !self.record.configuration.says_what_is_lost()
+            && self.peers.iter().all(lacks)
     }
 
     fn begin_resync(&mut self, outputs: &mut Vec<Output>) {

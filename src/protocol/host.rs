@@ -25,6 +25,8 @@ pub const MAX_ASKED: usize = 65;
 pub struct Standpoint {
     /// Of the configuration that it acts under, if it is primary.
     pub term: Option<Stamp>,
+    /// Of that configuration: the same for as long as it serves in a term.
+    pub lost: Stamp,
     /// Requests are answered: it serves, and its lease holds.
     pub answers: bool,
     /// No request of a device of this node is in the core.
@@ -142,7 +144,7 @@ impl Host {
         if let Some(serving) = self.serving.filter(same) {
             // The answer was lost: nothing can have been asked since.
             self.entering = None;
-            return Next::Send(whose.from, entered(whose, serving.session));
+            return Next::Send(whose.from, entered(whose, serving.session, core.lost));
         }
         // What comes of the session before is late from now on.
         self.serving = None;
@@ -152,7 +154,7 @@ impl Host {
         self.sessions += 1;
         let session = Session { host: self.me, number: self.sessions };
         (self.entering, self.serving) = (None, Some(Serving { whose, session, term }));
-        Next::Send(whose.from, entered(whose, session))
+        Next::Send(whose.from, entered(whose, session, core.lost))
     }
 
     /// Whether nothing of any client is under way.
@@ -224,6 +226,6 @@ impl Host {
     }
 }
 
-fn entered(whose: Entering, session: Session) -> Message {
-    Message::Entered { client: whose.client, attempt: whose.attempt, session }
+fn entered(whose: Entering, session: Session, lost: Stamp) -> Message {
+    Message::Entered { client: whose.client, attempt: whose.attempt, session, lost }
 }

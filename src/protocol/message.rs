@@ -162,6 +162,8 @@ pub enum Message {
         attempt: u64,
         /// From now on.
         session: Session,
+        /// [`Configuration::lost`], as the copies have it now.
+        lost: Stamp,
     },
     /// A request of the client's device. The bytes of a write go with it.
     Ask {

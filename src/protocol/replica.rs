@@ -124,8 +124,9 @@ impl Replica {
     /// [`Input::Configuration`].
     pub fn open(now: Now, member: Member) -> Self {
         let Member { copy, incarnation, mut record, hot, memory } = member;
-        // Without a mark, every write that others might have was flushed everywhere.
-        record.intact &= memory == Memory::Kept || hot.is_empty();
+        // Without a mark, every write that others might have was flushed everywhere; one that is alone may have marked nothing.
+        let alone = record.configuration.members().eq([copy]);
+        record.intact &= memory == Memory::Kept || (hot.is_empty() && !alone);
         // It may have granted a lease just before it died, but only to another copy.
         let granted = record.configuration.primary.is_some_and(|primary| primary != copy);
         Self {

@@ -11,6 +11,8 @@
 //!   one before runs any more, unless both are this primary's own.
 //! * Only members propose; only the primary drops, admits and adds copies. A primary that may lack acknowledged writes
 //!   drops nobody.
+//! * A term in which no member has every acknowledged write says so ([`Configuration::lost`]) before it serves. A copy that
+//!   lacks something counts as intact again only by that, or by being made equal to one that is.
 
 use super::OperationId;
 use super::configuration::{Configuration, Lacks, MAX_COPIES, Stamp};
@@ -143,8 +145,11 @@ impl Replica {
             return;
         }
         let configuration = adoption.configuration.clone();
+        // What a copy alone has is all there is, from the configuration on that says so: not from a late one of a former life,
+        // which knew of nothing that is gone.
         let alone = configuration.primary == Some(self.me) && configuration.secondaries.is_empty();
-        let intact = configuration.is_member(self.me) && (self.record.intact || alone);
+        let counts = alone && configuration.lost == configuration.stamp;
+        let intact = configuration.is_member(self.me) && (self.record.intact || counts);
         self.persist(Record { configuration, intact }, outputs);
     }
 
@@ -264,14 +269,14 @@ impl Replica {
             }
             // Also of one that is to leave: the flush before that may wait for a member that is to be dropped.
             Role::Primary(_) => self.wanted_copies(),
-            Role::Secondary if current.primary == me => Some(current.with_primary(self.me)),
+            Role::Secondary if current.primary == me => Some(self.own_term()),
             Role::Outdated | Role::Candidate if !planted!(self, PromoteOutdated) => None,
             Role::Secondary | Role::Outdated | Role::Candidate => {
                 let wished = self.wish.as_ref().is_some_and(|wish| wish.primary == me);
                 let waited =
                     planted!(self, PromoteUnderLease) || current.primary.is_none() || self.now >= self.granted_until;
                 (wished && waited && self.health != Health::Failed).then(|| {
-                    let mut next = current.with_primary(self.me);
+                    let mut next = self.own_term();
                     next.candidates.remove(&self.me);
                     next
                 })
@@ -279,9 +284,21 @@ impl Replica {
         }
     }
 
+    /// This copy begins a term; if nobody else could have what it has lost, that is said at once.
+    fn own_term(&self) -> Configuration {
+        let mut next = self.record.configuration.with_primary(self.me);
+        if next.secondaries.is_empty() && !self.record.intact {
+            next.lost = next.stamp;
+        }
+        next
+    }
+
     fn wanted_copies(&self) -> Option<Configuration> {
         let current = &self.record.configuration;
         let mut next = current.next();
+        if self.has_lost_writes() {
+            next.lost = next.stamp;
+        }
         for peer in &self.peers {
             if peer.out && peer.member && self.may_drop() {
                 next.drop_member(peer.copy);
@@ -305,7 +322,8 @@ impl Replica {
                 }
             }
         }
-        (next.secondaries != current.secondaries || next.candidates != current.candidates).then_some(next)
+        let same = next.secondaries == current.secondaries && next.candidates == current.candidates;
+        (!same || next.lost != current.lost).then_some(next)
     }
 
     fn may_drop(&self) -> bool {

@@ -33,6 +33,7 @@ fn version(version: u64, members: &[u8], candidates: &[(u8, u64)]) -> Configurat
         primary: members.first().map(|number| copy(*number)),
         secondaries: members.iter().skip(1).map(|number| copy(*number)).collect(),
         candidates: candidates.iter().map(|(number, at)| (copy(*number), Lacks::Since(stamp(0, *at)))).collect(),
+        lost: stamp(0, 0),
     }
 }
 

@@ -174,6 +174,13 @@ pub fn read_first_block(device: &Path) -> std::io::Result<()> {
     open(device)?.read_exact_at(&mut Box::new(Page([0; BLOCK])).0, 0)
 }
 
+/// Writes it, and does not flush.
+pub fn write_first_block(device: &Path) -> std::io::Result<File> {
+    let file = open(device)?;
+    file.write_all_at(&Page::stamped(0, 1).0, 0)?;
+    Ok(file)
+}
+
 /// What the threads of a load have in common.
 #[derive(Default)]
 struct Shared {

@@ -53,6 +53,11 @@ impl Site {
         Self::with_access("any", 3, 2, block(), Vec::new()).await
     }
 
+    /// The same with a filesystem.
+    pub async fn anywhere_with_filesystem() -> Self {
+        Self::with_access("any", 3, 2, filesystem(), Vec::new()).await
+    }
+
     /// Two copies, and a filesystem.
     pub async fn with_filesystem() -> Self {
         Self::with(2, 2, filesystem(), Vec::new()).await

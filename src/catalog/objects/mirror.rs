@@ -206,6 +206,9 @@ pub struct VolumeConfiguration {
     primary: Option<InstanceId>,
     secondaries: BTreeSet<InstanceId>,
     candidates: BTreeMap<InstanceId, StoredLacks>,
+    /// None: no writes were ever lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lost: Option<StoredStamp>,
 }
 
 /// What the catalogue says is no configuration.
@@ -217,7 +220,7 @@ pub enum BadConfiguration {
     /// Too many copies.
     #[error("the configuration of volume {0} names more than {MAX_COPIES} copies")]
     Copies(VolumeId),
-    /// A term that begins later than now, or a version that does not exist.
+    /// A term or a loss that is later than now, or a version that does not exist.
     #[error("the configuration of volume {0} has an impossible version or term")]
     Version(VolumeId),
 }
@@ -236,6 +239,7 @@ impl VolumeConfiguration {
             primary: configuration.primary,
             secondaries: configuration.secondaries.clone(),
             candidates: configuration.candidates.iter().map(|(copy, lacks)| (*copy, stored(lacks))).collect(),
+            lost: Some(configuration.lost).filter(|lost| *lost != Stamp::default()).map(Into::into),
         }
     }
 
@@ -268,6 +272,7 @@ impl TryFrom<&VolumeConfiguration> for Configuration {
             primary: stored.primary,
             secondaries: stored.secondaries.clone(),
             candidates: stored.candidates.iter().map(|(copy, stored)| (*copy, lacks(stored))).collect(),
+            lost: stored.lost.map(Into::into).unwrap_or_default(),
         };
         let named = configuration.copies().count();
         if named > MAX_COPIES {
@@ -276,7 +281,8 @@ impl TryFrom<&VolumeConfiguration> for Configuration {
         if configuration.copies().collect::<BTreeSet<_>>().len() != named {
             return Err(BadConfiguration::Twice(stored.volume));
         }
-        if configuration.stamp.version.0 == 0 || configuration.term > configuration.stamp {
+        let latest = configuration.term.max(configuration.lost);
+        if configuration.stamp.version.0 == 0 || latest > configuration.stamp {
             return Err(BadConfiguration::Version(stored.volume));
         }
         Ok(configuration)
@@ -312,6 +318,7 @@ mod tests {
             primary: Some(id(1)),
             secondaries: BTreeSet::from([id(2)]),
             candidates: BTreeMap::from([(id(3), Lacks::Since(stamp(1, 8))), (id(4), Lacks::Everything)]),
+            lost: Stamp::default(),
         }
     }
 
@@ -322,7 +329,8 @@ mod tests {
     #[test]
     fn a_configuration_is_read_back_as_it_was_written() {
         let none = Configuration { primary: None, ..sample() };
-        for configuration in [sample(), none, Configuration::first(Generation(3), id(1), BTreeSet::new())] {
+        let lost = Configuration { lost: stamp(1, 7), ..sample() };
+        for configuration in [sample(), none, lost, Configuration::first(Generation(3), id(1), BTreeSet::new())] {
             let json = serde_json::to_string(&VolumeConfiguration::new(volume(), &configuration)).expect("JSON");
             let stored: VolumeConfiguration = serde_json::from_str(&json).expect("readable");
             assert_eq!(Configuration::try_from(&stored), Ok(configuration));
@@ -350,5 +358,6 @@ mod tests {
         assert_eq!(refused(|c| c.stamp.version = 0), BadConfiguration::Version(volume()));
         assert_eq!(refused(|c| c.term.version = 10), BadConfiguration::Version(volume()));
         assert_eq!(refused(|c| c.term.generation = 2), BadConfiguration::Version(volume()));
+        assert_eq!(refused(|c| c.lost = Some(stamp(1, 10).into())), BadConfiguration::Version(volume()));
     }
 }

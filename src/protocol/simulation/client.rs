@@ -5,6 +5,7 @@
 
 use super::cluster::{Cluster, Event};
 use super::disk::Payload;
+use super::losses::Told;
 use super::node::Slot;
 use super::oracle::WriteId;
 use crate::protocol::*;
@@ -50,6 +51,10 @@ pub enum GuestEvent {
 pub enum Mistake {
     AnySession,
     FormerTerm,
+    /// A client goes on after the copies have lost what it had completed.
+    GoesOn,
+    /// Its next process does not know what they had lost before.
+    ForgetsLoss,
 }
 
 /// A node that has no copy.
@@ -61,9 +66,10 @@ pub struct Guest {
     pub lives: u64,
     process: Option<(u64, Replica, Client)>,
     ended: bool,
-    depth: usize,
+    pub depth: usize,
     pub links: Vec<Link>,
     unserved: Option<Duration>,
+    pub told: Told,
 }
 
 /// Its connection to a node.
@@ -95,6 +101,7 @@ impl Cluster {
             depth,
             links: vec![Link { heard: self.now, ..Link::default() }; nodes],
             unserved: None,
+            told: Told::default(),
         });
         let guest = self.guests.len() - 1;
         for node in &mut self.nodes {
@@ -232,6 +239,7 @@ impl Cluster {
     }
 
     fn guest_start(&mut self, guest: usize) -> Result<(), String> {
+        let mistake = self.mistake;
         let g = &mut self.guests[guest];
         if g.process.is_some() {
             return Ok(());
@@ -241,7 +249,10 @@ impl Cluster {
         let (life, id) = (g.lives, g.id);
         g.links.iter_mut().for_each(|link| *link = Link { cut: link.cut, heard: self.now, ..Link::default() });
         let incarnation = Incarnation(guest as u64 * 1000 + life);
-        g.process = Some((life, Replica::sole(id), Client::new(incarnation)));
+        let forgets = life == 1 || mistake == Some(Mistake::ForgetsLoss);
+        let mut client = if forgets { Client::new(incarnation) } else { Client::resumed(incarnation, g.told.lost) };
+        client.goes_on = mistake == Some(Mistake::GoesOn);
+        g.process = Some((life, Replica::sole(id), client));
         let again: Vec<_> = g.slots.iter().map(|(tag, slot)| (*tag, slot.request)).collect();
         let ended = g.ended;
         if ended {
@@ -271,6 +282,9 @@ impl Cluster {
         let tag = g.next_tag;
         g.next_tag += 1;
         g.slots.insert(tag, slot);
+        if request == Request::Flush {
+            g.told.flush(tag);
+        }
         self.guest_step(guest, Input::Request { tag: Tag(tag), request }, &vec![])
     }
 
@@ -343,8 +357,15 @@ impl Cluster {
         tell: impl FnOnce(&mut Client, &mut Vec<ClientOutput>),
     ) -> Result<(), String> {
         let mut outputs = vec![];
-        let Some((_, _, client)) = &mut self.guests[guest].process else { return Ok(()) };
+        let g = &mut self.guests[guest];
+        let Some((_, _, client)) = &mut g.process else { return Ok(()) };
         tell(client, &mut outputs);
+        g.told.lost = client.lost().or(g.told.lost);
+        let loses = client.has_ended() && !g.ended;
+        g.ended |= loses;
+        if loses {
+            self.lose_guest(guest);
+        }
         for output in outputs {
             match output {
                 ClientOutput::Send { to, message, operation } => self.guest_sends(guest, to, message, operation),
@@ -407,6 +428,9 @@ impl Cluster {
                     let late = self.served.is_some_and(|(newest, _)| guest < newest);
                     let result = if late { Err(DiskError::Fenced) } else { result };
                     self.answered(guest, &slot, result)?;
+                    if result.is_ok() {
+                        self.guest_was_told(guest, tag, &slot)?;
+                    }
                     self.guest_step(guest, Input::Replied { tag }, &vec![])?;
                 }
                 other => return Err(format!("guest {guest}: {other:?}")),

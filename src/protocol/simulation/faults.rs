@@ -183,7 +183,7 @@ impl Cluster {
                 Oracle::lose(&mut self.oracle, block, self.nodes[*member].disk.get(block));
             }
         }
-        // What is gone is covered by no flush that comes after.
+        // What is gone is covered by no flush that comes after; a client is never told that it is (`client.rs`).
         let now: BTreeMap<_, _> = self.oracle.covered().into_iter().collect();
         let Self { nodes, guests, oracle, .. } = self;
         let slots = nodes.iter_mut().flat_map(|n| n.slots.values_mut());

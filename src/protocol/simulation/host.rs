@@ -72,7 +72,8 @@ impl Cluster {
     fn standpoint(&self, node: usize) -> Option<Standpoint> {
         let replica = &self.nodes[node].process.as_ref()?.replica;
         let (term, answers, quiet) = (replica.term(), replica.answers(), self.nodes[node].slots.is_empty());
-        Some(Standpoint { term, answers, quiet, blocks: super::disk::VOLUME_BLOCKS })
+        let lost = replica.record().configuration.lost;
+        Some(Standpoint { term, lost, answers, quiet, blocks: super::disk::VOLUME_BLOCKS })
     }
 
     pub fn settle_guest(&mut self, node: usize) -> Result<(), String> {

@@ -4,6 +4,7 @@
 
 mod failures;
 mod guests;
+mod losses;
 mod marks;
 mod patience;
 mod pieces;

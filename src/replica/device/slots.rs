@@ -18,10 +18,13 @@
 //! * A slot is populated and locked before a request is read into it: a page fault inside the kernel's copy with SIGKILL
 //!   pending would end the request with EIO. The arena is so from the start; a volume's own slot, which most volumes never
 //!   need, before its first use ([`Slot::prepare`]).
+//! * What a volume without a copy here must not forget ([`Slot::keep_lost`]) is written in three steps, of which the first says
+//!   that nothing is kept: it changes only while nothing depends on it.
 //! * Shared memory never leaves the machine: fields are in host byte order; a memfd with another version is refused.
 #![allow(unsafe_code, reason = "shared memory that the kernel fills")]
 
 use super::fuse::{MAX_PAYLOAD, MAX_REPLY, Malformed, Message, REPLY_HEADER, Reply, WRITE_HEADER};
+use crate::protocol::{ConfigurationVersion, Generation, Stamp};
 use crate::volume::VolumeId;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -55,11 +58,13 @@ const AT_RESULT: usize = 28;
 const AT_VOLUME: usize = 32;
 const AT_SEQUENCE: usize = 48;
 const AT_REPLY: usize = 64;
+/// Whether anything is kept (8), generation (8), version (8); zeros in memory that an older Tandem has made.
+const AT_LOST: usize = 2048;
 const PAYLOAD: usize = 4096;
 const AT_REQUEST: usize = PAYLOAD - WRITE_HEADER;
 const AT_UNIQUE: usize = AT_REQUEST + 8;
 const STRIDE: usize = PAYLOAD + MAX_PAYLOAD;
-const _: () = assert!(AT_REPLY + MAX_REPLY <= AT_REQUEST);
+const _: () = assert!(AT_REPLY + MAX_REPLY <= AT_LOST && AT_LOST + 24 <= AT_REQUEST);
 
 const OPEN: u32 = 0;
 const DONE: u32 = 1;
@@ -338,6 +343,22 @@ impl Slot<'_> {
     pub fn free(self) {
         self.unique().store(0, Ordering::SeqCst);
         self.word(AT_STATE).store(OPEN, Ordering::Relaxed);
+    }
+
+    /// What the copies of the volume whose own slot this is had lost when its device was served last.
+    pub fn lost(self) -> Option<Stamp> {
+        let [kept, generation, version] = [0, 8, 16].map(|at| self.long(AT_LOST + at).load(Ordering::SeqCst));
+        let stamp = Stamp { generation: Generation(generation), version: ConfigurationVersion(version) };
+        (kept == 1).then_some(stamp)
+    }
+
+    /// Keeps that, for the next engine. To be called before anything is completed that depends on it.
+    pub fn keep_lost(self, lost: Stamp) {
+        if self.lost() == Some(lost) {
+            return;
+        }
+        let numbers = [(0, 0), (8, lost.generation.0), (16, lost.version.0), (0, 1)];
+        numbers.iter().for_each(|(at, number)| self.long(AT_LOST + at).store(*number, Ordering::SeqCst));
     }
 
     fn format(self) {

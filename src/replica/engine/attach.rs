@@ -18,15 +18,20 @@ use std::os::fd::AsRawFd;
 impl Engine {
     /// The device of the volume, if it has one. One that waits is there, and nothing can be done with it.
     pub fn find_device(&self, id: VolumeId) -> Result<Option<Found>, EngineError> {
-        let waits = self.parked.iter().any(|parked| parked.fuse.volume == id);
-        if waits { Err(EngineError::DeviceWaits(id)) } else { Ok(self.find(id)) }
+        match self.parked.iter().find(|parked| parked.fuse.volume == id) {
+            None => Ok(self.find(id)),
+            Some(left) if left.given_up => {
+                Ok(Some(Found { size: None, device: left.device, control: left.fuse.control(), broken: true }))
+            }
+            Some(_) => Err(EngineError::DeviceWaits(id)),
+        }
     }
 
     fn find(&self, id: VolumeId) -> Option<Found> {
         let volume = self.volumes[self.volume_of(id)?.0 as usize].as_deref()?;
         let device = volume.device.as_ref()?;
         Some(Found {
-            size: volume.size,
+            size: Some(volume.size),
             device: device.loop_device,
             control: device.fuse.control(),
             broken: matches!(device.phase, Phase::Broken | Phase::Fenced),
@@ -102,6 +107,7 @@ impl Engine {
             phase: Phase::Serving,
             statistics,
         });
+        self.note_lost(key, true);
         // Requests may be there already, from before the watch.
         self.make_ready(key);
         Ok(key)
@@ -128,6 +134,7 @@ impl Engine {
     pub fn remove_device(&mut self, id: VolumeId, reply: Reply<()>) {
         let key = self.volume_of(id);
         let Some(key) = key.filter(|key| self.device_mut(*key).is_some()) else {
+            self.forget_given_up(id);
             let _ = reply.send(());
             return;
         };

@@ -8,6 +8,8 @@
 //! * A request stays in its slot, in memory that the holder keeps, until it is answered: a killed engine's successor asks again.
 //! * What was damaged on its way is neither written into a slot nor answered: the connection begins anew.
 //! * A device belongs to one publication. One that was left by an earlier publication is never served with a later one.
+//! * What the copies had lost when it was served last is kept beside its slot before anything is completed: its next engine
+//!   knows whether they have lost more since.
 
 use super::EngineError;
 use super::commands::Reply;
@@ -63,7 +65,6 @@ pub(super) struct Remote {
     core: Client,
     /// What found a full queue: at most what the core asks in one session.
     unsent: Vec<(InstanceId, Message, Option<OperationId>)>,
-    ended: bool,
     /// Heartbeats for which its last flush has waited for a primary.
     pub leaving: Option<u8>,
 }
@@ -81,10 +82,13 @@ impl Engine {
         }
         self.tell_time();
         let key = self.add_volume(TreeKey::NONE, id, size, Replica::sole(publication));
-        let core = Client::new(session.incarnation());
+        let left = self.parked.iter().find(|parked| parked.fuse.volume == id && parked.tree == publication);
+        let core = match left {
+            Some(left) => Client::resumed(session.incarnation(), left.fuse.slots.slot(0).lost()),
+            None => Client::new(session.incarnation()),
+        };
         if let Some(volume) = self.volume_mut(key) {
-            volume.remote =
-                Some(Box::new(Remote { publication, session, core, unsent: vec![], ended: false, leaving: None }));
+            volume.remote = Some(Box::new(Remote { publication, session, core, unsent: vec![], leaving: None }));
         }
         if self.mirrored.is_empty() {
             self.next_heartbeat = self.now.0;
@@ -121,7 +125,7 @@ impl Engine {
             publication: remote.publication,
             size: volume.size,
             answers: remote.core.is_served(),
-            ended: remote.ended,
+            ended: remote.core.has_ended(),
             host: remote.core.host(),
             device: device.map(|device| device.path()),
             requests: volume.replica.status(now).requests,
@@ -142,7 +146,7 @@ impl Engine {
             *waited
         });
         if waited >= LEAVE_LIMIT {
-            (remote.ended, remote.leaving) = (true, None);
+            remote.leaving = None;
             self.with_client(key, None, Client::end);
         } else {
             self.with_client(key, None, Client::tick);
@@ -156,7 +160,7 @@ impl Engine {
         match input {
             MirrorInput::Size(size) => volume.size = volume.size.max(size),
             MirrorInput::Client { client, .. } if client != Some(remote.publication) => {
-                if !std::mem::replace(&mut remote.ended, true) {
+                if !remote.core.has_ended() {
                     let volume = volume.id;
                     tracing::error!(%volume, "it is not published on this node any more: its device gets errors");
                 }
@@ -191,8 +195,25 @@ impl Engine {
                     tracing::error!(volume = ?self.volume_mut(key).map(|v| v.id), %from, "damaged on its way");
                     return;
                 }
+                let ended = remote.core.has_ended();
                 self.with_client(key, Some(&payload), |core, outputs| core.received(from, &message, outputs));
+                self.note_lost(key, ended);
             }
+        }
+    }
+
+    /// Keeps what the copies have lost for the device's next engine, and says it if that has ended the client.
+    pub fn note_lost(&mut self, key: VolumeKey, ended: bool) {
+        let Some(volume) = self.volume_mut(key) else { return };
+        let Some(remote) = volume.remote.as_ref() else { return };
+        if let (Some(lost), Some(device)) = (remote.core.lost(), volume.device.as_ref()) {
+            device.fuse.slots.slot(0).keep_lost(lost);
+        }
+        if !ended && remote.core.has_ended() {
+            tracing::error!(
+                volume = %volume.id,
+                "no copy has everything that was acknowledged and not flushed: its device gets errors; unstage and stage it again"
+            );
         }
     }
 
@@ -277,7 +298,6 @@ impl Engine {
         let Some(volume) = self.volume_mut(key) else { return };
         let (Some(remote), Some(device)) = (volume.remote.as_mut(), volume.device.as_mut()) else { return };
         if !is_whole {
-            remote.ended = true;
             return self.with_client(key, None, Client::end);
         }
         (device.flushing, remote.leaving) = (true, Some(0));

@@ -26,7 +26,8 @@ pub(super) type Reply<T> = oneshot::Sender<T>;
 
 /// An attached volume, for those who do what blocks.
 pub(super) struct Found {
-    pub size: VolumeSize,
+    /// None: nobody serves it.
+    pub size: Option<VolumeSize>,
     pub device: Option<LoopDevice>,
     pub control: Result<crate::replica::device::Control, crate::replica::device::DeviceError>,
     pub broken: bool,
@@ -73,6 +74,14 @@ pub(super) enum Command {
     RemoveDevice {
         volume: VolumeId,
         reply: Reply<()>,
+    },
+    GiveUp {
+        volume: VolumeId,
+        reply: Reply<std::io::Result<bool>>,
+    },
+    FlushTree {
+        tree: InstanceId,
+        reply: Reply<Result<Copies, ControlError>>,
     },
     Reattach {
         reply: Reply<Vec<VolumeId>>,
@@ -140,6 +149,8 @@ impl Engine {
                 }
             }
             Command::RemoveDevice { volume, reply } => self.remove_device(volume, reply),
+            Command::GiveUp { volume, reply } => drop(reply.send(self.give_up(volume))),
+            Command::FlushTree { tree, reply } => self.flush_tree(tree, reply),
             Command::Reattach { reply } => {
                 self.reattached = true;
                 drop(reply.send(self.revive()));
@@ -188,6 +199,21 @@ impl Engine {
             self.revive();
         }
         Ok(())
+    }
+
+    fn flush_tree(&mut self, id: InstanceId, reply: Reply<Result<Copies, ControlError>>) {
+        let Some(key) = self.tree_of(id) else { return drop(reply.send(Err(EngineError::UnknownTree(id).into()))) };
+        let Self { trees, operations, actions, .. } = self;
+        let Some(tree) = trees[key.0 as usize].as_mut() else { return };
+        // Without a volume nothing was written.
+        let Some(volume) = tree.store.volumes().first().map(|info| info.volume) else {
+            return drop(reply.send(Ok(Copies::new())));
+        };
+        tree.under_way += 1;
+        let operation = operations.add(key, Purpose::Control { reply, resized: None });
+        tree.store.start(operation, volume, Request::Flush, actions);
+        self.collect_actions(key);
+        self.pump();
     }
 
     /// What is acknowledged and not in the log is written before the memory that holds it may be forgotten.

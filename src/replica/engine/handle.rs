@@ -194,13 +194,15 @@ impl EngineHandle {
 
     /// A served connection without loop device.
     async fn make_device(&self, tree: InstanceId, volume: VolumeId) -> Result<DeviceControl, AttachError> {
+        let without_copy = self.client_status(volume).await?.is_some();
         let (device, control) = self
             .blocking(move |shared| {
                 let device = FuseLoop::create(volume, tree)?;
                 let control = device.control()?;
                 // Before anything can be asked: a request that was read must outlive this process.
                 crash_point("device.hold");
-                shared.hold(|holder| holder.put(&volume_key(volume), &volume_meta(tree), &device.descriptors()))?;
+                let meta = volume_meta(tree, without_copy);
+                shared.hold(|holder| holder.put(&volume_key(volume), &meta, &device.descriptors()))?;
                 crash_point("device.held");
                 Ok::<_, AttachError>((Box::new(device), control))
             })
@@ -260,16 +262,31 @@ impl EngineHandle {
         self.blocking(move |_| control.abort()).await?.map_err(DetachError::Abort)
     }
 
+    /// The same for a device that a killed engine left and nobody serves, if its volume has no copy here: it is never served
+    /// again, and [`Self::detach`] takes it away. `false`: there is none.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn give_up(&self, volume: VolumeId) -> Result<bool, DetachError> {
+        self.ask(|reply| Command::GiveUp { volume, reply }).await?.map_err(DetachError::Abort)
+    }
+
+    /// Puts everything that the tree has executed on stable media; whoever uses it goes on.
+    ///
+    /// # Errors
+    /// The tree is not open, or its disk fails.
+    pub async fn flush_tree(&self, tree: InstanceId) -> Result<(), ControlError> {
+        self.ask(|reply| Command::FlushTree { tree, reply }).await?.map(drop)
+    }
+
     /// Makes a grown volume's size known to its device; none is fine.
     ///
     /// # Errors
     /// The kernel refuses.
     pub async fn resized(&self, volume: VolumeId) -> Result<(), EngineError> {
         let Some(found) = self.find(volume).await? else { return Ok(()) };
-        if found.device.is_none() {
-            return Ok(());
-        }
-        let (control, size) = (found.control?, found.size);
+        let (Some(size), Some(_)) = (found.size, found.device) else { return Ok(()) };
+        let control = found.control?;
         Ok(self.blocking(move |_| control.resized(size)).await??)
     }
 

@@ -195,7 +195,8 @@ impl Engine {
         let volume = self.volume_mut(key)?;
         let quiet = volume.device.as_ref().is_none_or(Device::is_quiet);
         let (term, answers) = (volume.replica.term(), volume.replica.answers());
-        Some(Standpoint { term, answers, quiet, blocks: volume.size.blocks() })
+        let lost = volume.replica.record().configuration.lost;
+        Some(Standpoint { term, lost, answers, quiet, blocks: volume.size.blocks() })
     }
 
     /// What there is no room for is said when there is some; of more than that the client hears on a new connection.

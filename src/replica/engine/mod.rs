@@ -258,6 +258,9 @@ pub enum DetachError {
 struct VolumeMeta {
     version: u32,
     tree: InstanceId,
+    /// The volume has no copy here, and `tree` is its publication.
+    #[serde(default)]
+    without_copy: bool,
 }
 
 fn volume_key(volume: VolumeId) -> String {
@@ -268,8 +271,8 @@ fn pending_key(tree: InstanceId) -> String {
     format!("{PENDING}{tree}")
 }
 
-fn volume_meta(tree: InstanceId) -> Vec<u8> {
-    serde_json::to_vec(&VolumeMeta { version: 1, tree }).unwrap_or_default()
+fn volume_meta(tree: InstanceId, without_copy: bool) -> Vec<u8> {
+    serde_json::to_vec(&VolumeMeta { version: 1, tree, without_copy }).unwrap_or_default()
 }
 
 /// Starts the engine's thread and takes over what an earlier engine left with the holder. Blocks for a moment.
@@ -319,7 +322,13 @@ fn park(volume: VolumeId, entry: Entry) -> Option<Parked> {
         }
     };
     match FuseLoop::from_held(volume, meta.tree, entry.fds) {
-        Ok(fuse) => Some(Parked { tree: meta.tree, device: loop_device::find(fuse.served()), fuse }),
+        Ok(fuse) => Some(Parked {
+            tree: meta.tree,
+            device: loop_device::find(fuse.served()),
+            fuse,
+            without_copy: meta.without_copy,
+            given_up: false,
+        }),
         Err(error) => {
             tracing::error!(%volume, %error, "a device cannot be taken over; it stays frozen");
             None

@@ -1,7 +1,8 @@
 //! What a killed engine left: takes the devices over, repeats answers, executes again what was not answered.
 //!
 //! # Invariants
-//! * A filled slot of a known volume is never discarded: its volume waits (parked) until its tree is open.
+//! * A filled slot of a known volume is never discarded: its volume waits (parked) until its tree is open. Only the device of a
+//!   volume that has no copy here can be given up while it waits: then it is never served again, and goes with its requests.
 //! * A done slot's answer is repeated (the kernel says ENOENT if it had it) and the request is not executed again.
 //! * Filled slots are executed in their first order of arrival, before anything new is read.
 
@@ -15,6 +16,7 @@ use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::device::slots::{SlotState, Slots};
 use crate::volume::{InstanceId, VolumeId};
 use std::collections::BTreeSet;
+use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// A device that a killed engine served and this one does not yet.
@@ -22,6 +24,10 @@ pub(super) struct Parked {
     pub tree: InstanceId,
     pub fuse: FuseLoop,
     pub device: Option<LoopDevice>,
+    /// `tree` is a publication: the volume has no copy here.
+    pub without_copy: bool,
+    /// Its connection was ended for whoever takes it away.
+    pub given_up: bool,
 }
 
 /// Sorts the arena of a killed engine: slots of volumes whose devices the holder keeps stay as they are, also if this engine
@@ -68,6 +74,9 @@ impl Engine {
 
     fn revive_one(&mut self, parked: Parked) {
         let volume = parked.fuse.volume;
+        if parked.given_up {
+            return self.parked.push(parked);
+        }
         if self.publication_of(volume) == Some(parked.tree) {
             return self.serve_again(TreeKey::NONE, parked);
         }
@@ -92,6 +101,31 @@ impl Engine {
             // The device is gone from here; the holder keeps it, and the next engine tries again.
             Err(error) => tracing::error!(%volume, %error, "its device cannot be served"),
         }
+    }
+
+    /// Whoever waits for a device that a killed engine left, of a volume without a copy here, gets an error. `false`: nothing of
+    /// that kind waits.
+    pub fn give_up(&mut self, volume: VolumeId) -> io::Result<bool> {
+        let left = self.parked.iter_mut().find(|parked| parked.fuse.volume == volume && parked.without_copy);
+        let Some(left) = left else { return Ok(false) };
+        left.fuse.abort()?;
+        left.given_up = true;
+        Ok(true)
+    }
+
+    /// The loop device of what was given up is gone: so are the requests in its slots.
+    pub fn forget_given_up(&mut self, volume: VolumeId) {
+        let Some(at) = self.parked.iter().position(|left| left.fuse.volume == volume && left.given_up) else { return };
+        self.parked.remove(at);
+        let Arena { slots, free } = &mut self.arena;
+        for index in 0..slots.count() {
+            let slot = slots.slot(index);
+            if slot.state() != SlotState::Free && slot.volume() == volume {
+                slot.free();
+                free.push(index);
+            }
+        }
+        self.ready.extend(std::mem::take(&mut self.starving));
     }
 
     /// Ends what a killed engine began on this volume.

@@ -5,14 +5,18 @@ use super::errors::AttachFailure as Failure;
 use super::mirror::MirrorPlace;
 use crate::protocol::{HEARTBEAT, Primary, Role, SILENCE};
 use crate::replica::engine::EngineError;
-use crate::volume::VolumeId;
+use crate::volume::{InstanceId, VolumeId};
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 /// How long the catalogue may take to say who shall use a volume: two calls at their slowest.
 const WISH_LIMIT: Duration = Duration::from_secs(12);
+
+/// How long the end of the process waits for flushes: a supervisor that kills after thirty seconds finds it gone.
+const LAST_FLUSHES: Duration = Duration::from_secs(10);
 
 /// How long a call waits for its copy to become primary: it takes over from a dead node within five seconds.
 const SERVED_LIMIT: Duration = Duration::from_secs(15);
@@ -94,6 +98,7 @@ impl Manager {
         if let Some(place) = self.index().volumes.get_mut(&volume) {
             place.device = None;
         }
+        self.index().held_devices.remove(&volume);
         self.client_detached(volume);
         Ok(())
     }
@@ -105,8 +110,10 @@ impl Manager {
         if self.publication(volume).is_some() {
             return self.abandon_client(volume).await;
         }
-        if self.place(volume).is_none_or(|place| place.mirror.is_none()) {
-            return Err(Failure::Only(volume));
+        match self.place(volume) {
+            None => return self.abandon_left(volume).await,
+            Some(place) if place.mirror.is_none() => return Err(Failure::Only(volume)),
+            Some(_) => {}
         }
         let (until, mut copied) = (Instant::now() + SILENCE, None);
         loop {
@@ -128,23 +135,46 @@ impl Manager {
         self.engine().abort(volume).await.map_err(|error| Failure::Detach { volume, error })
     }
 
-    /// The end of the process: copies without devices are closed, so that the holder keeps nothing for them.
+    /// The end of the process: copies without devices are closed, so that the holder keeps nothing for them. The others are
+    /// flushed: the machine may be about to go down.
     pub async fn close(&self) {
         self.inner.operations.idle().await;
         let pools: Vec<_> = self.index().pools.values().cloned().collect();
+        let mut open = Vec::new();
         // From the disk, not from the index: also a copy whose last name is gone may be open.
         let trees = pools.iter().flat_map(|pool| pool.pool.trees().unwrap_or_default());
         for tree in trees {
             match self.engine().close_tree(tree).await {
+                Ok(()) => {}
                 // The holder keeps what a mirrored copy has not logged: its next engine goes on with it.
-                Ok(()) | Err(EngineError::VolumeAttached(_) | EngineError::MirrorIsOpen(_)) => {}
+                Err(EngineError::VolumeAttached(_) | EngineError::MirrorIsOpen(_)) => open.push(tree),
                 Err(error) => tracing::warn!(%tree, %error, "a copy was not closed; the next start repairs it"),
             }
         }
+        self.flush(open).await;
         if self.attached().is_empty()
             && let Err(error) = self.engine().release_arena().await
         {
             tracing::warn!(%error, "the holder keeps memory that nobody needs");
+        }
+    }
+
+    /// Puts what these copies have on stable media, all at the same time.
+    async fn flush(&self, trees: Vec<InstanceId>) {
+        let mut flushes = JoinSet::new();
+        for tree in trees {
+            let engine = self.engine().clone();
+            flushes.spawn(async move { (tree, engine.flush_tree(tree).await) });
+        }
+        let all = async {
+            while let Some(flushed) = flushes.join_next().await {
+                if let Ok((tree, Err(error))) = flushed {
+                    tracing::warn!(%tree, %error, "a copy was not flushed at the end");
+                }
+            }
+        };
+        if timeout(LAST_FLUSHES, all).await.is_err() {
+            tracing::warn!("not every copy was flushed in time at the end");
         }
     }
 

@@ -92,13 +92,37 @@ impl Manager {
         told.map_err(|error| AttachFailure::Status { volume, error })
     }
 
+    /// The same for a device that a killed engine left and that nobody serves: its volume was deleted meanwhile, or the
+    /// catalogue does not answer.
+    pub(super) async fn abandon_left(&self, volume: VolumeId) -> Result<(), AttachFailure> {
+        if self.held_publication(volume).is_none() {
+            return Err(AttachFailure::Only(volume));
+        }
+        let until = Instant::now() + SILENCE;
+        while self.publication(volume).is_none() && Instant::now() < until {
+            sleep(HEARTBEAT).await;
+        }
+        if self.publication(volume).is_some() {
+            return self.abandon_client(volume).await;
+        }
+        match self.engine().give_up(volume).await {
+            Ok(true) => {
+                tracing::warn!(%volume, "its device is given up: it is to go, and nobody here may use the volume");
+                Ok(())
+            }
+            Ok(false) => Err(AttachFailure::Only(volume)),
+            Err(error) => Err(AttachFailure::Detach { volume, error }),
+        }
+    }
+
     /// What is known of it here.
     pub(super) async fn view_client(&self, volume: VolumeId) -> Option<VolumeView> {
         let place = self.index().clients.get(&volume).cloned()?;
         let status = self.client_status(volume).await?;
         let mut health = Vec::new();
         if !status.answers {
-            let what = if status.ended { "it is not published here any more" } else { "no primary answers this node" };
+            let ended = "it is not published here any more, or no copy has everything that it had not flushed";
+            let what = if status.ended { ended } else { "no primary answers this node" };
             let message = format!("requests of volume {volume} are not executed: {what}");
             health.push(HealthEntry { kind: HealthKind::Inaccessible, reason: "NotServed", message });
         }

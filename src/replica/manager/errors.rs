@@ -200,7 +200,10 @@ impl From<AttachFailure> for Status {
             F::NotReady(_) | F::Busy(_) | F::NotOpen(_) | F::NotServed(_) => Code::Aborted,
             F::NotWished(_) | F::Only(_) | F::Served(_) => Code::FailedPrecondition,
             F::Attach { .. } | F::NoCatalogue { .. } | F::Status { .. } | F::Unopened(_) => Code::Unavailable,
-            F::Detach { error: DetachError::Busy(_), .. } => Code::FailedPrecondition,
+            // In use, until it is given up.
+            F::Detach { error: DetachError::Busy(_) | DetachError::Engine(EngineError::DeviceWaits(_)), .. } => {
+                Code::FailedPrecondition
+            }
             F::Detach { .. } => Code::Unavailable,
         };
         Status::new(code, failure.to_string())

@@ -122,6 +122,20 @@ impl Mirrors {
         Ok(())
     }
 
+    /// The catalogue has no such volume: it was deleted, or the catalogue was lost. A device that is still there is left
+    /// alone: it goes when it is unstaged.
+    pub(super) async fn forget_client(&mut self, manager: &Manager, id: VolumeId) -> Result<(), Trouble> {
+        if manager.publication(id).is_none() {
+            return Ok(());
+        }
+        let status = manager.engine_handle().client_status(id).await?;
+        if status.is_none_or(|status| status.device.is_none()) {
+            manager.close_client(id).await?;
+            self.clients.remove(&id);
+        }
+        Ok(())
+    }
+
     async fn open_client(
         &mut self,
         manager: &Manager,

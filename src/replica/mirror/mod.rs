@@ -215,6 +215,7 @@ impl Mirrors {
                 Ok(volumes) => {
                     work.volumes.extend(volumes.iter().map(|stored| stored.object.id));
                     work.volumes.extend(manager.copies().iter().map(|copy| copy.volume));
+                    work.volumes.extend(self.clients.keys());
                     work.everything = false;
                 }
                 Err(error) => return self.say(None, error.to_string()),

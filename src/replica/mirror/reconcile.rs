@@ -61,7 +61,7 @@ impl Mirrors {
             if let Some(here) = here {
                 tracing::warn!(volume = %id, copy = %here.tree, "the catalogue does not know the volume of a copy on this node: it is kept, use `tandem recover`");
             }
-            return Ok(());
+            return self.forget_client(manager, id).await;
         };
         let Some(mirror) = stored.object.spec.mirror.clone() else { return Ok(()) };
         if let Some(copy) = manager.sole_tree(id).filter(|tree| self.is_ours(&mirror, *tree)) {

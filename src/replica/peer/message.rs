@@ -71,10 +71,9 @@ fn encode_parts(volume: VolumeId, message: &Message, blocks: u32, attached: &Att
         }
         Message::Refused(stamp) => header.stamp = *stamp,
         Message::Enter { client, attempt } => (header.incarnation, header.value) = (*client, *attempt),
-        Message::Entered { client, attempt, session } => {
+        Message::Entered { client, attempt, session, lost } => {
             (header.incarnation, header.value) = (*client, *attempt);
-            // host (8), number (8)
-            body.extend([session.host.0, session.number].iter().flat_map(|number| number.to_le_bytes()));
+            write_entered(*session, *lost, &mut body);
         }
         Message::Ask { session, serial, request } => {
             session_into(*session, *serial, &mut header);
@@ -147,9 +146,7 @@ pub fn decode(header: &Header, body: &[u8]) -> Result<(Message, Attached), Frame
             Message::Compared { frame, serial, differs: differs? }
         }
         Kind::Enter => Message::Enter { client: header.incarnation, attempt: header.value },
-        Kind::Entered => {
-            Message::Entered { client: header.incarnation, attempt: header.value, session: read_session(body)? }
-        }
+        Kind::Entered => read_entered(header, body)?,
         Kind::Ask => Message::Ask { session: session(header), serial, request: read_request(header)? },
         Kind::Answer => Message::Answer { session: session(header), serial, result: read_result(header.operation)? },
         Kind::Hello | Kind::Welcome | Kind::Confirm | Kind::Refuse | Kind::Heartbeat => {
@@ -211,10 +208,18 @@ fn session(header: &Header) -> Session {
     Session { host: header.incarnation, number: header.value }
 }
 
-fn read_session(body: &[u8]) -> Result<Session, FrameError> {
+/// host (8), number (8), lost (16) if any.
+fn write_entered(session: Session, lost: Stamp, body: &mut Vec<u8>) {
+    body.extend([session.host.0, session.number].iter().flat_map(|number| number.to_le_bytes()));
+    write_lost(lost, body);
+}
+
+fn read_entered(header: &Header, body: &[u8]) -> Result<Message, FrameError> {
     let mut input = Input { bytes: body, at: 0 };
-    let read = input.u64().zip(input.u64());
-    read.map(|(host, number)| Session { host: Incarnation(host), number }).ok_or(FrameError::Field("session"))
+    let session = input.u64().zip(input.u64()).map(|(host, number)| Session { host: Incarnation(host), number });
+    let session = session.ok_or(FrameError::Field("session"))?;
+    let lost = read_lost(&mut input).ok_or(FrameError::Field("lost"))?;
+    Ok(Message::Entered { client: header.incarnation, attempt: header.value, session, lost })
 }
 
 fn frame_into(frame: Frame, header: &mut Header) {
@@ -323,13 +328,29 @@ fn read_extents(header: &Header, body: &[u8]) -> Result<Box<[Extent]>, FrameErro
     Ok(extents.iter().map(|extent| Extent(u32::from_le_bytes(*extent))).collect())
 }
 
-/// term (16), primary (1 + 16), secondaries (1 + 16 each), candidates (1 + 33 each: copy, since or everything).
+fn write_stamp(stamp: Stamp, body: &mut Vec<u8>) {
+    body.extend(stamp.generation.0.to_le_bytes());
+    body.extend(stamp.version.0.to_le_bytes());
+}
+
+fn read_stamp(input: &mut Input<'_>) -> Option<Stamp> {
+    Some(Stamp { generation: Generation(input.u64()?), version: ConfigurationVersion(input.u64()?) })
+}
+
+/// The end of a body, if writes were ever lost: who does not know of it refuses the frame.
+fn write_lost(lost: Stamp, body: &mut Vec<u8>) {
+    if lost != Stamp::default() {
+        write_stamp(lost, body);
+    }
+}
+
+fn read_lost(input: &mut Input<'_>) -> Option<Stamp> {
+    if input.at == input.bytes.len() { Some(Stamp::default()) } else { read_stamp(input) }
+}
+
+/// term (16), primary (1 + 16), secondaries (1 + 16 each), candidates (1 + 33 each: copy, since or everything), lost (16) if any.
 fn write_configuration(configuration: &Configuration, body: &mut Vec<u8>) {
-    let stamp = |stamp: Stamp, body: &mut Vec<u8>| {
-        body.extend(stamp.generation.0.to_le_bytes());
-        body.extend(stamp.version.0.to_le_bytes());
-    };
-    stamp(configuration.term, body);
+    write_stamp(configuration.term, body);
     body.push(u8::from(configuration.primary.is_some()));
     configuration.primary.iter().for_each(|copy| body.extend(copy.to_bytes()));
     body.push(configuration.secondaries.len() as u8);
@@ -340,11 +361,12 @@ fn write_configuration(configuration: &Configuration, body: &mut Vec<u8>) {
         match lacks {
             Lacks::Since(since) => {
                 body.push(1);
-                stamp(*since, body);
+                write_stamp(*since, body);
             }
             Lacks::Everything => body.push(0),
         }
     }
+    write_lost(configuration.lost, body);
 }
 
 fn read_configuration(stamp: Stamp, body: &[u8]) -> Result<Configuration, FrameError> {
@@ -354,16 +376,13 @@ fn read_configuration(stamp: Stamp, body: &[u8]) -> Result<Configuration, FrameE
     let named = copies.len();
     copies.sort_unstable();
     copies.dedup();
-    if named != copies.len() || named > MAX_COPIES || configuration.term > stamp {
+    if named != copies.len() || named > MAX_COPIES || configuration.term > stamp || configuration.lost > stamp {
         return Err(FrameError::Field("configuration"));
     }
     Ok(configuration)
 }
 
 fn parse_configuration(stamp: Stamp, input: &mut Input<'_>) -> Option<Configuration> {
-    let read_stamp = |input: &mut Input<'_>| {
-        Some(Stamp { generation: Generation(input.u64()?), version: ConfigurationVersion(input.u64()?) })
-    };
     let copy = |input: &mut Input<'_>| input.take().map(InstanceId::from_bytes);
     let term = read_stamp(input)?;
     let primary = if input.u8()? == 0 { None } else { Some(copy(input)?) };
@@ -375,5 +394,6 @@ fn parse_configuration(stamp: Stamp, input: &mut Input<'_>) -> Option<Configurat
         Some((copy, lacks))
     });
     let candidates = candidates.collect::<Option<_>>()?;
-    Some(Configuration { stamp, term, primary, secondaries, candidates })
+    let lost = read_lost(input)?;
+    Some(Configuration { stamp, term, primary, secondaries, candidates, lost })
 }

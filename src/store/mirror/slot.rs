@@ -6,10 +6,11 @@
 //!   slot    the same copy twice, one after the other, each:
 //!           0 prefix (format.rs)   48 volume (16)   64 sequence (8)   72 bytes of the body (4)
 //!           76 crc32c of the blocks after the first (4)   80 body, zeros to the end of the block
-//!   record  stamp (16)   term (16)   flags (1: 1 intact, 2 has a primary)   primary (16)   boot (16)
+//!   record  stamp (16)   term (16)   flags (1: 1 intact, 2 has a primary, 4 lost)   primary (16)   boot (16)
 //!           secondaries: n (1), n of id (16)
 //!           candidates: n (1), n of id (16), 0 everything or 1 since (1), since which stamp (16)
 //!           lacking: n (1), n of since (16), base layer or all ones: unknown (4), extents: m (4), m of number (4)
+//!           if flagged: since which stamp writes are lost (16); a Tandem that does not know the flag refuses the record
 //!   hot     extents: m (4), m of number (4), ascending
 //!   stamp   generation (8)   version (8)
 //! ```
@@ -60,6 +61,7 @@ const BODY: usize = PREFIX + 32;
 const NO_LAYER: u32 = u32::MAX;
 const INTACT: u8 = 1;
 const HAS_PRIMARY: u8 = 2;
+const LOST: u8 = 4;
 
 /// A copy that was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,8 +161,9 @@ pub fn encode_record(kept: &Kept) -> Vec<u8> {
     let mut body = Vec::new();
     put_stamp(&mut body, configuration.stamp);
     put_stamp(&mut body, configuration.term);
-    let primary = configuration.primary;
-    body.push(if kept.record.intact { INTACT } else { 0 } | if primary.is_some() { HAS_PRIMARY } else { 0 });
+    let (primary, lost) = (configuration.primary, configuration.lost != Stamp::default());
+    let flags = [(kept.record.intact, INTACT), (primary.is_some(), HAS_PRIMARY), (lost, LOST)];
+    body.push(flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).sum());
     body.extend(primary.map_or([0; 16], InstanceId::to_bytes));
     body.extend(kept.boot.to_bytes());
     body.push(configuration.secondaries.len() as u8);
@@ -181,6 +184,9 @@ pub fn encode_record(kept: &Kept) -> Vec<u8> {
         body.extend(lacking.base.map_or(NO_LAYER, |layer| layer.0).to_le_bytes());
         put_extents(&mut body, &lacking.hot);
     }
+    if lost {
+        put_stamp(&mut body, configuration.lost);
+    }
     body
 }
 
@@ -188,7 +194,7 @@ pub fn encode_record(kept: &Kept) -> Vec<u8> {
 pub fn decode_record(body: &[u8]) -> Result<Kept, HeaderError> {
     let mut fields = Fields(Input { bytes: body, at: 0 });
     let (stamp, term) = (fields.stamp("stamp")?, fields.stamp("term")?);
-    let flags = fields.count("flags", usize::from(INTACT | HAS_PRIMARY))? as u8;
+    let flags = fields.count("flags", usize::from(INTACT | HAS_PRIMARY | LOST))? as u8;
     let primary = InstanceId::from_bytes(fields.id("primary")?);
     let primary = (flags & HAS_PRIMARY != 0).then_some(primary);
     let boot = BootId::from_bytes(fields.id("boot")?);
@@ -210,7 +216,8 @@ pub fn decode_record(body: &[u8]) -> Result<Kept, HeaderError> {
         let base = (base != NO_LAYER).then_some(LayerId(base));
         lacking.push(Lacking { since, base, hot: fields.extents()?.into() });
     }
-    let configuration = Configuration { stamp, term, primary, secondaries, candidates };
+    let lost = if flags & LOST == 0 { Stamp::default() } else { fields.stamp("lost")? };
+    let configuration = Configuration { stamp, term, primary, secondaries, candidates, lost };
     fields.end(Kept { record: Record { configuration, intact: flags & INTACT != 0 }, boot, lacking })
 }
 

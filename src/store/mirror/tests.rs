@@ -30,6 +30,7 @@ fn kept() -> Kept {
         primary: Some(copy(1)),
         secondaries: [copy(2)].into(),
         candidates,
+        lost: Stamp::default(),
     };
     let lacking = vec![
         Lacking { since: stamp(8), base: Some(LayerId(6)), hot: [Extent(2), Extent(500)].into() },
@@ -61,6 +62,17 @@ fn the_golden_record_is_read() {
     let older = older_golden("mirror-record-v1.bin");
     let found = decode(&RECORD, instance(), &older).expect("it is sound");
     assert_eq!(decode_record(found.body), Ok(kept()));
+}
+
+#[test]
+fn the_golden_record_of_a_volume_that_has_lost_writes_is_read() {
+    let mut kept = kept();
+    kept.record.configuration.lost = stamp(5);
+    let mut slots = vec![0; HOT_AREA];
+    let used = with(&mut slots, 12, &kept);
+    let golden = golden("mirror-record-lost-v2.bin", &slots[..used]);
+    let found = decode(&RECORD, instance(), &golden).expect("it is sound");
+    assert_eq!(decode_record(found.body), Ok(kept));
 }
 
 /// A golden file of a version that is not written any more.
@@ -172,9 +184,11 @@ fn a_wrong_field_with_a_right_checksum_is_named() {
     for length in 0..body.len() {
         assert!(matches!(decode_record(&body[..length]), Err(HeaderError::Field(_))), "{length} bytes");
     }
-    let mut flags = body.clone();
-    flags[32] = 4;
-    assert_eq!(decode_record(&flags), Err(HeaderError::Field("flags")));
+    for (flag, name) in [(4, "lost"), (8, "flags")] {
+        let mut flags = body.clone();
+        flags[32] = flag;
+        assert_eq!(decode_record(&flags), Err(HeaderError::Field(name)));
+    }
     let longer = [&body[..], &[0]].concat();
     assert_eq!(decode_record(&longer), Err(HeaderError::Field("length")));
     let descending = encode_hot(&[Extent(2), Extent(1)]);

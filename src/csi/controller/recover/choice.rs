@@ -116,12 +116,14 @@ pub fn raised(base: &Configuration, generation: Generation) -> Configuration {
     Configuration { stamp, term: stamp, ..base.clone() }
 }
 
-/// The copy that was forced is the only member, of all others nothing is believed.
+/// The copy that was forced is the only member, of all others nothing is believed. Whoever uses the volume without a copy is
+/// told that writes may be lost.
 pub fn forced(newest: &Configuration, copy: InstanceId, generation: Generation) -> Configuration {
     let others = newest.copies().filter(|other| *other != copy);
     let candidates = others.map(|other| (other, Lacks::Everything)).collect();
     let stamp = Stamp { generation, version: newest.stamp.version.next() };
-    Configuration { stamp, term: stamp, primary: Some(copy), secondaries: BTreeSet::new(), candidates }
+    let (primary, secondaries) = (Some(copy), BTreeSet::new());
+    Configuration { stamp, term: stamp, primary, secondaries, candidates, lost: stamp }
 }
 
 /// The copy that is in use: the primary, if its device is there, also while its requests wait for the catalogue; else the only

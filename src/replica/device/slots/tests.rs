@@ -69,6 +69,20 @@ fn the_reply_of_a_read_ends_where_its_data_begins() {
 }
 
 #[test]
+fn what_the_copies_had_lost_outlives_the_engine_and_its_requests() {
+    let (slots, fd) = Slots::create("tandem-test", 1).expect("slots");
+    assert_eq!(slots.slot(0).lost(), None);
+    let lost = |version| Stamp { generation: Generation(3), version: ConfigurationVersion(version) };
+    slots.slot(0).keep_lost(lost(0));
+    slots.slot(0).keep_lost(lost(7));
+    fill(slots.slot(0), WRITE, 11, 8192);
+    drop(slots);
+    let slots = Slots::map(fd.as_fd()).expect("the same slots");
+    slots.slot(0).prepare(volume(), 1);
+    assert_eq!(slots.slot(0).lost(), Some(lost(7)));
+}
+
+#[test]
 fn memory_of_another_format_is_refused() {
     let (slots, fd) = Slots::create("tandem-test", 2).expect("slots");
     slots.slot(1).word(AT_VERSION).store(2, Ordering::Relaxed);

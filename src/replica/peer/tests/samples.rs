@@ -94,7 +94,17 @@ pub fn configuration() -> Configuration {
         primary: Some(copy(1)),
         secondaries: [copy(2)].into(),
         candidates: [(copy(3), Lacks::Since(stamp(2, 6))), (copy(4), Lacks::Everything)].into(),
+        lost: Stamp::default(),
     }
+}
+
+/// The same after a loss.
+pub fn after_a_loss() -> Configuration {
+    Configuration { lost: stamp(2, 6), ..configuration() }
+}
+
+fn entered(lost: Stamp) -> Message {
+    Message::Entered { client: Incarnation(77), attempt: 3, session: session(), lost }
 }
 
 /// With the names of their golden files.
@@ -109,6 +119,7 @@ pub fn frames() -> Vec<(&'static str, Packet)> {
         ("refuse", Packet::Refuse(Reason::OtherDisk)),
         ("heartbeat", Packet::Heartbeat),
         ("invite", message(Message::Invite(Box::new(configuration())))),
+        ("invite-lost", message(Message::Invite(Box::new(after_a_loss())))),
         ("joined", message(Message::Joined { frame: frame(), intact: true, hot })),
         ("prepare", Packet::Message(write(12, 1), payload(1))),
         ("seal", Packet::Message(seal(12), sealed(0x77))),
@@ -132,7 +143,8 @@ pub fn frames() -> Vec<(&'static str, Packet)> {
         ),
         ("compared", message(Message::Compared { frame: frame(), serial, differs: Ok(BlockSet::first(2)) })),
         ("enter", message(Message::Enter { client: Incarnation(77), attempt: 3 })),
-        ("entered", message(Message::Entered { client: Incarnation(77), attempt: 3, session: session() })),
+        ("entered", message(entered(Stamp::default()))),
+        ("entered-lost", message(entered(stamp(2, 6)))),
         ("ask", Packet::Message(ask(12, 1), payload(1))),
         ("answer", Packet::Message(Message::Answer { session: session(), serial, result: Ok(()) }, payload(2))),
     ]
@@ -159,7 +171,8 @@ fn any_configuration() -> impl Strategy<Value = Configuration> {
     (any_stamp(), any_stamp(), roles).prop_map(|(one, other, roles)| {
         let (term, stamp) = (one.min(other), one.max(other));
         let (primary, secondaries, candidates) = Default::default();
-        let mut configuration = Configuration { stamp, term, primary, secondaries, candidates };
+        let lost = if roles.len() > 1 { term } else { Stamp::default() };
+        let mut configuration = Configuration { stamp, term, primary, secondaries, candidates, lost };
         for (bytes, (role, since)) in roles {
             let copy = InstanceId::from_bytes(bytes);
             match role {
@@ -209,7 +222,8 @@ pub fn any_message() -> impl Strategy<Value = Packet> {
                 12 => Message::Enter { client: frame.incarnation, attempt: other },
                 13 => {
                     let session = Session { host: Incarnation(one), number: u64::from(nanoseconds) };
-                    Message::Entered { client: frame.incarnation, attempt: other, session }
+                    let lost = if small > 1 { frame.stamp } else { Stamp::default() };
+                    Message::Entered { client: frame.incarnation, attempt: other, session, lost }
                 }
                 14 => Message::Ask { session: Session { host: frame.incarnation, number: other }, serial, request },
                 15 => Message::Answer { session: Session { host: frame.incarnation, number: other }, serial, result },

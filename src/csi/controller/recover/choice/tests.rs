@@ -20,6 +20,7 @@ fn configuration(at: Stamp, members: &[u8], candidates: &[(u8, u64)]) -> Configu
         primary: members.first().map(|copy| id(*copy)),
         secondaries: members.iter().skip(1).map(|copy| id(*copy)).collect(),
         candidates: candidates.iter().map(since).collect(),
+        lost: Stamp::default(),
     }
 }
 
