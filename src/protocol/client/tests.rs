@@ -26,7 +26,7 @@ impl Pair {
         let mut host = Host::new(Incarnation(1));
         let term = Stamp::default();
         host.told(Some(here()), Some(term));
-        let core = Standpoint { term: Some(term), answers: true, quiet: true, blocks };
+        let core = Standpoint { term: Some(term), answers: true, quiet: true, blocks, lost: Stamp::default() };
         let mut pair = Self { client: Client::new(Incarnation(2)), host, core, entered: 0 };
         pair.act(|client, outputs| client.connected(primary(), outputs));
         pair
