@@ -25,6 +25,7 @@ mod change;
 mod client;
 mod copy;
 mod errors;
+mod fill;
 mod follow;
 mod measure;
 mod mirror;
@@ -36,7 +37,8 @@ mod standing;
 mod status;
 mod volumes;
 
-pub use errors::{AttachFailure, PoolFailure, SnapshotFailure, VolumeFailure};
+pub use errors::{AttachFailure, FillFailure, PoolFailure, SnapshotFailure, VolumeFailure};
+pub use fill::{Begun, Fill, NewFill, Reading};
 pub use mirror::CopyHere;
 pub use open::{OpenFailure, OpenSettings};
 pub use pools::{AddPool, PoolView};
@@ -114,6 +116,8 @@ pub(super) struct Index {
     /// Devices that a killed engine left, with their copy or publication; not those that were taken up since.
     pub held_devices: BTreeMap<VolumeId, InstanceId>,
     pub snapshots: BTreeMap<SnapshotId, SnapshotPlace>,
+    /// Those that are being brought over from other nodes, and what is left of attempts to.
+    pub fills: BTreeMap<SnapshotId, fill::FillPlace>,
     /// Copies that could not be opened.
     pub broken_trees: BTreeMap<InstanceId, (PoolName, String)>,
     /// Trees whose promise is looked at again while layers are merged, and how often that was asked for.

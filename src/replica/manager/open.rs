@@ -5,6 +5,7 @@
 //! * One damaged copy is reported and left alone; the rest of the pool works on.
 
 use super::copy::copying;
+use super::fill::{fill_record, is_filling};
 use super::mirror::{MirrorPlace, copy_record};
 use super::pools::PoolList;
 use super::volumes::{Opened, TreeFailure, base_of, base_record, open_tree};
@@ -168,6 +169,7 @@ impl Manager {
                 match self.engine().open_tree(tree, opened.store, opened.files, opened.pending).await {
                     Ok(()) => {
                         self.read_names(state, tree, &volumes, &snapshots);
+                        self.erase_half_filled(state, tree, &volumes).await;
                         state.promises.settle(tree, self.promised_bytes(tree).await);
                         return;
                     }
@@ -183,7 +185,7 @@ impl Manager {
     fn read_names(&self, state: &PoolState, tree: InstanceId, volumes: &[VolumeInfo], snapshots: &[SnapshotInfo]) {
         let path = state.pool.tree(tree);
         let pool = &state.pool.name;
-        for info in volumes {
+        for info in volumes.iter().filter(|info| !is_filling(&path, info.volume)) {
             let copy = copying(&path, info.volume).map(|_| CopyState::new(info.size));
             let descriptor = descriptor(&path, &info.volume.to_string());
             let mirror = mirror(&path, info.volume);
@@ -235,7 +237,7 @@ impl Manager {
     async fn clean_records(&self, state: &Arc<PoolState>, tree: InstanceId) {
         let names = self.engine().inspect(tree, |store| {
             let volumes = store.volumes().into_iter().map(|info| info.volume);
-            let volumes = volumes.flat_map(|id| [id.to_string(), copy_record(id)]);
+            let volumes = volumes.flat_map(|id| [id.to_string(), copy_record(id), fill_record(id)]);
             let snapshots = store.snapshots().into_iter().map(|info| info.snapshot);
             let snapshots = snapshots.flat_map(|id| [id.to_string(), base_record(id)]);
             volumes.chain(snapshots).collect::<BTreeSet<_>>()

@@ -12,6 +12,7 @@ pub struct Coverage {
     pub no_space: u64,
     pub seals: u64,
     pub clones: u64,
+    pub fills: u64,
     pub deletions: u64,
     pub checkpoints: u64,
     pub merged: u64,
@@ -25,7 +26,7 @@ pub struct Coverage {
 }
 
 impl Coverage {
-    fn fields(&mut self) -> [(&'static str, &mut u64); 16] {
+    fn fields(&mut self) -> [(&'static str, &mut u64); 17] {
         [
             ("steps", &mut self.steps),
             ("kills", &mut self.kills),
@@ -36,6 +37,7 @@ impl Coverage {
             ("no space", &mut self.no_space),
             ("seals", &mut self.seals),
             ("clones", &mut self.clones),
+            ("fills", &mut self.fills),
             ("deletions", &mut self.deletions),
             ("checkpoints", &mut self.checkpoints),
             ("merged", &mut self.merged),
