@@ -2,6 +2,8 @@
 //! refused with which code, and that every call converges wherever the process dies.
 //! Runs beside others.
 
+#[path = "csi_controller/bring.rs"]
+mod bring;
 #[path = "csi_controller/changes.rs"]
 mod changes;
 #[path = "csi_controller/compare.rs"]

@@ -3,6 +3,8 @@
 
 #[path = "faults/anywhere.rs"]
 mod anywhere;
+#[path = "faults/brought.rs"]
+mod brought;
 #[path = "faults/changes.rs"]
 mod changes;
 #[path = "faults/clocks.rs"]

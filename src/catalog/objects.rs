@@ -274,11 +274,12 @@ pub struct Snapshot {
     /// Who takes it and holds it; `None`: the only node that there is.
     #[serde(default)]
     pub node: Option<NodeName>,
-    /// Of a mirrored volume, when it is ready: its copies that were members when it was taken, and their nodes. Each holds
-    /// it, `node` among them.
+    /// Of a mirrored volume, when it is ready: its copies that hold it, and their nodes. Those that were members when it was
+    /// taken, `node` among them, and those that it was brought over to since.
     #[serde(default)]
     pub copies: BTreeMap<InstanceId, NodeName>,
-    /// Of a mirrored volume: other nodes that may have something under this id. It is not the snapshot, and goes with it.
+    /// Of a mirrored volume: other nodes that may have something under this id. It is not the snapshot, or is being made so, and
+    /// goes with it.
     #[serde(default)]
     pub strays: BTreeSet<NodeName>,
     /// Taken for the clone with this id alone: nobody else knows it, and it goes when that is made.

@@ -6,10 +6,13 @@ use crate::rpc::control::replica_client::ReplicaClient;
 use crate::rpc::csi::controller_client::ControllerClient;
 use crate::rpc::csi::identity_client::IdentityClient;
 use crate::rpc::csi::node_client::NodeClient;
+use crate::rpc::operator::LocateSnapshotsRequest;
+use crate::rpc::operator::locate_snapshots_response::Location;
 use crate::rpc::operator::operator_client::OperatorClient;
 use crate::rpc::recovery::recovery_client::RecoveryClient;
 use crate::rpc::{control, operator};
 use crate::uds::connect;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tonic::Status;
 use tonic::transport::Channel;
@@ -179,6 +182,14 @@ pub async fn volumes_in_use(dir: &Path) -> Result<Vec<String>, CliError> {
 pub async fn snapshots(target: &Target) -> Result<Vec<control::Snapshot>, CliError> {
     let answer = target.replica().await?.list_snapshots(control::ListSnapshotsRequest {}).await;
     Ok(answer.map_err(refused("cannot list snapshots"))?.into_inner().snapshots)
+}
+
+/// Where each snapshot is, and which nodes are to get it, by id; nothing if no controller says so.
+pub async fn snapshot_places(target: &Target) -> BTreeMap<String, Location> {
+    let Ok(mut controller) = target.operator().await else { return BTreeMap::new() };
+    let answer = controller.locate_snapshots(LocateSnapshotsRequest {}).await;
+    let locations = answer.map(|answer| answer.into_inner().locations).unwrap_or_default();
+    locations.into_iter().map(|location| (location.snapshot_id.clone(), location)).collect()
 }
 
 /// The volume with that id, or else the only one with that name: of those on the node, or else of its cluster.

@@ -87,7 +87,7 @@ pub struct ClusterArguments {
     /// Where the cluster's controller listens: its --listen.
     #[arg(long, env = "TANDEM_CONTROLLER", value_name = "HOST:PORT")]
     controller: Option<String>,
-    /// Address of this node at which the controller calls this replica.
+    /// Address of this node at which the controller calls this replica, and other replicas read snapshots that they lack.
     #[arg(long, env = "TANDEM_LISTEN", value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
     /// Address of this node at which other replicas send it their writes: on the fastest network that they share.

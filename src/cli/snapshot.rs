@@ -1,6 +1,6 @@
 //! `tandem snapshot`: take, list and delete snapshots.
 
-use super::client::{Target, find_snapshot, find_volume, name_of, refused, snapshots};
+use super::client::{Target, find_snapshot, find_volume, name_of, refused, snapshot_places, snapshots};
 use super::output::{Output, Row};
 use super::{CliError, units};
 use crate::rpc::{control, csi};
@@ -9,7 +9,10 @@ use serde::Serialize;
 /// Snapshots: take, list and delete them. A SNAPSHOT is named by its id or by its name.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// List all snapshots, or those of one volume.
+    /// List all snapshots of this node, or those of one volume, and the nodes that have them.
+    ///
+    /// "not yet" are nodes whose copies of a mirrored volume were away, or were made, since it was taken: it is brought over to
+    /// them. The nodes are not told when the controller is not reached.
     #[command(visible_alias = "ls")]
     List(ListArguments),
     /// Take a snapshot of a volume, which may be in use. The same name again is the same snapshot.
@@ -62,6 +65,9 @@ struct Snapshot {
     allocated_bytes: u64,
     created_ms: u64,
     checksummed: bool,
+    /// Empty: the controller is not reached.
+    nodes: Vec<String>,
+    lacking: Vec<String>,
 }
 
 impl From<&control::Snapshot> for Snapshot {
@@ -75,12 +81,15 @@ impl From<&control::Snapshot> for Snapshot {
             allocated_bytes: s.allocated_bytes,
             created_ms: s.created_ms,
             checksummed: s.checksummed,
+            nodes: Vec::new(),
+            lacking: Vec::new(),
         }
     }
 }
 
 impl Row for Snapshot {
-    const TITLES: &'static [&'static str] = &["NAME", "ID", "VOLUME", "POOL", "SIZE", "OWN BLOCKS", "AGE", "CHECKSUMS"];
+    const TITLES: &'static [&'static str] =
+        &["NAME", "ID", "VOLUME", "POOL", "SIZE", "OWN BLOCKS", "AGE", "CHECKSUMS", "NODES"];
     fn cells(&self) -> Vec<String> {
         vec![
             self.name.clone(),
@@ -91,6 +100,10 @@ impl Row for Snapshot {
             units::bytes(self.allocated_bytes),
             age(self.created_ms),
             if self.checksummed { "written" } else { "being made" }.into(),
+            match (self.nodes.join(", "), self.lacking.join(", ")) {
+                (nodes, lacking) if lacking.is_empty() => nodes,
+                (nodes, lacking) => format!("{nodes} (not yet: {lacking})"),
+            },
         ]
     }
 }
@@ -116,8 +129,13 @@ pub async fn run(command: Command) -> Result<(), CliError> {
                 None => None,
             };
             let all = snapshots(&target).await?;
+            let mut places = snapshot_places(&target).await;
             let wanted = all.iter().filter(|s| of.as_ref().is_none_or(|of| s.volume_id == *of));
-            output.rows(&wanted.map(Snapshot::from).collect::<Vec<_>>())
+            let row = |found: &control::Snapshot| {
+                let place = places.remove(&found.snapshot_id).unwrap_or_default();
+                Snapshot { nodes: place.nodes, lacking: place.lacking, ..found.into() }
+            };
+            output.rows(&wanted.map(row).collect::<Vec<_>>())
         }
         Command::Create(arguments) => create(arguments).await,
         Command::Delete(DeleteArguments { snapshot, target, output }) => {

@@ -472,14 +472,6 @@ rpc_errors! {
             /// The newer one.
             target: SnapshotId,
         },
-        /// A copy that came later has the newer one, a copy that went has the older one.
-        #[error("no node holds both snapshots, {base} and {target}, so they cannot be compared")]
-        Apart {
-            /// The older one.
-            base: SnapshotId,
-            /// The newer one.
-            target: SnapshotId,
-        },
         /// The replica finds the request senseless.
         #[error("the snapshots cannot be compared: {0}")]
         Refused(String),

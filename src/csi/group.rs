@@ -262,7 +262,7 @@ impl Controller {
     /// The group and its snapshots are not, afterwards.
     pub async fn delete_group(&self, wanted: GroupReference) -> Result<(), DeleteGroupError> {
         let Ok(id) = wanted.id.parse::<GroupSnapshotId>() else { return Ok(()) };
-        let _group = self.start(Subject::Group(id))?;
+        let _group = self.start_soon(Subject::Group(id)).await?;
         let Some(stored) = self.get::<GroupSnapshot>(id).await? else { return Ok(()) };
         if !wanted.fits(&stored.object) {
             return Err(DeleteGroupError::Mismatch(id));

@@ -198,7 +198,9 @@ async fn listen(
     // Last, so that whoever can connect gets answers.
     let listener = uds::listen_on(path)?;
     let sweeping = controller.map(|controller| {
-        tokio::spawn(async move { tokio::join!(sweep(controller.clone()), controller.tend(), controller.rebuild()) })
+        tokio::spawn(async move {
+            tokio::join!(sweep(controller.clone()), controller.tend(), controller.rebuild(), controller.bring_over())
+        })
     });
     tracing::info!(endpoint = %path.display(), "CSI is served");
     let served = router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await;

@@ -1,6 +1,7 @@
 //! The SnapshotMetadata service: which blocks of a snapshot hold data, or differ from an older one.
 //!
-//! Invariants: a stream that ends well is complete; every failure, also half way, ends it as an error. At most
+//! Invariants: a stream that ends well is complete; every failure, also half way, ends it as an error. Of two snapshots of one volume
+//! what differs is named, and where no node has both in one line of layers, more. At most
 //! [`WAITING_MESSAGES`] messages wait for a slow reader, then the replica's stream waits too.
 
 use super::control::ControlError;
@@ -9,10 +10,11 @@ use super::controller::request::present;
 use super::controller::response::bytes;
 use super::errors::{ArgumentError, GetSnapshotError, MetadataError, Transient};
 use super::status::failed;
-use crate::catalog::{Snapshot, SnapshotStatus};
+use crate::catalog::{NodeName, Snapshot, SnapshotStatus};
 use crate::rpc::control::{Extent, GetExtentsRequest, GetExtentsResponse};
 use crate::rpc::csi;
 use crate::rpc::csi::snapshot_metadata_server::SnapshotMetadata;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -68,10 +70,18 @@ impl SnapshotMetadataService {
     ) -> Result<Response<ReceiverStream<Result<T, Status>>>, Status> {
         let wanted = wanted.map_err(|error| failed(call, &error))?;
         let results = wanted.results;
-        let stream = open(&self.0, wanted).await.map_err(|error| failed(call, &error))?;
+        let opened = open(&self.0, wanted).await.map_err(|error| failed(call, &error))?;
         let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);
         tokio::spawn(async move {
-            if let Err(error) = forward(stream, results, &sender).await {
+            let forwarded = match opened {
+                Opened::Stream(stream) => forward(*stream, results, &sender).await,
+                Opened::All { size, offset } if offset < size => {
+                    let extents = vec![Extent { offset, length: size - offset }];
+                    return drop(sender.send(Ok(T::from(Block { size, extents }))).await);
+                }
+                Opened::All { .. } => Ok(()),
+            };
+            if let Err(error) = forwarded {
                 // A reader that is gone needs no error.
                 let _ = sender.send(Err(failed(call, &error))).await;
             }
@@ -80,59 +90,95 @@ impl SnapshotMetadataService {
     }
 }
 
+/// Where extents come from.
+enum Opened {
+    Stream(Box<Streaming<GetExtentsResponse>>),
+    /// No node knows better: all of the target may differ, from an offset on.
+    All {
+        size: u64,
+        offset: u64,
+    },
+}
+
 /// Checks what can be checked here and starts the replica's stream.
-async fn open(controller: &Controller, wanted: Wanted) -> Result<Streaming<GetExtentsResponse>, MetadataError> {
-    let (target, size) = find(controller, &wanted.target).await?;
+async fn open(controller: &Controller, wanted: Wanted) -> Result<Opened, MetadataError> {
+    let (target, size, taken) = find(controller, &wanted.target).await?;
+    let starting_offset = u64::try_from(wanted.offset).ok().filter(|offset| *offset <= size);
+    let offset = starting_offset.ok_or(MetadataError::Offset { offset: wanted.offset, size });
     let mut holders = target.holders();
+    let mut base_is_newer = false;
     if let Some(base) = &wanted.base {
-        let (base, _) = find(controller, base).await?;
+        let (base, _, base_taken) = find(controller, base).await?;
         if base.volume != target.volume {
             return Err(MetadataError::OtherVolume { base: base.id, target: target.id });
         }
+        base_is_newer = base_taken > taken;
         if !holders.is_empty() {
             holders.retain(|node| base.holders().contains(node));
             if holders.is_empty() {
-                return Err(MetadataError::Apart { base: base.id, target: target.id });
+                return Ok(Opened::All { size, offset: offset? });
             }
         }
     }
-    let starting_offset = u64::try_from(wanted.offset).ok().filter(|offset| *offset <= size);
-    let starting_offset = starting_offset.ok_or(MetadataError::Offset { offset: wanted.offset, size })?;
     let request = GetExtentsRequest {
         target_snapshot_id: wanted.target,
-        base_snapshot_id: wanted.base.unwrap_or_default(),
-        starting_offset,
+        base_snapshot_id: wanted.base.clone().unwrap_or_default(),
+        starting_offset: offset?,
+        loose: false,
     };
-    // Each holder has the same; the first one that answers will do.
+    // Where the two are in one line of layers nothing is named that does not differ. Elsewhere all that may differ is named.
+    let error = match ask(controller, &holders, &request).await? {
+        Ok(stream) => return Ok(Opened::Stream(Box::new(stream))),
+        Err(error) => error,
+    };
+    if wanted.base.is_none() || (base_is_newer && matches!(error, ControlError::Refused(_))) {
+        return Err(refused(error));
+    }
+    let loose = ask(controller, &holders, &GetExtentsRequest { loose: true, ..request }).await?;
+    loose.map(|stream| Opened::Stream(Box::new(stream))).map_err(refused)
+}
+
+/// Each holder has the same; the first one that answers will do. Of refusals one counts that says something of the snapshots.
+async fn ask(
+    controller: &Controller,
+    holders: &BTreeSet<NodeName>,
+    request: &GetExtentsRequest,
+) -> Result<Result<Streaming<GetExtentsResponse>, ControlError>, Transient> {
     let mut places: Vec<_> = holders.iter().map(Some).collect();
     if places.is_empty() {
         places.push(None);
     }
-    let mut silent = None;
+    // What is not found may have been lost with one disk, and a node that is silent may know better.
+    let says = |error: &ControlError| match error {
+        ControlError::NotFound(_) => 0,
+        ControlError::Unknown(_) => 1,
+        ControlError::NoRoom(_) | ControlError::InUse(_) => 2,
+        ControlError::Refused(_) => 3,
+    };
+    let mut failed = ControlError::NotFound(format!("snapshot {} is nowhere", request.target_snapshot_id));
     for place in places {
         let control = controller.nodes.holder(place).await?.control;
-        match control.client().get_extents(request.clone()).await {
-            Ok(answer) => return Ok(answer.into_inner()),
-            Err(status) => match control.refusal(status) {
-                error @ ControlError::Unknown(_) => silent = Some(error),
-                error => return Err(refused(error)),
-            },
+        match control.client().get_extents(request.clone()).await.map_err(|status| control.refusal(status)) {
+            Ok(answer) => return Ok(Ok(answer.into_inner())),
+            Err(error) if says(&error) >= says(&failed) => failed = error,
+            Err(_) => {}
         }
     }
-    Err(refused(silent.unwrap_or_else(|| ControlError::NotFound(format!("snapshot {} is nowhere", target.id)))))
+    Ok(Err(failed))
 }
 
-async fn find(controller: &Controller, id: &str) -> Result<(Snapshot, u64), MetadataError> {
+/// The snapshot, its size, and when it was taken.
+async fn find(controller: &Controller, id: &str) -> Result<(Snapshot, u64, u64), MetadataError> {
     let snapshot = controller.snapshot(id).await.map_err(|error| match error {
         GetSnapshotError::NotFound(id) => MetadataError::NotFound(id),
         GetSnapshotError::Argument(error) => error.into(),
         GetSnapshotError::Transient(error) => error.into(),
     })?;
-    let size = match snapshot.status {
-        SnapshotStatus::Ready { size, .. } => size.bytes(),
-        SnapshotStatus::Creating => 0,
+    let (size, taken) = match snapshot.status {
+        SnapshotStatus::Ready { size, created_ms } => (size.bytes(), created_ms),
+        SnapshotStatus::Creating => (0, 0),
     };
-    Ok((snapshot, size))
+    Ok((snapshot, size, taken))
 }
 
 fn refused(error: ControlError) -> MetadataError {

@@ -123,7 +123,6 @@ codes! {
         NotFound => NotFound,
         Offset => OutOfRange,
         OtherVolume => InvalidArgument,
-        Apart => InvalidArgument,
         Refused => InvalidArgument,
     }
 }

@@ -1,30 +1,37 @@
-//! What a replica does in a cluster, and not alone: keeps copies of mirrored volumes, serves its controller, and announces
-//! its node.
+//! What a replica does in a cluster, and not alone: keeps copies of mirrored volumes, serves its controller and, snapshots only,
+//! other nodes, and announces its node.
 //!
 //! Invariant: a volume of this node that is in use needs no answer of the controller.
 
 use super::announce::keep_announced;
+use super::filler::Filler;
 use super::manager::Manager;
 use super::mirror::{MirrorSettings, Mirrors, boot_id};
 use super::peer::{Endpoint, Security};
 use super::service::ReplicaService;
+use super::transfer::{SnapshotsService, only_controllers};
 use crate::catalog::{Catalog, Node, NodeName, Remote};
 use crate::rpc::control::replica_server::ReplicaServer;
-use crate::tls::{Credentials, Port, Role};
+use crate::rpc::control::snapshots_server::SnapshotsServer;
+use crate::tls::{Credentials, Port};
 use crate::volume::InstanceId;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+
+/// A caller that says nothing is asked whether it is there after this time, and has so long to answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 /// How the replica is part of a cluster.
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
     /// Where the catalogue is, "host:port".
     pub controller: String,
-    /// Where the controller calls this replica.
+    /// Where the controller calls this replica, and other replicas read its snapshots.
     pub listen: SocketAddr,
     /// Where other replicas do.
     pub mirror_listen: SocketAddr,
@@ -65,6 +72,13 @@ pub struct Candidate {
 /// What runs; dropped, it ends.
 pub struct Member {
     _tasks: JoinSet<()>,
+    filler: Filler,
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.filler.stop();
+    }
 }
 
 impl Candidate {
@@ -101,12 +115,14 @@ impl Candidate {
         let Self { listener, credentials, mirrors, catalog, node, controller } = self;
         let mut tasks = JoinSet::new();
         tasks.spawn(mirrors.run(manager.clone()));
-        tasks.spawn(serve(Port { listener, credentials, role: Some(Role::Controller) }, service));
+        let filler = Filler::new(manager.clone(), catalog.clone(), Arc::clone(&credentials), node.name.clone());
+        let (service, snapshots) = (service.with_filler(filler.clone()), SnapshotsService::new(manager.clone()));
+        tasks.spawn(serve(Port { listener, credentials, role: None }, service, snapshots));
         tasks.spawn(async move {
             let ready = || println!("tandem replica is ready: node {}, announced to {controller}", node.name);
             keep_announced(&catalog, &node, ready).await;
         });
-        Member { _tasks: tasks }
+        Member { _tasks: tasks, filler }
     }
 }
 
@@ -114,9 +130,13 @@ async fn bind(flag: &'static str, address: SocketAddr) -> Result<TcpListener, Jo
     TcpListener::bind(address).await.map_err(|source| JoinError::Listen { flag, address, source })
 }
 
-/// The same service as on the Unix socket.
-async fn serve(port: Port, service: ReplicaService) {
-    let server = tonic::transport::Server::builder().add_service(ReplicaServer::new(service));
+/// The same service as on the Unix socket for the controller, and the snapshots for other nodes.
+async fn serve(port: Port, service: ReplicaService, snapshots: SnapshotsService) {
+    let server = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .add_service(ReplicaServer::with_interceptor(service, only_controllers))
+        .add_service(SnapshotsServer::new(snapshots));
     if let Err(error) = server.serve_with_incoming(port.incoming()).await {
         tracing::error!(%error, "the controller cannot call this replica any more: restart it");
     }

@@ -11,6 +11,7 @@ pub mod digest;
 pub mod engine;
 pub mod executor;
 mod fatal;
+pub mod filler;
 pub mod holder;
 pub mod io;
 pub mod manager;
@@ -21,6 +22,7 @@ pub mod pool;
 pub mod records;
 pub mod run;
 pub mod service;
+pub mod transfer;
 pub mod verify;
 
 pub use run::{ReplicaConfig, RunError, run};

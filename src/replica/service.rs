@@ -1,6 +1,7 @@
 //! The control socket: `proto/control.proto` over the manager. Parsing and conversion only.
 
 use super::engine::CopyState;
+use super::filler::Filler;
 use super::manager::{
     AddPool, CopyView, ExtentStream, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, RecordView,
     SnapshotView, Source, VolumeFailure, VolumeView,
@@ -29,12 +30,19 @@ pub struct ReplicaService {
     node_id: String,
     /// Whether its connections to other replicas are encrypted, if there are others.
     encrypted: Option<bool>,
+    filler: Option<Filler>,
 }
 
 impl ReplicaService {
     /// Serves `manager` as the node `node_id`, whose connections to other replicas are encrypted or not, if there are others.
     pub fn new(manager: Manager, node_id: String, encrypted: Option<bool>) -> Self {
-        Self { manager, node_id, encrypted }
+        Self { manager, node_id, encrypted, filler: None }
+    }
+
+    /// The same, which brings snapshots over from other nodes.
+    #[must_use]
+    pub fn with_filler(self, filler: Filler) -> Self {
+        Self { filler: Some(filler), ..self }
     }
 
     async fn view(&self, volume: VolumeId) -> Result<Response<rpc::Volume>, Status> {
@@ -409,6 +417,14 @@ impl Replica for ReplicaService {
         Ok(Response::new(rpc::AdoptSnapshotsResponse {}))
     }
 
+    async fn fill_snapshot(
+        &self,
+        r: Request<rpc::FillSnapshotRequest>,
+    ) -> Result<Response<rpc::FillSnapshotResponse>, Status> {
+        let alone = || Status::failed_precondition("only a cluster's controller asks for snapshots of other nodes");
+        Ok(Response::new(self.filler.as_ref().ok_or_else(alone)?.fill(r.into_inner())?))
+    }
+
     async fn delete_snapshot(
         &self,
         r: Request<rpc::DeleteSnapshotRequest>,
@@ -437,7 +453,7 @@ impl Replica for ReplicaService {
         let r = r.into_inner();
         let target = snapshot_id(&r.target_snapshot_id)?;
         let base = if r.base_snapshot_id.is_empty() { None } else { Some(snapshot_id(&r.base_snapshot_id)?) };
-        let stream = self.manager.extents(target, base).await?;
+        let stream = self.manager.extents(target, base, r.loose).await?;
         let (send, receive) = mpsc::channel(STREAM_DEPTH);
         tokio::task::spawn_blocking(move || walk(&stream, r.starting_offset, &send));
         Ok(Response::new(ReceiverStream::new(receive)))

@@ -25,7 +25,16 @@ impl Store {
                 self.clone_snapshot(snapshot, volume, size, verify_reads)
             }
             Control::Seal { volume, snapshot, created_ms } => {
-                return self.seal(operation, volume, snapshot, created_ms, out);
+                let sealed = self.seal_now(volume, snapshot, created_ms);
+                return self.seal(operation, sealed, out);
+            }
+            Control::SealAs { filled, snapshot, volume, created_ms } => {
+                let sealed = self.seal_as_now(filled, snapshot, volume, created_ms);
+                #[cfg(test)]
+                if self.planted == Some(super::planted::Planted::FillAnsweredEarly) && sealed.is_ok() {
+                    return out.push(Action::ControlDone { operation, result: Ok(()) });
+                }
+                return self.seal(operation, sealed, out);
             }
             Control::DeleteVolume(volume) => self.delete_volume(volume),
             Control::DeleteSnapshot(snapshot) => self.delete_snapshot(snapshot),
@@ -89,15 +98,8 @@ impl Store {
         self.create_volume(volume, Some(snapshot.layer), size, verify_reads)
     }
 
-    fn seal(
-        &mut self,
-        operation: OperationId,
-        id: VolumeId,
-        snapshot: SnapshotId,
-        created_ms: u64,
-        out: &mut Vec<Action<Job>>,
-    ) {
-        let sealed = match self.seal_now(id, snapshot, created_ms) {
+    fn seal(&mut self, operation: OperationId, sealed: Result<LayerId, ControlError>, out: &mut Vec<Action<Job>>) {
+        let sealed = match sealed {
             Ok(layer) => layer,
             Err(error) => {
                 out.push(Action::ControlDone { operation, result: Err(error) });
@@ -129,14 +131,55 @@ impl Store {
         Ok(sealed)
     }
 
+    fn seal_as_now(
+        &mut self,
+        filled: VolumeId,
+        id: SnapshotId,
+        of: VolumeId,
+        created_ms: u64,
+    ) -> Result<LayerId, ControlError> {
+        if let Some(known) = self.tree.snapshots.get(&id) {
+            let is_it = known.volume == of && self.is_beside(id, of) == Some(true);
+            return if is_it { Ok(known.layer) } else { Err(ControlError::Exists) };
+        }
+        let volume = self.tree.volumes.get(&filled).ok_or(ControlError::UnknownVolume(filled))?;
+        if volume.in_flight > 0 {
+            return Err(ControlError::Busy);
+        }
+        let (layer, size) = (volume.top, volume.size);
+        // As for a seal: whoever is cloned from it has it below.
+        if self.tree.path(layer).filter(|(_, layer)| layer.role != Role::Base).count() > MAX_SNAPSHOTS {
+            return Err(ControlError::TooManySnapshots(of));
+        }
+        self.record(&[
+            Record::UnnameVolume { volume: filled },
+            Record::NameSnapshot { layer, snapshot: id, volume: of, size, created_ms },
+        ])?;
+        self.fillings.remove(&filled);
+        self.keep_budget();
+        Ok(layer)
+    }
+
+    /// Whether the snapshot was filled beside the volume, and not sealed in its own line of layers; `None`: there is none.
+    pub fn is_beside(&self, snapshot: SnapshotId, volume: VolumeId) -> Option<bool> {
+        let layer = self.tree.snapshots.get(&snapshot)?.layer;
+        let top = self.tree.volumes.get(&volume).map(|volume| volume.top);
+        Some(top.is_none_or(|top| self.tree.path(top).all(|(id, _)| id != layer)))
+    }
+
     fn delete_volume(&mut self, id: VolumeId) -> Result<(), ControlError> {
-        let Some(volume) = self.tree.volumes.get(&id) else { return Ok(()) };
+        let Some(volume) = self.tree.volumes.get(&id) else {
+            self.fillings.remove(&id);
+            return Ok(());
+        };
         if volume.in_flight > 0 {
             return Err(ControlError::Busy);
         }
         let top = volume.top;
         let bases = self.tree.bases_of(id);
         self.record(&[Record::UnnameVolume { volume: id }])?;
+        self.fillings.remove(&id);
+        self.keep_budget();
         bases.into_iter().chain([top]).for_each(|layer| self.now_nameless(layer));
         self.mirrors.volume_gone(id, self.commit.next());
         Ok(())

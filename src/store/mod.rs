@@ -57,7 +57,7 @@ mod tree;
 pub mod verify;
 
 pub use commit::Failure;
-pub use extents::{ExtentsError, ExtentsPlan, ReadPlan};
+pub use extents::{ExtentsError, ExtentsPlan, LayerMaps, ReadPlan};
 pub use files::{Directory, Files, Name, is_full};
 pub use job::{Job, JobOutcome};
 pub use mirror::{MirrorError, Mirrored, Reserve};
@@ -69,6 +69,7 @@ pub use tree::Inconsistent;
 use crate::protocol::{DiskError, OperationId};
 use crate::volume::{InstanceId, SnapshotId, VolumeId, VolumeSize};
 use allocator::Allocator;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use tree::Tree;
 
@@ -227,6 +228,18 @@ pub enum Control {
         /// Milliseconds since 1970.
         created_ms: u64,
     },
+    /// What an internal volume holds is a snapshot of another volume, which was taken elsewhere, and the internal one is gone:
+    /// both or neither. Nothing may be in flight on it. A layer below the other volume is never taken for that snapshot.
+    SealAs {
+        /// The internal volume.
+        filled: VolumeId,
+        /// Id of the snapshot.
+        snapshot: SnapshotId,
+        /// Of which volume it is.
+        volume: VolumeId,
+        /// When that was taken: milliseconds since 1970.
+        created_ms: u64,
+    },
     /// Removes the volume; nothing may be in flight on it. Its space is freed in the background.
     DeleteVolume(VolumeId),
     /// Removes the snapshot. Clones made from it live on. Its space is freed in the background.
@@ -330,6 +343,8 @@ pub struct Store {
     commit: commit::Commit,
     background: background::Background,
     mirrors: mirror::Mirrors,
+    /// Internal volumes that are being filled, and the most blocks that each will have: as long as the process lives.
+    fillings: BTreeMap<VolumeId, u64>,
     #[cfg(test)]
     planted: Option<planted::Planted>,
 }
@@ -386,9 +401,19 @@ impl Store {
 
     /// What the tree may grow to: every volume fully written, plus what its sealed layers occupy.
     pub fn promised_blocks(&self) -> u64 {
-        let tops: u64 = self.tree.volumes.values().map(|volume| volume.size.blocks()).sum();
+        let most = |(id, volume): (&VolumeId, &tree::Volume)| {
+            let size = volume.size.blocks();
+            self.fillings.get(id).map_or(size, |blocks| size.min(*blocks))
+        };
+        let tops: u64 = self.tree.volumes.iter().map(most).sum();
         let sealed = self.tree.layers.values().filter(|layer| !matches!(layer.role, tree::Role::Top(_)));
         tops + sealed.map(|layer| layer.map.data_blocks()).sum::<u64>()
+    }
+
+    /// The volume, which is there or will be, is filled with at most so many blocks and then sealed: nobody overwrites it.
+    pub fn expect_filling(&mut self, volume: VolumeId, blocks: u64) {
+        self.fillings.insert(volume, blocks);
+        self.keep_budget();
     }
 
     /// To be called when [`Self::promised_blocks`] may have changed.

@@ -328,6 +328,7 @@ impl<'a> Opening<'a> {
             requests: Default::default(),
             background: Default::default(),
             mirrors: self.mirrors,
+            fillings: Default::default(),
             #[cfg(test)]
             planted: None,
         };

@@ -28,6 +28,10 @@ pub(crate) enum Planted {
     BaseReleasedFirst,
     /// Hot sets and records are always written to the same slot.
     HotInPlace,
+    /// What becomes a snapshot of another volume is answered before it is durable.
+    FillAnsweredEarly,
+    /// What differs between two branches is looked for in the target's alone.
+    DifferenceOfOneBranch,
     /// What was hot when a copy left is not kept.
     MarksForgotten,
 }

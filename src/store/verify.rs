@@ -8,9 +8,10 @@ use super::checksums::{ChecksumBlock, PER_BLOCK, Place};
 use super::files::{Files, Name};
 use super::format::{BLOCK, LayerId};
 use super::map::{Entry, Map, PhysicalBlock};
-use super::tree::Role;
+use super::tree::{Layer, Role};
 use crate::memory::Memory;
 use crate::volume::{BLOCK_SIZE, InstanceId, VolumeId};
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -73,10 +74,19 @@ pub struct Report {
 }
 
 impl Store {
-    /// What can be verified of a volume: its sealed layers that have checksums. The newest layer has none.
-    pub fn verify_plan(&self, volume: VolumeId) -> Result<VerifyPlan, super::ControlError> {
-        let volume = self.tree.volumes.get(&volume).ok_or(super::ControlError::UnknownVolume(volume))?;
-        let sealed = self.tree.path(volume.top).filter(|(_, layer)| !matches!(layer.role, Role::Top(_)));
+    /// What can be verified of a volume: its sealed layers that have checksums, also those of its snapshots that are beside
+    /// it. The newest layer has none.
+    pub fn verify_plan(&self, id: VolumeId) -> Result<VerifyPlan, super::ControlError> {
+        let volume = self.tree.volumes.get(&id).ok_or(super::ControlError::UnknownVolume(id))?;
+        let snapshots = self.tree.snapshots.values().filter(|snapshot| snapshot.volume == id);
+        let mut sealed: BTreeMap<LayerId, &Layer> = BTreeMap::new();
+        for newest in snapshots.map(|snapshot| snapshot.layer).chain([volume.top]) {
+            // What is below a layer that is known is known, too.
+            let unknown: Vec<_> = self.tree.path(newest).take_while(|(id, _)| !sealed.contains_key(id)).collect();
+            sealed.extend(unknown);
+        }
+        sealed.retain(|_, layer| !matches!(layer.role, Role::Top(_)));
+        let sealed = sealed.into_iter();
         let (checked, unchecked): (Vec<_>, Vec<_>) = sealed.partition(|(_, layer)| layer.checksummed);
         Ok(VerifyPlan {
             instance: self.superblock.instance,
@@ -90,6 +100,34 @@ impl VerifyPlan {
     /// Blocks that will be read.
     pub fn blocks(&self) -> u64 {
         self.layers.iter().map(|(_, map, _)| map.data_blocks()).sum()
+    }
+}
+
+/// Checksums of sealed blocks as they are at rest, for whoever reads these blocks in order.
+#[derive(Debug)]
+pub struct AtRest {
+    instance: InstanceId,
+    last: Option<(u32, ChecksumBlock)>,
+}
+
+impl AtRest {
+    /// Of this tree.
+    pub fn new(instance: InstanceId) -> Self {
+        Self { instance, last: None }
+    }
+
+    /// Of one block, which a layer with checksums has. Blocks.
+    pub fn of(&mut self, files: &dyn Files, physical: PhysicalBlock) -> io::Result<u32> {
+        let place = Place::of(physical);
+        match &self.last {
+            Some((number, block)) if *number == place.block => Ok(block.get(place.index)),
+            _ => {
+                let block = read_block(files, self.instance, place.block)?;
+                let crc = block.get(place.index);
+                self.last = Some((place.block, block));
+                Ok(crc)
+            }
+        }
     }
 }
 

@@ -38,6 +38,12 @@ pub struct State {
     pub extents_asked: Option<GetExtentsRequest>,
     /// What is not all zeros, by extents of 4 MiB.
     pub digests: BTreeMap<u64, Vec<u8>>,
+    /// What was to be brought over from other nodes, each once.
+    pub filled: Vec<FillSnapshotRequest>,
+    /// What is said instead of doing it: nothing, as long as it is under way, or what has failed.
+    pub filling: Option<String>,
+    /// That is so for one snapshot alone.
+    pub fails: Option<String>,
     /// Copies of a mirrored volume that follow a seal here, by volume.
     pub members: BTreeMap<String, Vec<String>>,
     /// The name of this node's only tree.
@@ -286,6 +292,24 @@ impl Replica for Fake {
     async fn adopt_snapshots(&self, request: Request<EnsureSnapshotsRequest>) -> Answer<AdoptSnapshotsResponse> {
         self.call("AdoptSnapshots", |state| {
             state.ensure_snapshots(request.into_inner().items).map(|_| AdoptSnapshotsResponse {})
+        })
+        .await
+    }
+
+    async fn fill_snapshot(&self, request: Request<FillSnapshotRequest>) -> Answer<FillSnapshotResponse> {
+        self.call("FillSnapshot", |state| {
+            let wanted = request.into_inner();
+            if !state.filled.contains(&wanted) {
+                state.filled.push(wanted.clone());
+            }
+            let is_meant = state.fails.as_ref().is_none_or(|id| *id == wanted.snapshot_id);
+            if let Some(problem) = state.filling.clone().filter(|_| is_meant) {
+                return Ok(FillSnapshotResponse { problem, ..Default::default() });
+            }
+            let FillSnapshotRequest { snapshot_id, copy_id, .. } = wanted;
+            let there = Snapshot { snapshot_id: snapshot_id.clone(), copy_id: copy_id.clone(), ..Default::default() };
+            state.snapshots.insert(snapshot_id, there);
+            Ok(FillSnapshotResponse { copy_id, ..Default::default() })
         })
         .await
     }

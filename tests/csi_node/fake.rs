@@ -255,6 +255,7 @@ not_asked! {
     ensure_snapshots: EnsureSnapshotsRequest => EnsureSnapshotsResponse,
     promise_snapshots: EnsureSnapshotsRequest => PromiseSnapshotsResponse,
     adopt_snapshots: EnsureSnapshotsRequest => AdoptSnapshotsResponse,
+    fill_snapshot: FillSnapshotRequest => FillSnapshotResponse,
     delete_snapshot: DeleteSnapshotRequest => DeleteSnapshotResponse,
     list_snapshots: ListSnapshotsRequest => ListSnapshotsResponse,
     get_extents: GetExtentsRequest => Self::GetExtentsStream,

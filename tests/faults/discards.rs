@@ -13,9 +13,13 @@ const MIB: usize = 1 << 20;
 const PART_MIB: usize = 16;
 
 /// The part of the volume behind what loads write to, MiB by MiB: the byte that each is full of.
-struct Part([u8; PART_MIB]);
+pub struct Part([u8; PART_MIB]);
 
 impl Part {
+    pub fn new() -> Self {
+        Self([0; PART_MIB])
+    }
+
     fn at(mib: usize) -> u64 {
         LOADED as u64 + (mib * MIB) as u64
     }
@@ -24,7 +28,7 @@ impl Part {
         File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(device).expect("the device opens")
     }
 
-    fn write(&mut self, device: &Path, range: Range<usize>, byte: u8) {
+    pub fn write(&mut self, device: &Path, range: Range<usize>, byte: u8) {
         let (file, mut chunk) = (Self::open(device), Memory::zeros(MIB).expect("memory"));
         chunk.bytes_mut().fill(byte);
         for mib in range {
@@ -34,7 +38,7 @@ impl Part {
         file.sync_data().expect("flushed");
     }
 
-    fn discard(&mut self, device: &Path, range: Range<usize>) {
+    pub fn discard(&mut self, device: &Path, range: Range<usize>) {
         let mut command = Command::new("blkdiscard");
         command.arg("--offset").arg(Self::at(range.start).to_string());
         command.arg("--length").arg((range.len() * MIB).to_string()).arg(device);
@@ -42,7 +46,7 @@ impl Part {
         self.0[range].fill(0);
     }
 
-    fn check(&self, device: &Path) {
+    pub fn check(&self, device: &Path) {
         let (file, mut chunk) = (Self::open(device), Memory::zeros(MIB).expect("memory"));
         for (mib, byte) in self.0.iter().enumerate() {
             file.read_exact_at(chunk.bytes_mut(), Self::at(mib)).expect("read");
@@ -56,7 +60,7 @@ impl Part {
 #[tokio::test(flavor = "multi_thread")]
 async fn discards_of_written_and_of_never_written_blocks_read_as_zeros_on_each_copy() {
     let (site, device, load) = Site::under_load(2).await;
-    let mut part = Part([0; PART_MIB]);
+    let mut part = Part::new();
     part.write(&device, 0..8, 1);
     part.discard(&device, 4..12);
     part.check(&device);

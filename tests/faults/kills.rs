@@ -1,5 +1,5 @@
-//! Processes of a cluster that die at chosen steps of a promotion, a resync, a seal and a growth: each is started again, the
-//! volume goes on, and every acknowledged write is on every copy.
+//! Processes of a cluster that die at chosen steps of a promotion, a resync, a seal, a snapshot that is brought over, and a growth:
+//! each is started again, the volume goes on, and every acknowledged write is on every copy.
 //!
 //! Needs a debug build: the steps are the points of `src/crash.rs`. Those of mirrors that no test here names fail the last one.
 
@@ -258,6 +258,47 @@ async fn a_snapshot_is_cut_off_at_each_step_and_is_there_once() {
     for node in [1, 2] {
         let (well, said) = site.verify(node);
         assert!(well, "{said}");
+    }
+    site.finish_at_each(&[1, 2]).await;
+}
+
+/// Case 6: a snapshot that is brought over to a copy that was away when it was taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_brought_over_whatever_dies_on_the_way() {
+    let (source, target) = (Replica(1), Replica(2));
+    let steps = [
+        itself(target, "mirror.fill.record", 1),
+        Step { point: "mirror.fill.made", pass: 1, passes: target, dies: source },
+        itself(target, "mirror.fill.seal", 1),
+        itself(target, "mirror.fill.sealed", 1),
+        itself(Controller, "csi.updated", 1),
+    ];
+    let (site, device, load) = Site::under_load_with_kills().await;
+    load.await_writes(50, PATIENCE);
+    load.stop_well();
+    for (number, step) in steps.into_iter().enumerate() {
+        site.cluster.run(&["kill", "replica", "2"]);
+        site.until_dropped(2).await;
+        let load = Load::start(&device, &site.oracle);
+        load.await_writes(50, PATIENCE);
+        let snapshot = site.snapshot(&format!("snapshot-{number}")).await;
+        load.await_writes(50, PATIENCE);
+        // A resync beside it would only take its time.
+        load.stop_well();
+        let began = Instant::now();
+        let brought_over = async {
+            site.cluster.run(&["start", "replica", "2"]);
+            site.until_whole().await;
+            site.until_snapshot_is_on(&snapshot, &[1, 2]).await;
+        };
+        let ((), fired) = step.cut_off(&site, brought_over).await;
+        assert!(fired, "{step:?} is not passed");
+        println!("{step:?}: there after {:?}", began.elapsed());
+        site.until_whole().await;
+        assert_eq!(site.digests(1, &snapshot).await, site.digests(2, &snapshot).await, "{step:?}");
+        site.delete_snapshot(&snapshot).await;
+        assert_eq!(site.snapshots().await, Vec::<String>::new(), "{step:?}");
+        site.until_nothing_is_filled(2).await;
     }
     site.finish_at_each(&[1, 2]).await;
 }

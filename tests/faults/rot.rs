@@ -10,7 +10,7 @@ use tandem::memory::Memory;
 
 const BLOCK: usize = 4096;
 /// Blocks behind what loads write to, which the snapshot seals,
-const BLOCKS: usize = 64;
+pub const BLOCKS: usize = 64;
 /// and the one of them that is flipped.
 const FLIPPED: usize = 17;
 
@@ -30,7 +30,7 @@ fn content(block: usize) -> Memory {
     memory
 }
 
-fn write(device: &Path, blocks: std::ops::Range<usize>) {
+pub fn write(device: &Path, blocks: std::ops::Range<usize>) {
     let file = open(device);
     for block in blocks {
         file.write_all_at(content(block).bytes(), at(block)).expect("written");
@@ -45,7 +45,7 @@ fn read(device: &Path, block: usize) -> io::Result<Memory> {
 }
 
 /// Flips a bit of the block where the copy at the node has it.
-fn flip(site: &Site, number: usize) {
+pub fn flip(site: &Site, number: usize) {
     let trees = site.cluster.dir().join(format!("node-{number}/pool/trees"));
     let trees = std::fs::read_dir(trees).expect("trees").flatten().map(|entry| entry.path());
     let data: PathBuf = trees.map(|tree| tree.join("data")).find(|data| data.exists()).expect("a copy");

@@ -58,6 +58,11 @@ impl Site {
         Self::with_access("any", 3, 2, filesystem(), Vec::new()).await
     }
 
+    /// Two copies, on nodes 1 and 2 of three.
+    pub async fn with_a_spare_node() -> Self {
+        Self::with(3, 2, block(), Vec::new()).await
+    }
+
     /// Two copies, and a filesystem.
     pub async fn with_filesystem() -> Self {
         Self::with(2, 2, filesystem(), Vec::new()).await
@@ -210,7 +215,7 @@ impl Site {
         self.cluster.node(number).node_stage_volume(request).await.map(drop)
     }
 
-    fn control(&self, number: usize) -> Client {
+    pub fn control(&self, number: usize) -> Client {
         Control::new(&self.cluster.dir().join(format!("node-{number}/replica.sock"))).client()
     }
 

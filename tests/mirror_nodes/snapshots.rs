@@ -3,8 +3,11 @@
 use crate::site::{SIZE, Site, Up, Wanted, eventually, has, write};
 use std::collections::{BTreeMap, BTreeSet};
 use tandem::catalog::Base;
-use tandem::replica::manager::{NewSnapshot, NewVolume, Source};
-use tandem::volume::{InstanceId, SnapshotId, VolumeId, VolumeSize};
+use tandem::protocol::Request;
+use tandem::replica::manager::{Begun, Fill, FillFailure, NewFill, NewSnapshot, NewVolume, Source};
+use tandem::replica::peer::Blocks;
+use tandem::store::Store;
+use tandem::volume::{BlockRange, InstanceId, SnapshotId, VolumeId, VolumeSize};
 
 fn wanted(volume: VolumeId) -> NewSnapshot {
     NewSnapshot { snapshot: SnapshotId::random(), volume, descriptor: "of the test".into() }
@@ -220,4 +223,143 @@ async fn a_group_of_mirrored_volumes_is_one_point_in_time() {
     }
     first.kill().await;
     second.kill().await;
+}
+
+/// A volume in use on n1, and a snapshot that n2 is to get: its copy there is a member, and has something else under the id.
+struct Lacking {
+    site: Site,
+    first: Up,
+    second: Up,
+    volume: VolumeId,
+    new: NewFill,
+}
+
+impl Lacking {
+    async fn new() -> Self {
+        let mut site = Site::new(&["n1", "n2"]);
+        let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+        site.announce("n1").await;
+        site.announce("n2").await;
+        let Wanted { id: volume, copies } = site.create(&["n1", "n2"]).await;
+        let device = use_on(&site, &first, volume, copies["n1"]).await;
+        first.until_up_to_date(volume, copies["n2"]).await;
+        write(&device, 0..64, 7).await;
+        let (base, snapshot) = (wanted(volume), wanted(volume));
+        take(&first, &second, &base).await;
+        // What the seal leaves on n2 is nobody's as long as it is not adopted.
+        write(&device, 0..8, 9).await;
+        second.manager.promise_snapshots(std::slice::from_ref(&snapshot)).await.expect("there is space");
+        first.manager.ensure_snapshots(std::slice::from_ref(&snapshot)).await.expect("sealed");
+        let new = NewFill {
+            snapshot: snapshot.snapshot,
+            volume,
+            copy: copies["n2"],
+            size: VolumeSize::try_from(SIZE).expect("a size"),
+            created_ms: 5,
+            base: Some(base.snapshot),
+            said_in: BTreeSet::new(),
+        };
+        Self { site, first, second, volume, new }
+    }
+
+    /// Volumes and snapshots in the tree of n2, whoever knows them.
+    async fn known(&self) -> (usize, usize) {
+        let look = |store: &mut Store| (store.volumes().len(), store.snapshots().len());
+        self.second.manager.engine_handle().inspect(self.new.copy, look).await.expect("it is open")
+    }
+
+    async fn promised(&self) -> u64 {
+        self.second.manager.list_pools().await.iter().map(|pool| pool.promised).sum()
+    }
+
+    /// The internal volume is made, and some of it is filled.
+    async fn half_filled(&self) -> Fill {
+        let fill = match self.second.manager.begin_fill(self.new.clone()).await.expect("begun") {
+            Begun::Fill(fill) => fill,
+            Begun::There(tree) => panic!("it is in {tree}"),
+        };
+        assert_eq!(self.known().await, (1, 1), "what was sealed under its id is not it");
+        self.second.manager.open_fill(&fill, 8 * 4096).await.expect("there is space");
+        self.write(&fill, 0, 4).await.expect("written");
+        assert!(self.known().await == (2, 1) && self.second.manager.volumes().await.len() == 1, "nobody sees it");
+        fill
+    }
+
+    async fn write(&self, fill: &Fill, start: u64, count: u32) -> Result<(), FillFailure> {
+        let mut blocks = Blocks::zeros(count as usize * 4096);
+        blocks.bytes_mut().fill(8);
+        let range = BlockRange::new(start, count).expect("blocks");
+        self.second.manager.fill(fill, Request::Write(range), blocks.freeze()).await
+    }
+
+    async fn restart(mut self) -> Self {
+        self.second.kill().await;
+        self.second = self.site.start("n2", self.site.catalog()).await;
+        self.first.until_up_to_date(self.volume, self.new.copy).await;
+        self
+    }
+
+    async fn end(self) {
+        self.first.manager.detach(self.volume).await.expect("detached");
+        self.first.kill().await;
+        self.second.kill().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_half_filled_leaves_nothing_and_a_deletion_waits_for_its_end() {
+    let lacking = Lacking::new().await;
+    let (manager, base) = (lacking.second.manager.clone(), lacking.new.base.expect("there is one"));
+    let fill = lacking.half_filled().await;
+    manager.give_up_fill(fill).await;
+    assert_eq!((lacking.known().await, lacking.second.snapshots().await), ((1, 1), vec![base]));
+
+    let fill = lacking.half_filled().await;
+    let (deleting, snapshot) = (manager.clone(), lacking.new.snapshot);
+    let deletion = tokio::spawn(async move { deleting.delete_snapshot(snapshot).await });
+    let refused = eventually("the end", async || lacking.write(&fill, 4, 4).await.err()).await;
+    assert!(matches!(refused, FillFailure::Deleted(_)) && !deletion.is_finished(), "{refused}");
+    assert!(manager.hold_filled(&fill).await.is_err(), "it is never sealed");
+    manager.give_up_fill(fill).await;
+    deletion.await.expect("it ends").expect("deleted");
+    assert_eq!((lacking.known().await, lacking.second.snapshots().await), ((1, 1), vec![base]));
+    drop(manager);
+    let before = lacking.promised().await;
+    drop(lacking.half_filled().await);
+    let lacking = lacking.restart().await;
+    assert_eq!((lacking.known().await, lacking.second.snapshots().await), ((1, 1), vec![base]));
+    eventually("the space", async || (lacking.promised().await <= before).then_some(())).await;
+    lacking.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_filled_is_the_snapshot_and_stays_it_after_a_kill() {
+    let lacking = Lacking::new().await;
+    let (manager, new) = (lacking.second.manager.clone(), lacking.new.clone());
+    let fill = lacking.half_filled().await;
+    lacking.write(&fill, 4, 4).await.expect("written");
+    let held = manager.hold_filled(&fill).await.expect("nobody deletes it");
+    manager.seal_filled(&fill, held, "of the test".into()).await.expect("sealed");
+    drop(fill);
+    assert_eq!(lacking.known().await, (1, 2));
+    let again = manager.begin_fill(new.clone()).await.expect("looked at");
+    assert!(matches!(again, Begun::There(tree) if tree == new.copy));
+    let found = manager.list_snapshots().await;
+    let found = found.iter().find(|view| view.info.snapshot == new.snapshot).expect("listed");
+    let is = (found.info.volume, found.info.created_ms, found.descriptor.as_str());
+    assert_eq!(is, (lacking.volume, 5, "of the test"));
+    drop(manager);
+
+    let mut lacking = lacking.restart().await;
+    let again = lacking.second.manager.begin_fill(new.clone()).await.expect("looked at");
+    assert!(matches!(again, Begun::There(_)), "also for who has forgotten it");
+    drop(again);
+    let restored = single(Source::Snapshot(new.snapshot));
+    lacking.site.note(restored.volume);
+    lacking.second.manager.ensure_volume(restored.clone()).await.expect("restored");
+    let clone = lacking.second.attach(restored.volume).await;
+    assert!(has(&clone, 0..8, 8).await && has(&clone, 8..64, 7).await && has(&clone, 64..96, 0).await);
+    lacking.second.manager.detach(restored.volume).await.expect("detached");
+    lacking.second.manager.delete_volume(restored.volume).await.expect("deleted");
+    lacking.end().await;
 }

@@ -112,7 +112,7 @@ impl Controller {
     /// The snapshot is not, afterwards. Clones of it live on.
     pub async fn delete_snapshot(&self, id: &str) -> Result<(), DeleteSnapshotError> {
         let Ok(id) = id.parse::<SnapshotId>() else { return Ok(()) };
-        let _snapshot = self.start(Subject::Snapshot(id))?;
+        let _snapshot = self.start_soon(Subject::Snapshot(id)).await?;
         match self.get::<Snapshot>(id).await? {
             Some(stored) => match stored.object.group {
                 Some(group) => Err(DeleteSnapshotError::Grouped { id, group }),

@@ -12,6 +12,7 @@
 //! * The replica is the one that counts bytes: two creations at once cannot promise the same ones.
 //! * A final error leaves nothing behind; where that cannot be made sure the answer is UNAVAILABLE and the call is repeated.
 
+mod bring;
 mod change;
 mod compare;
 mod create;

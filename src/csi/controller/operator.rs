@@ -424,4 +424,13 @@ impl operator_server::Operator for OperatorService {
         })
         .await
     }
+
+    async fn locate_snapshots(
+        &self,
+        _: Request<rpc::LocateSnapshotsRequest>,
+    ) -> Result<Response<rpc::LocateSnapshotsResponse>, Status> {
+        let located = self.0.locate_snapshots().await.map_err(OperatorError::from);
+        let locations = located.map_err(|error| failed("LocateSnapshots", &error))?;
+        Ok(Response::new(rpc::LocateSnapshotsResponse { locations }))
+    }
 }

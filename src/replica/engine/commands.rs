@@ -10,13 +10,14 @@ use super::operations::Purpose;
 use super::tree::{Phase as TreePhase, Tree, TreeKey};
 use super::turn::Engine;
 use super::volume::{Ticket, VolumeKey};
-use super::{ControlError, EngineError};
+use super::{AsideError, ControlError, EngineError};
 use crate::protocol::{DiskError, Input, OperationId, Request, Role, SealName, Tag};
 use crate::replica::device::FuseLoop;
 use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::device::slots::RESERVED_SLOTS;
 use crate::store::{Control, ControlError as Refusal, MAX_SNAPSHOTS, Store};
-use crate::volume::{InstanceId, VolumeId, VolumeSize};
+use crate::volume::{BlockRange, InstanceId, VolumeId, VolumeSize};
+use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -54,6 +55,14 @@ pub(super) enum Command {
     /// All of them before anything else happens: several seals are one point in time. A write that was read before is in
     /// all of them; no other one is, also where a seal waits in the core of a mirrored volume.
     Control(Vec<ControlItem>),
+    /// A request on a volume that nobody serves; nothing is read. `data` is what a write writes, and begins at a page.
+    Aside {
+        tree: InstanceId,
+        volume: VolumeId,
+        request: Request,
+        data: Bytes,
+        reply: Reply<Result<(), AsideError>>,
+    },
     Inspect {
         tree: InstanceId,
         look: Box<dyn FnOnce(&mut Store) + Send>,
@@ -125,6 +134,7 @@ impl Engine {
             Command::Control(items) => {
                 items.into_iter().for_each(|(tree, control, reply)| self.control(tree, control, reply))
             }
+            Command::Aside { tree, volume, request, data, reply } => self.aside(tree, volume, request, data, reply),
             Command::Inspect { tree, look } => {
                 if let Some(key) = self.tree_of(tree) {
                     if let Some(tree) = self.tree_mut(key) {
@@ -309,6 +319,34 @@ impl Engine {
         tree.under_way += 1;
         let operation = operations.add(key, Purpose::Control { reply, resized });
         tree.store.control(operation, control, actions);
+        self.collect_actions(key);
+        self.pump();
+    }
+
+    /// A volume that somebody serves has a core, and everything goes through that.
+    fn aside(
+        &mut self,
+        id: InstanceId,
+        volume: VolumeId,
+        request: Request,
+        data: Bytes,
+        reply: Reply<Result<(), AsideError>>,
+    ) {
+        let writes = matches!(request, Request::Write(_)).then(|| request.range().map_or(0, BlockRange::bytes));
+        assert!(writes.unwrap_or(0) == data.len() as u64, "{request:?} with {} bytes", data.len());
+        if self.volume_of(volume).is_some() {
+            return drop(reply.send(Err(EngineError::VolumeAttached(volume).into())));
+        }
+        let Some(key) = self.tree_of(id) else {
+            return drop(reply.send(Err(EngineError::UnknownTree(id).into())));
+        };
+        let Self { trees, operations, actions, .. } = self;
+        let Some(tree) = trees[key.0 as usize].as_mut().filter(|t| t.is_open()) else {
+            return drop(reply.send(Err(EngineError::TreeIsClosing(id).into())));
+        };
+        tree.under_way += 1;
+        let operation = operations.add(key, Purpose::Aside { data, reply });
+        tree.store.start(operation, volume, request, actions);
         self.collect_actions(key);
         self.pump();
     }

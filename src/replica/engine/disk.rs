@@ -106,6 +106,10 @@ impl Engine {
             Some(Purpose::Core { memory, .. } | Purpose::Part { memory, .. }) if !memory.is_null() => unsafe {
                 memory.add(offset as usize)
             },
+            // Only read from.
+            Some(Purpose::Aside { data, .. }) if data.len() >= offset as usize + length as usize => {
+                data[offset as usize..].as_ptr().cast_mut()
+            }
             _ => panic!("{operation:?} has no buffer"),
         }
     }
@@ -185,6 +189,7 @@ impl Engine {
                     self.stay_open(key, error);
                 }
             }
+            Purpose::Aside { reply, .. } => drop(reply.send(result.map_err(Into::into))),
             Purpose::Control { reply, .. } => {
                 drop(reply.send(result.map(|()| Copies::new()).map_err(|e| Refusal::Disk(e).into())));
             }
@@ -260,6 +265,7 @@ impl Engine {
             Purpose::LastFlushOfDevice(_)
             | Purpose::LastFlushOfTree
             | Purpose::FirstRecord(_)
+            | Purpose::Aside { .. }
             | Purpose::Part { .. } => {}
         }
     }

@@ -10,15 +10,17 @@ use super::jobs::Bell;
 use super::mirror::{MirrorConfig, MirrorInput, MirrorStatus};
 use super::statistics::Statistics;
 use super::{
-    AttachError, ControlError, DetachError, EngineError, EngineStatus, Recovered, VolumeHealth, pending_key,
-    volume_key, volume_meta,
+    AsideError, AttachError, ControlError, DetachError, EngineError, EngineStatus, Recovered, VolumeHealth,
+    pending_key, volume_key, volume_meta,
 };
 use crate::crash::crash_point;
+use crate::protocol::Request;
 use crate::replica::device::loop_device::{self, LoopDevice, LoopError, Served};
 use crate::replica::device::{Control as DeviceControl, FuseLoop};
 use crate::replica::holder::{Holder, HolderError};
 use crate::store::{Control, Store};
 use crate::volume::{InstanceId, SnapshotId, VolumeId};
+use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -130,6 +132,21 @@ impl EngineHandle {
             results.push(answer.await.unwrap_or(Err(EngineError::Stopped.into())));
         }
         results.into_iter().collect()
+    }
+
+    /// Writes into a volume that nobody serves, or flushes it: returns when that is done. `data`, which begins at a page, is as
+    /// long as a write.
+    ///
+    /// # Errors
+    /// The disk failed or is full, the tree is not open, or somebody serves the volume.
+    pub async fn aside(
+        &self,
+        tree: InstanceId,
+        volume: VolumeId,
+        request: Request,
+        data: Bytes,
+    ) -> Result<(), AsideError> {
+        self.ask(|reply| Command::Aside { tree, volume, request, data, reply }).await?
     }
 
     /// Makes the block device of a volume, or finds the one that is there.

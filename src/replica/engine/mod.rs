@@ -205,6 +205,17 @@ pub enum ControlError {
     Engine(#[from] EngineError),
 }
 
+/// Why something was not written aside of devices.
+#[derive(Debug, thiserror::Error)]
+pub enum AsideError {
+    /// The disk failed, or is full.
+    #[error(transparent)]
+    Disk(#[from] crate::protocol::DiskError),
+    /// It did not get there.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
 /// Why a volume has no device.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {

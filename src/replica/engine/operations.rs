@@ -2,10 +2,10 @@
 //!
 //! Invariants: an id is never used twice; a slot of the slab is used again, so that nothing is allocated per operation.
 
-use super::ControlError;
 use super::commands::Copies;
 use super::tree::TreeKey;
 use super::volume::VolumeKey;
+use super::{AsideError, ControlError};
 use crate::protocol::OperationId;
 use crate::replica::peer::Blocks;
 use crate::store::Control;
@@ -24,6 +24,8 @@ pub(super) enum Purpose {
     Part { volume: VolumeKey, operation: OperationId, memory: *mut u8, corrupt: bool },
     /// A copy of a mirrored volume may begin.
     FirstRecord(VolumeKey),
+    /// Somebody writes into a volume that nobody serves: `data` is kept for as long as the disk reads it.
+    Aside { data: Bytes, reply: oneshot::Sender<Result<(), AsideError>> },
     /// An operator gets an answer; a resize becomes visible before.
     Control { reply: oneshot::Sender<Result<Copies, ControlError>>, resized: Option<(VolumeId, VolumeSize)> },
     /// A device that is removed has its last flush.

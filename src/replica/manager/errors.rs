@@ -1,7 +1,7 @@
 //! What can go wrong, one enum per kind of operation, each with its gRPC code in one exhaustive match.
 
 use super::unopened::Unopened;
-use crate::replica::engine::{AttachError, ControlError, DetachError, EngineError};
+use crate::replica::engine::{AsideError, AttachError, ControlError, DetachError, EngineError};
 use crate::replica::operations::Busy;
 use crate::replica::pool::promises::NotEnough;
 use crate::replica::pool::{PoolError, PoolName};
@@ -121,6 +121,8 @@ pub enum SnapshotFailure {
     TakenBefore(SnapshotId),
     #[error("snapshots {base} and {target} are not an older and a newer one of the same volume")]
     NotOfOneVolume { base: SnapshotId, target: SnapshotId },
+    #[error("snapshots {base} and {target} are in different branches on this node: more than differs would be named")]
+    InBranches { base: SnapshotId, target: SnapshotId },
     #[error("pool {pool} cannot hold a full overwrite after this snapshot: {error}; delete snapshots or volumes")]
     PoolFull { pool: PoolName, error: NotEnough },
     #[error("volume {0} is still being copied")]
@@ -146,6 +148,7 @@ impl From<SnapshotFailure> for Status {
             F::NoVolume(_) | F::NoSnapshot(_) => Code::NotFound,
             F::Different(_) => Code::AlreadyExists,
             F::NotOfOneVolume { .. } => Code::InvalidArgument,
+            F::InBranches { .. } => Code::FailedPrecondition,
             F::PoolFull { .. } => Code::ResourceExhausted,
             F::NotReady(_) | F::Busy(_) | F::TakenBefore(_) | F::Engine(EngineError::NotPrimary(_)) => Code::Aborted,
             F::Control(error) => control_code(error),
@@ -153,6 +156,46 @@ impl From<SnapshotFailure> for Status {
             F::Engine(_) | F::Record(_) | F::Unopened(_) => Code::Unavailable,
         };
         Status::new(code, failure.to_string())
+    }
+}
+
+/// A snapshot could not be brought over from another node. What is said of it goes to the controller as a sentence.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's sentence is its documentation")]
+pub enum FillFailure {
+    #[error("there is no copy {copy} of volume {volume} on this node")]
+    NoCopy { volume: VolumeId, copy: InstanceId },
+    #[error("snapshot {0} may be in a pool or copy of this node that cannot be opened; see `tandem pool list`")]
+    MayBeHere(SnapshotId),
+    #[error("snapshot {0} is deleted")]
+    Deleted(SnapshotId),
+    #[error("{0}")]
+    Volume(#[from] VolumeFailure),
+    #[error("{0}")]
+    Snapshot(#[from] SnapshotFailure),
+    #[error("{0}")]
+    Control(#[from] ControlError),
+    #[error("{0}")]
+    Engine(#[from] EngineError),
+    #[error("{0}")]
+    Write(#[from] AsideError),
+    #[error("{0}")]
+    Busy(#[from] Busy),
+}
+
+/// What keeps a snapshot from being deleted for now.
+impl From<FillFailure> for SnapshotFailure {
+    fn from(failure: FillFailure) -> Self {
+        use FillFailure as F;
+        match failure {
+            F::Snapshot(failure) => failure,
+            F::Control(error) | F::Volume(VolumeFailure::Control { error, .. }) => Self::Control(error),
+            F::Engine(error) | F::Write(AsideError::Engine(error)) => Self::Engine(error),
+            F::Busy(error) => Self::Busy(error),
+            F::Write(AsideError::Disk(error)) => Self::Control(ControlError::Store(Refusal::Disk(error))),
+            F::NoCopy { volume, .. } => Self::NoVolume(volume),
+            F::Volume(_) | F::MayBeHere(_) | F::Deleted(_) => Self::Busy(Busy),
+        }
     }
 }
 

@@ -26,6 +26,7 @@ mod client;
 mod clones;
 mod copy;
 mod errors;
+mod fill;
 mod follow;
 mod measure;
 mod mirror;
@@ -39,7 +40,8 @@ mod status;
 mod unopened;
 mod volumes;
 
-pub use errors::{AttachFailure, PoolFailure, SnapshotFailure, VolumeFailure};
+pub use errors::{AttachFailure, FillFailure, PoolFailure, SnapshotFailure, VolumeFailure};
+pub use fill::{Begun, Fill, NewFill, Reading};
 pub use mirror::CopyHere;
 pub use open::{OpenFailure, OpenSettings};
 pub use pools::{AddPool, PoolView};
@@ -140,6 +142,8 @@ pub(super) struct Index {
     /// Devices that a killed engine left, with their copy or publication; not those that were taken up since.
     pub held_devices: BTreeMap<VolumeId, InstanceId>,
     pub snapshots: BTreeMap<SnapshotId, SnapshotPlace>,
+    /// Those that are being brought over from other nodes, and what is left of attempts to.
+    pub fills: BTreeMap<SnapshotId, fill::FillPlace>,
     pub broken_trees: BTreeMap<InstanceId, BrokenTree>,
     /// A task tries again what could not be opened.
     pub retrying: bool,

@@ -6,6 +6,7 @@
 //! * What the holder kept of a copy is kept here until that copy is open.
 
 use super::copy::copying;
+use super::fill::{fill_record, is_filling};
 use super::mirror::{MirrorPlace, copy_record};
 use super::pools::PoolList;
 use super::volumes::{Opened, TreeFailure, base_of, base_record, open_tree};
@@ -203,6 +204,7 @@ impl Manager {
                         self.held().remove(&tree);
                         self.index().broken_trees.remove(&tree);
                         self.read_names(state, tree, &volumes, &snapshots).await;
+                        self.erase_half_filled(state, tree, &volumes).await;
                         state.promises.settle(tree, self.promised_bytes(tree).await);
                         return;
                     }
@@ -227,7 +229,7 @@ impl Manager {
     ) {
         let path = state.pool.tree(tree);
         let pool = &state.pool.name;
-        for info in volumes {
+        for info in volumes.iter().filter(|info| !is_filling(&path, info.volume)) {
             if !self.may_claim(state, tree, info).await {
                 continue;
             }

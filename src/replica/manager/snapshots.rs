@@ -212,7 +212,7 @@ impl Manager {
         }
     }
 
-    async fn forget(&self, snapshot: SnapshotId) -> Result<(), Failure> {
+    pub(super) async fn forget(&self, snapshot: SnapshotId) -> Result<(), Failure> {
         let Some(place) = self.snapshot_place(snapshot) else { return Ok(()) };
         crash_point("forget");
         self.engine().control(place.tree, Control::DeleteSnapshot(snapshot)).await?;
@@ -223,8 +223,8 @@ impl Manager {
 
     /// The snapshot is gone; its layer is merged or freed in the background.
     pub async fn delete_snapshot(&self, snapshot: SnapshotId) -> Result<(), Failure> {
-        // Behind whoever takes it now: what is not there must not be there a moment later.
-        let _snapshot = self.inner.operations.begin(vec![snapshot.to_bytes()]).await?;
+        // Behind whoever takes it or fills it now: what is not there must not be there a moment later.
+        let _snapshot = self.end_fill(snapshot).await?;
         let _set_aside = self.release(snapshot);
         if self.snapshot_place(snapshot).is_none() {
             self.find_unnoted(snapshot).await;
@@ -279,22 +279,47 @@ impl Manager {
         }
     }
 
-    /// What is allocated in `target`, or may differ between `base` and `target`.
-    pub async fn extents(&self, target: SnapshotId, base: Option<SnapshotId>) -> Result<ExtentStream, Failure> {
+    /// What is allocated in `target`, or differs between `base`, an older one, and `target`; `loose`: may differ between any two.
+    pub async fn extents(
+        &self,
+        target: SnapshotId,
+        base: Option<SnapshotId>,
+        loose: bool,
+    ) -> Result<ExtentStream, Failure> {
         let place = self.snapshot_place(target).ok_or(Failure::NoSnapshot(target))?;
-        if let Some(base) = base {
-            let base_place = self.snapshot_place(base).ok_or(Failure::NoSnapshot(base))?;
-            if base_place.tree != place.tree {
-                return Err(Failure::NotOfOneVolume { base, target });
-            }
-        }
         let info = self.snapshot_info(place.tree, target).await.ok_or(Failure::NoSnapshot(target))?;
-        let plan = self.engine().inspect(place.tree, move |store| store.extents(target, base)).await?;
-        let plan = plan.map_err(|error| match error {
+        let plan = self.difference(target, base).await?;
+        match base.filter(|_| !loose) {
+            Some(base) if plan.is_backwards() => Err(Failure::NotOfOneVolume { base, target }),
+            Some(base) if !plan.in_one_line() => Err(Failure::InBranches { base, target }),
+            Some(_) | None => Ok(ExtentStream { size_bytes: info.size.bytes(), plan }),
+        }
+    }
+
+    /// What is allocated in `target`, or may differ from `base`, wherever on this node that is.
+    pub(super) async fn difference(
+        &self,
+        target: SnapshotId,
+        base: Option<SnapshotId>,
+    ) -> Result<ExtentsPlan, Failure> {
+        let failed = |error| match error {
             ExtentsError::Unknown(snapshot) => Failure::NoSnapshot(snapshot),
             ExtentsError::Inconsistent(what) => Failure::Damaged { snapshot: target, what },
-            ExtentsError::NotAncestor { .. } => Failure::NotOfOneVolume { base: base.unwrap_or(target), target },
-        })?;
-        Ok(ExtentStream { size_bytes: info.size.bytes(), plan })
+        };
+        let place = self.snapshot_place(target).ok_or(Failure::NoSnapshot(target))?;
+        let apart = match base {
+            Some(base) => {
+                let of_base = self.snapshot_place(base).ok_or(Failure::NoSnapshot(base))?;
+                (of_base.tree != place.tree).then_some((base, of_base.tree))
+            }
+            None => None,
+        };
+        let Some((base, tree)) = apart else {
+            let plan = self.engine().inspect(place.tree, move |store| store.extents(target, base)).await?;
+            return plan.map_err(failed);
+        };
+        let there = self.engine().inspect(tree, move |store| store.layer_maps(base)).await?.map_err(failed)?;
+        let here = self.engine().inspect(place.tree, move |store| store.layer_maps(target)).await?.map_err(failed)?;
+        Ok(ExtentsPlan::apart(here, there))
     }
 }

@@ -41,7 +41,15 @@ impl World {
             }
             (88..93, _) => self.control(Control::Resize { volume, size: size(blocks + 8) }),
             (93..96, _) => self.control(Control::Modify { volume, verify_reads }),
-            (96..100, _) if !many => {
+            (96..98, _) if self.oracle.snapshots.len() < MOST_SNAPSHOTS && self.oracle.volumes.len() > 1 => {
+                let is_mirrored = self.mirror.as_ref().is_some_and(|mirror| mirror.volume == volume);
+                let others = self.oracle.volumes.keys().copied().find(|other| *other != volume);
+                let is_busy = self.operations.values().any(|operation| operation.volume == volume);
+                let (false, Some(of)) = (is_mirrored || is_busy, others) else { return Ok(()) };
+                let snapshot = SnapshotId::from_bytes(id);
+                self.control(Control::SealAs { filled: volume, snapshot, volume: of, created_ms: 1 })
+            }
+            (98..100, _) if !many => {
                 let volume = VolumeId::from_bytes(id);
                 self.control(Control::CreateVolume { volume, size: size(256), verify_reads })
             }
@@ -75,6 +83,13 @@ impl World {
                 let sealed = self.seal(volume);
                 self.oracle.snapshots.insert(snapshot, sealed);
                 volume
+            }
+            Control::SealAs { filled, snapshot, .. } => {
+                let sealed = self.seal(filled);
+                self.oracle.snapshots.insert(snapshot, sealed);
+                self.oracle.fills.insert(snapshot, filled);
+                self.oracle.volumes.get_mut(&filled).expect("there").existence = Existence::Going;
+                filled
             }
             Control::DeleteVolume(volume) => {
                 self.oracle.volumes.get_mut(&volume).expect("there").existence = Existence::Going;
@@ -138,6 +153,12 @@ impl World {
                 self.coverage.seals += 1;
                 self.oracle.snapshots.get_mut(&snapshot).ok_or("no such snapshot")?.existence = Existence::There;
             }
+            Control::SealAs { filled, snapshot, .. } => {
+                self.coverage.fills += 1;
+                self.oracle.fills.remove(&snapshot);
+                self.oracle.snapshots.get_mut(&snapshot).ok_or("no such snapshot")?.existence = Existence::There;
+                self.oracle.volumes.remove(&filled);
+            }
             Control::DeleteVolume(volume) => {
                 self.coverage.deletions += 1;
                 self.oracle.volumes.remove(&volume);
@@ -163,6 +184,11 @@ impl World {
             }
             Control::Seal { snapshot, .. } => {
                 self.oracle.snapshots.remove(&snapshot);
+            }
+            Control::SealAs { filled, snapshot, .. } => {
+                self.oracle.fills.remove(&snapshot);
+                self.oracle.snapshots.remove(&snapshot);
+                self.oracle.volumes.get_mut(&filled).ok_or("no such volume")?.existence = Existence::There;
             }
             Control::DeleteVolume(volume) => {
                 self.oracle.volumes.get_mut(&volume).ok_or("no such volume")?.existence = Existence::There;

@@ -14,6 +14,7 @@ pub struct Coverage {
     pub owed_checkpoints: u64,
     pub seals: u64,
     pub clones: u64,
+    pub fills: u64,
     pub deletions: u64,
     pub checkpoints: u64,
     pub merged: u64,
@@ -27,7 +28,7 @@ pub struct Coverage {
 }
 
 impl Coverage {
-    fn fields(&mut self) -> [(&'static str, &mut u64); 18] {
+    fn fields(&mut self) -> [(&'static str, &mut u64); 19] {
         [
             ("steps", &mut self.steps),
             ("kills", &mut self.kills),
@@ -40,6 +41,7 @@ impl Coverage {
             ("checkpoints owed", &mut self.owed_checkpoints),
             ("seals", &mut self.seals),
             ("clones", &mut self.clones),
+            ("fills", &mut self.fills),
             ("deletions", &mut self.deletions),
             ("checkpoints", &mut self.checkpoints),
             ("merged", &mut self.merged),

@@ -119,6 +119,13 @@ impl World {
         let volumes: BTreeMap<_, _> = self.store().volumes().into_iter().map(|info| (info.volume, info)).collect();
         let snapshots: Vec<_> = self.store().snapshots().into_iter().map(|info| info.snapshot).collect();
         let oracle = &mut self.oracle;
+        for (snapshot, filled) in std::mem::take(&mut oracle.fills) {
+            if volumes.contains_key(&filled) == snapshots.contains(&snapshot) {
+                return Err(format!(
+                    "of volume {filled} and snapshot {snapshot} that it becomes both are there, or none"
+                ));
+            }
+        }
         oracle.volumes.retain(|id, volume| volume.existence == Existence::There || volumes.contains_key(id));
         oracle.snapshots.retain(|id, snapshot| snapshot.existence == Existence::There || snapshots.contains(id));
         if !oracle.volumes.keys().eq(volumes.keys()) {
@@ -182,7 +189,8 @@ impl World {
     ) -> Outcome {
         let Ok(plan) = self.store().extents(target, base) else { return Ok(()) };
         let runs: Vec<_> = plan.collect();
-        for block in before.keys().chain(after.keys()) {
+        let end = self.store().reader(target).map_or(0, |plan| plan.blocks());
+        for block in before.keys().chain(after.keys()).filter(|block| **block < end) {
             let covered = runs.iter().any(|run| (run.start..run.start + run.count).contains(block));
             if before.get(block) != after.get(block) && !covered {
                 return Err(format!("block {block} differs between {base:?} and {target} and is not in {runs:?}"));

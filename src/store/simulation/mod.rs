@@ -140,6 +140,16 @@ fn a_base_that_goes_before_its_record_is_found() {
 }
 
 #[test]
+fn a_filled_snapshot_that_is_answered_too_early_is_found() {
+    caught(Planted::FillAnsweredEarly, 500);
+}
+
+#[test]
+fn a_difference_of_one_branch_alone_is_found() {
+    caught(Planted::DifferenceOfOneBranch, 500);
+}
+
+#[test]
 fn marks_written_in_place_are_found() {
     caught_in(World::mirrored, Planted::HotInPlace, 500);
 }

@@ -160,4 +160,6 @@ impl Snapshot {
 pub struct Oracle {
     pub volumes: BTreeMap<VolumeId, Volume>,
     pub snapshots: BTreeMap<SnapshotId, Snapshot>,
+    /// Volumes that are becoming a snapshot: one of the two is there.
+    pub fills: BTreeMap<SnapshotId, VolumeId>,
 }
