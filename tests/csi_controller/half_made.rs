@@ -5,6 +5,7 @@ use crate::mirror_snapshots::{ALL, volume};
 use crate::mirrors::{configuration, make_copies, object};
 use crate::nodes::cluster;
 use crate::site::*;
+use std::slice;
 use tandem::catalog::{
     GroupSnapshot, GroupStatus, Snapshot as SnapshotObject, SnapshotStatus, Volume as Object, VolumeConfiguration,
     VolumePhase,
@@ -15,6 +16,9 @@ use tandem::rpc::control;
 use tandem::rpc::csi::group_controller_server::GroupController as _;
 use tandem::rpc::csi::*;
 use tonic::Request;
+
+/// Of what a node says of its copy.
+type Change = fn(&mut control::Volume);
 
 async fn creating(driver: &Driver, id: &str) {
     let mut stored = driver.catalog.get::<Object>(id).await.expect("readable").expect("there");
@@ -35,7 +39,7 @@ async fn creating_snapshot(driver: &Driver, id: &str) {
 async fn a_volume_that_was_used_is_never_taken_away_as_half_made() {
     let site = Site::new();
     let driver = site.driver();
-    let changes: [(&str, bool, fn(&mut control::Volume)); 3] = [
+    let changes: [(&str, bool, Change); 3] = [
         ("written", true, |volume| volume.written = true),
         ("attached", true, |volume| volume.device = "/dev/loop7".into()),
         ("empty", false, |_| {}),
@@ -70,10 +74,10 @@ async fn a_snapshot_that_was_taken_is_there_and_one_that_was_not_goes() {
     creating_snapshot(&driver, &taken.snapshot_id).await;
     assert!(driver.snapshots().await.is_empty());
     driver.controller.sweep().await.expect("swept");
-    assert_eq!(driver.snapshots().await, [taken.clone()]);
+    assert_eq!(driver.snapshots().await, slice::from_ref(&taken));
     creating_snapshot(&driver, &taken.snapshot_id).await;
     assert_eq!(driver.controller.recover().await.expect("recovered").snapshots, 1);
-    assert_eq!(driver.snapshots().await, [taken.clone()]);
+    assert_eq!(driver.snapshots().await, slice::from_ref(&taken));
     creating_snapshot(&driver, &taken.snapshot_id).await;
     site.fake.state().snapshots.clear();
     driver.controller.sweep().await.expect("swept");
