@@ -174,7 +174,7 @@ impl Shared {
     async fn bring(&self, wanted: Wanted, progress: &Progress) -> Result<InstanceId, Trouble> {
         let (object, size, created_ms) = self.look(wanted.snapshot).await?;
         // For recovery, should the source have lost what lies beside it.
-        let named = Descriptor::Snapshot { name: object.name.clone(), group: None }.encode();
+        let named = Descriptor::Snapshot { name: object.name.clone(), group: None, made_for: object.made_for }.encode();
         let here = object.copies.iter().filter(|(_, node)| **node == self.node);
         let new = NewFill {
             snapshot: wanted.snapshot,
@@ -334,7 +334,7 @@ impl Way {
             return Err(senseless("a piece with too much data, or too little"));
         }
         self.left = self.left.checked_sub(length).ok_or_else(|| senseless("more data than was announced"))?;
-        let mut blocks = Blocks::zeros(data.len());
+        let mut blocks = Blocks::new(data.len());
         blocks.bytes_mut().copy_from_slice(&data);
         for (index, (block, sent)) in blocks.bytes_mut().chunks(BLOCK_SIZE as usize).zip(checksums).enumerate() {
             let found = crc32c::crc32c(block);

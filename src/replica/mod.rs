@@ -10,6 +10,7 @@ pub mod device;
 pub mod digest;
 pub mod engine;
 pub mod executor;
+pub mod extents;
 mod fatal;
 pub mod filler;
 pub mod holder;

@@ -3,11 +3,11 @@
 use super::engine::CopyState;
 use super::filler::Filler;
 use super::manager::{
-    AddPool, CopyView, ExtentStream, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, RecordView,
-    SnapshotView, Source, VolumeFailure, VolumeView,
+    AddPool, CopyView, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, RecordView, SnapshotView,
+    Source, VolumeFailure, VolumeView,
 };
 use super::pool::PoolName;
-use super::{digest, verify};
+use super::{digest, extents, verify};
 use crate::catalog::{NodeName, VolumeConfiguration};
 use crate::protocol::{Primary, Role};
 use crate::rpc::control as rpc;
@@ -20,8 +20,6 @@ use tonic::{Request, Response, Status};
 
 /// Messages that a slow reader of a stream may leave unread before the walk waits for it.
 const STREAM_DEPTH: usize = 8;
-/// Extents per message: 16 bytes each, well below the 4 MiB that clients accept.
-const EXTENTS_PER_MESSAGE: usize = 4096;
 
 /// The service.
 #[derive(Clone)]
@@ -455,7 +453,7 @@ impl Replica for ReplicaService {
         let base = if r.base_snapshot_id.is_empty() { None } else { Some(snapshot_id(&r.base_snapshot_id)?) };
         let stream = self.manager.extents(target, base, r.loose).await?;
         let (send, receive) = mpsc::channel(STREAM_DEPTH);
-        tokio::task::spawn_blocking(move || walk(&stream, r.starting_offset, &send));
+        tokio::task::spawn_blocking(move || extents::send(&stream, r.starting_offset, &send));
         Ok(Response::new(ReceiverStream::new(receive)))
     }
 
@@ -481,25 +479,6 @@ impl Replica for ReplicaService {
         tokio::task::spawn_blocking(move || job.run(&send));
         Ok(Response::new(ReceiverStream::new(receive)))
     }
-}
-
-/// Sends the extents that end after `start`. Blocking; stops when nobody reads any more.
-fn walk(stream: &ExtentStream, start: u64, send: &mpsc::Sender<Result<rpc::GetExtentsResponse, Status>>) {
-    let size_bytes = stream.size_bytes;
-    let mut extents = Vec::with_capacity(EXTENTS_PER_MESSAGE);
-    for run in stream.plan.clone().starting_at(start / BLOCK_SIZE) {
-        let offset = (run.start * BLOCK_SIZE).max(start);
-        let end = (run.start + run.count) * BLOCK_SIZE;
-        extents.push(rpc::Extent { offset, length: end - offset });
-        if extents.len() == EXTENTS_PER_MESSAGE {
-            let full = std::mem::take(&mut extents);
-            if send.blocking_send(Ok(rpc::GetExtentsResponse { size_bytes, extents: full })).is_err() {
-                return;
-            }
-        }
-    }
-    // Always a last message, so that the size is known even if nothing is allocated. A reader that left needs none.
-    let _ = send.blocking_send(Ok(rpc::GetExtentsResponse { size_bytes, extents }));
 }
 
 #[cfg(test)]

@@ -214,7 +214,7 @@ impl Replica for Fake {
 
     async fn delete_volume(&self, request: Request<DeleteVolumeRequest>) -> Answer<DeleteVolumeResponse> {
         self.call("DeleteVolume", |state| {
-            let DeleteVolumeRequest { volume_id: id, unwritten } = request.into_inner();
+            let DeleteVolumeRequest { volume_id: id, unwritten, pool: _ } = request.into_inner();
             if state.volumes.get(&id).is_some_and(|volume| !volume.device.is_empty()) {
                 return Err(Status::failed_precondition("it is attached"));
             }

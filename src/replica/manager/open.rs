@@ -335,7 +335,7 @@ impl Manager {
 /// The records that a copy may have.
 fn names_of(store: &Store) -> BTreeSet<String> {
     let volumes = store.volumes().into_iter().map(|info| info.volume);
-    let volumes = volumes.flat_map(|id| [id.to_string(), copy_record(id)]);
+    let volumes = volumes.flat_map(|id| [id.to_string(), copy_record(id), fill_record(id)]);
     let snapshots = store.snapshots().into_iter().map(|info| info.snapshot);
     let snapshots = snapshots.flat_map(|id| [id.to_string(), base_record(id)]);
     volumes.chain(snapshots).collect()
