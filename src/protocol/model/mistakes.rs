@@ -54,9 +54,9 @@ mistakes! {
     a_flush_answered_before_the_peers_breaks_i1: FlushHereOnly breaks Durable
         within Bounds { writes: 1, flushes: 1, ..QUIET };
     a_drop_before_a_flush_breaks_i1: DropUnflushed breaks Durable
-        within Bounds { writes: 1, suspicions: 1, reconfigurations: 1, power_cuts: 1, ..QUIET };
+        within Bounds { writes: 1, suspicions: 1, reconfigurations: 2, power_cuts: 1, ..QUIET };
     a_member_taken_back_during_its_removal_breaks_i1: TakeBackDropped breaks Durable
-        within Bounds { writes: 1, suspicions: 1, reconfigurations: 2, kills: 1, power_cuts: 1, ..QUIET };
+        within Bounds { writes: 1, suspicions: 1, reconfigurations: 3, kills: 1, power_cuts: 1, ..QUIET };
     a_candidate_that_is_not_awaited_breaks_i1: CandidateNotAwaited breaks Durable
         within ADMISSION;
     a_candidate_admitted_empty_breaks_i5: AdmitUnsynced breaks KnownDifferences
