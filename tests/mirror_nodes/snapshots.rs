@@ -286,7 +286,7 @@ impl Lacking {
     }
 
     async fn write(&self, fill: &Fill, start: u64, count: u32) -> Result<(), FillFailure> {
-        let mut blocks = Blocks::zeros(count as usize * 4096);
+        let mut blocks = Blocks::new(count as usize * 4096);
         blocks.bytes_mut().fill(8);
         let range = BlockRange::new(start, count).expect("blocks");
         self.second.manager.fill(fill, Request::Write(range), blocks.freeze()).await
