@@ -86,7 +86,8 @@ impl Checking {
 
     /// A layer was merged into another one: what is loaded of that one's checksums may not be all any more.
     pub fn merged(&mut self, parent: LayerId, child: LayerId) {
-        if self.loaded.contains(&child) && !self.loaded.contains(&parent) {
+        let is_whole = self.loaded.contains(&parent) && !self.incomplete.contains(&parent);
+        if self.loaded.contains(&child) && !is_whole {
             self.incomplete.insert(child);
             self.scan = true;
         }

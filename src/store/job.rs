@@ -137,6 +137,9 @@ pub(super) fn prepare_checkpoint(
     // What is there is written over, not removed: its space is kept for this. What is left behind the end is never read.
     if files.size(Name::CheckpointNew)?.is_none() {
         files.create(Name::CheckpointNew)?;
+    } else {
+        // An exchange whose sync failed may not be durable: then this is what a power cut would call the checkpoint.
+        files.sync_names()?;
     }
     let mut out = Appender { files, name: Name::CheckpointNew, offset: 0 };
     let layers = tree.layers.iter().map(|(id, layer)| (*id, &layer.map));

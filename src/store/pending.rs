@@ -196,10 +196,10 @@ impl Pending {
     /// The commit of a half that a former process left begins here.
     pub(super) fn recommit(&mut self, half: usize, position: Position) {
         let fields = self.fields(half);
-        // No epoch, then the new place: killed in between it counts as not begun, which is true.
-        self.memory.word(fields + 8).store(0, Release);
-        self.memory.word(fields + 16).store(position.sequence, Release);
+        // Killed in between it counts as begun at a place that no log has reached: it is found again, and stays the older half.
+        self.memory.word(fields + 16).store(u64::MAX, Release);
         self.memory.word(fields + 8).store(position.epoch, Release);
+        self.memory.word(fields + 16).store(position.sequence, Release);
     }
 
     /// Bytes of records that a commit can have.

@@ -64,9 +64,12 @@ impl Manager {
             Err(error) => Err(error),
         };
         if cloned.is_err() || !elsewhere {
-            self.index().snapshots.remove(&base);
             let deleted = self.control(new.volume, place.tree, Control::DeleteSnapshot(base)).await;
-            self.remove_record(&place.pool, place.tree, base_record(base)).await;
+            // What is still there stays known as a base: the next start deletes it.
+            if deleted.is_ok() {
+                self.index().snapshots.remove(&base);
+                self.remove_record(&place.pool, place.tree, base_record(base)).await;
+            }
             self.tidy_tree(&place.pool, place.tree).await;
             return cloned.and(deleted);
         }

@@ -254,8 +254,10 @@ impl Manager {
         let Some(other) = self.place(volume).filter(|place| place.tree != tree) else { return true };
         let is_blank = |info: &VolumeInfo| info.allocated_blocks == 0 && info.layers == 1;
         let other_info = self.volume_info(other.tree, volume).await;
-        let is_held = self.index().held_devices.get(&volume) == Some(&other.tree);
-        let claims = !is_held && !is_blank(info) && other_info.is_some_and(|info| is_blank(&info));
+        let held = self.index().held_devices.get(&volume).copied();
+        let is_used = other.device.is_some() || held == Some(other.tree);
+        let has_more = !is_blank(info) && other_info.is_some_and(|info| is_blank(&info));
+        let claims = !is_used && (held == Some(tree) || has_more);
         let this = (tree, state.pool.name.clone());
         let ((used, _), (left, pool)) =
             if claims { (this, (other.tree, other.pool)) } else { ((other.tree, other.pool), this) };

@@ -145,7 +145,11 @@ impl Manager {
         let made = pool.clone();
         let opened = tokio::task::spawn_blocking(move || make_tree(&made, tree, volume, &records))
             .await
-            .map_err(|e| Failure::Io { volume, what: "cannot make its copy", error: io::Error::other(e) })??;
+            .map_err(|e| Failure::Io { volume, what: "cannot make its copy", error: io::Error::other(e) })?;
+        if opened.is_err() {
+            self.empty_trash(pool);
+        }
+        let opened = opened?;
         let named = self.name_first(new, tree, opened).await;
         if named.is_err() {
             self.remove_tree(pool, tree).await;
