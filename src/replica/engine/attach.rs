@@ -23,6 +23,7 @@ impl Engine {
             Some(left) if left.given_up => {
                 Ok(Some(Found { size: None, device: left.device, control: left.fuse.control(), broken: true }))
             }
+            Some(left) if left.without_copy => Err(EngineError::DeviceLeft(id)),
             Some(_) => Err(EngineError::DeviceWaits(id)),
         }
     }

@@ -112,3 +112,34 @@ fn a_directory_keeps_the_space_of_two_checkpoints() {
     assert_eq!(std::fs::read(path.join("checkpoint.new")).expect("readable"), before);
     assert!(kept("checkpoint") >= 1 << 20);
 }
+
+/// The directory could not be synced after an exchange; the next attempt wrote over what a power cut would still call the
+/// checkpoint.
+#[test]
+fn a_checkpoint_is_not_written_over_before_the_exchange_of_its_name_is_durable() {
+    use super::super::job::{name_checkpoint, prepare_checkpoint, write_checkpoint};
+    use super::super::log::Position;
+    for seed in 0..60 {
+        let disk = Arc::new(Disk::new(seed));
+        let mut bench = Bench::over(disk.clone(), None);
+        for number in 1..=60 {
+            let create = Control::CreateVolume { volume: volume(number), size: size(1024), verify_reads: false };
+            assert_eq!(bench.control(create), Ok(()));
+        }
+        let store = bench.store.take().expect("open");
+        let (instance, tree) = (store.superblock.instance, &store.tree);
+        let at = |epoch| Position { epoch, sequence: 0, chain: 0 };
+        write_checkpoint(&*disk, instance, at(5), tree).expect("a checkpoint");
+        prepare_checkpoint(&*disk, instance, at(6), tree).expect("the next one");
+        disk.set_write_errors(1000);
+        assert!(name_checkpoint(&*disk).is_err(), "its name is not durable");
+        disk.set_write_errors(0);
+        disk.set_fuse(Some(2 + (seed % 5) as u32));
+        // The machine stops in the middle of another attempt, or after it.
+        let _ = prepare_checkpoint(&*disk, instance, at(7), tree);
+        disk.power_cut(&[]);
+        let opened = Store::open(disk.clone(), Pending::over(pending()));
+        let store = opened.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        assert_eq!(store.volumes().len(), 60);
+    }
+}
