@@ -7,9 +7,10 @@ use crate::nodes::cluster;
 use crate::site::*;
 use std::slice;
 use tandem::catalog::{
-    GroupSnapshot, GroupStatus, Snapshot as SnapshotObject, SnapshotStatus, Volume as Object, VolumeConfiguration,
-    VolumePhase,
+    GroupSnapshot, GroupStatus, Snapshot as SnapshotObject, SnapshotStatus, UpdateError, Volume as Object,
+    VolumeConfiguration, VolumePhase,
 };
+use tandem::csi::errors::Transient;
 use tandem::csi::group::GroupService;
 use tandem::protocol::Configuration;
 use tandem::rpc::control;
@@ -20,10 +21,28 @@ use tonic::Request;
 /// Of what a node says of its copy.
 type Change = fn(&mut control::Volume);
 
+/// Changes the volume, and again if it lost a race: the nodes that [`make_copies`] plays write into it as well.
+async fn change(driver: &Driver, id: &str, to: impl Fn(&mut Object)) {
+    loop {
+        let mut stored = driver.catalog.get::<Object>(id).await.expect("readable").expect("there");
+        to(&mut stored.object);
+        match driver.catalog.update(stored).await {
+            Ok(_) => return,
+            Err(UpdateError::Conflict { .. }) => {}
+            Err(error) => panic!("not changed: {error}"),
+        }
+    }
+}
+
+/// Sweeps, and again if it lost a race to a node, as the controller does at its next turn.
+async fn swept(driver: &Driver) {
+    while let Err(error) = driver.controller.sweep().await {
+        assert!(matches!(error, Transient::Conflict(_)), "not swept: {error}");
+    }
+}
+
 async fn creating(driver: &Driver, id: &str) {
-    let mut stored = driver.catalog.get::<Object>(id).await.expect("readable").expect("there");
-    stored.object.status.phase = VolumePhase::Creating;
-    driver.catalog.update(stored).await.expect("restored");
+    change(driver, id, |volume| volume.status.phase = VolumePhase::Creating).await;
 }
 
 async fn creating_snapshot(driver: &Driver, id: &str) {
@@ -48,7 +67,7 @@ async fn a_volume_that_was_used_is_never_taken_away_as_half_made() {
         let id = driver.create(wanted(name, GIB)).await.expect("created").volume_id;
         creating(&driver, &id).await;
         change(site.fake.state().volumes.get_mut(&id).expect("there"));
-        driver.controller.sweep().await.expect("swept");
+        swept(&driver).await;
         let left = driver.catalog.get::<Object>(&id).await.expect("readable").map(|stored| stored.object);
         assert_eq!(site.fake.state().volumes.contains_key(&id), used, "{name}");
         assert_eq!(left.as_ref().map(|volume| volume.spec.deleted), used.then_some(false), "{name}");
@@ -73,14 +92,14 @@ async fn a_snapshot_that_was_taken_is_there_and_one_that_was_not_goes() {
     let taken = driver.snapshot("snap", &id).await.expect("taken");
     creating_snapshot(&driver, &taken.snapshot_id).await;
     assert!(driver.snapshots().await.is_empty());
-    driver.controller.sweep().await.expect("swept");
+    swept(&driver).await;
     assert_eq!(driver.snapshots().await, slice::from_ref(&taken));
     creating_snapshot(&driver, &taken.snapshot_id).await;
     assert_eq!(driver.controller.recover().await.expect("recovered").snapshots, 1);
     assert_eq!(driver.snapshots().await, slice::from_ref(&taken));
     creating_snapshot(&driver, &taken.snapshot_id).await;
     site.fake.state().snapshots.clear();
-    driver.controller.sweep().await.expect("swept");
+    swept(&driver).await;
     assert!(driver.catalog.list::<SnapshotObject>().await.expect("readable").is_empty());
 }
 
@@ -105,13 +124,13 @@ async fn a_group_that_was_taken_is_there_and_a_part_of_one_stays() {
         }
     };
     restore().await;
-    driver.controller.sweep().await.expect("swept");
+    swept(&driver).await;
     assert!(matches!(status().await, GroupStatus::Ready { .. }));
     let again = accepted(groups.create_volume_group_snapshot(Request::new(request)).await);
     assert_eq!(again, taken);
     restore().await;
     let lost = site.fake.state().snapshots.pop_first().expect("one of them");
-    driver.controller.sweep().await.expect("swept");
+    swept(&driver).await;
     assert_eq!((status().await, site.fake.state().snapshots.len()), (GroupStatus::Creating, 1), "{lost:?} is lost");
 }
 
@@ -132,21 +151,22 @@ async fn a_mirrored_volume_goes_only_when_every_node_says_that_it_is_empty() {
     for (number, change) in changes.into_iter().enumerate() {
         let before = nodes.fakes[1].state().volumes[&id].clone();
         change(nodes.fakes[1].state().volumes.get_mut(&id).expect("there"));
-        driver.controller.sweep().await.expect("swept");
+        swept(&driver).await;
         let kept = object(&driver, &id).await;
         assert!(!kept.spec.deleted && kept.status.copies.len() == 2, "case {number}");
         nodes.fakes[1].state().volumes.insert(id.clone(), before);
     }
     // An earlier version has begun to delete one that was used: that is taken back.
-    let mut stored = driver.catalog.get::<Object>(&id).await.expect("readable").expect("there");
-    stored.object.spec.deleted = true;
-    stored.object.status.copies.clear();
     nodes.fakes[1].state().volumes.get_mut(&id).expect("there").written = true;
-    driver.catalog.update(stored).await.expect("written");
-    driver.controller.sweep().await.expect("swept");
+    change(&driver, &id, |volume| {
+        volume.spec.deleted = true;
+        volume.status.copies.clear();
+    })
+    .await;
+    swept(&driver).await;
     assert!(!object(&driver, &id).await.spec.deleted);
     nodes.fakes[1].state().volumes.get_mut(&id).expect("there").written = false;
-    driver.controller.sweep().await.expect("swept");
+    swept(&driver).await;
     assert!(driver.catalog.get::<Object>(&id).await.expect("readable").is_none(), "nobody has ever used it");
 
     let silent = volume(&nodes, &driver, "silent").await;
@@ -176,7 +196,7 @@ async fn a_snapshot_of_a_mirrored_volume_is_on_the_nodes_that_were_told() {
             });
             driver.controller.recover().await.expect("recovered");
         } else {
-            driver.controller.sweep().await.expect("swept");
+            swept(&driver).await;
         }
         let after = driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there");
         assert_eq!(after.object, before, "recovers: {recovers}");
@@ -184,7 +204,7 @@ async fn a_snapshot_of_a_mirrored_volume_is_on_the_nodes_that_were_told() {
     // Node 2 has followed the seal and was never told.
     creating_snapshot(&driver, &taken.snapshot_id).await;
     nodes.fakes[1].state().snapshots.values_mut().for_each(|snapshot| snapshot.descriptor.clear());
-    driver.controller.sweep().await.expect("swept");
+    swept(&driver).await;
     let after =
         driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there").object;
     assert_eq!((after.copies.len(), after.strays.len()), (1, 1), "{after:?}");
