@@ -224,6 +224,12 @@ impl Client {
         self.session.map(|(host, _)| host)
     }
 
+    /// Whether this would still be a request of the present session.
+    pub fn still_asks(&self, to: InstanceId, message: &Message) -> bool {
+        let Message::Ask { session, serial, .. } = *message else { return false };
+        self.session == Some((to, session)) && self.asked.contains_key(&OperationId(serial.0))
+    }
+
     /// What an operation that is not answered is about.
     pub fn request(&self, operation: OperationId) -> Option<Request> {
         self.asked.get(&operation).copied()

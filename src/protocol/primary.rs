@@ -331,7 +331,10 @@ impl Replica {
     }
 
     pub(super) fn granted(&mut self, from: InstanceId, frame: Frame, sent: Now, outputs: &mut Vec<Output>) {
-        let Some(position) = self.session(from, frame) else { return };
+        let Some(position) = self.session(from, frame).filter(|_| sent <= self.now) else {
+            // Of nobody, or of no request of this primary: a lease lasts from when it was asked for.
+            return;
+        };
         let peer = &mut self.peers[position];
         peer.lease_until = peer.lease_until.max(Now(sent.0 + LEASE));
         self.start_what_is_clear(outputs);

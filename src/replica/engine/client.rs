@@ -17,6 +17,7 @@ use super::mirror::MirrorInput;
 use super::requests::slot_of;
 use super::tree::TreeKey;
 use super::turn::Engine;
+use super::unsaid::Unasked;
 use super::volume::VolumeKey;
 use crate::protocol::{
     Client, ClientOutput, DiskError, Input, Message, OperationId, Replica, Request, SerialNumber, Tag,
@@ -63,8 +64,7 @@ pub(super) struct Remote {
     pub publication: InstanceId,
     pub session: Arc<Session>,
     core: Client,
-    /// What found a full queue: at most what the core asks in one session.
-    unsent: Vec<(InstanceId, Message, Option<OperationId>)>,
+    unasked: Unasked,
     /// Heartbeats for which its last flush has waited for a primary.
     pub leaving: Option<u8>,
 }
@@ -88,7 +88,8 @@ impl Engine {
             None => Client::new(session.incarnation()),
         };
         if let Some(volume) = self.volume_mut(key) {
-            volume.remote = Some(Box::new(Remote { publication, session, core, unsent: vec![], leaving: None }));
+            volume.remote =
+                Some(Box::new(Remote { publication, session, core, unasked: Unasked::default(), leaving: None }));
         }
         if self.mirrored.is_empty() {
             self.next_heartbeat = self.now.0;
@@ -251,10 +252,10 @@ impl Engine {
     /// What found a full queue and was never sent goes now, in its session; unless it is over, or answered in another one.
     fn send_unsent(&mut self, key: VolumeKey) {
         let Some(remote) = self.volume_mut(key).and_then(|volume| volume.remote.as_mut()) else { return };
-        for (to, message, operation) in std::mem::take(&mut remote.unsent) {
+        for (to, message, operation) in remote.unasked.take() {
             let remote = self.volume_mut(key).and_then(|volume| volume.remote.as_ref());
-            if remote.is_some_and(|remote| operation.is_none_or(|asked| remote.core.request(asked).is_some())) {
-                self.send_asked(key, to, &message, operation);
+            if remote.is_some_and(|remote| remote.core.still_asks(to, &message)) {
+                self.send_asked(key, to, &message, Some(operation));
             }
         }
     }
@@ -265,9 +266,14 @@ impl Engine {
         let Some(remote) = volume.remote.as_ref() else { return };
         let payload = match message {
             Message::Ask { request: Request::Write(range), .. } => {
+                let bytes = range.bytes() as usize;
+                // Before the data is copied.
+                if let Err(error) = remote.session.has_room(to, bytes) {
+                    return self.not_asked(key, to, message, operation, error);
+                }
                 let tag = operation.and_then(|operation| volume.replica.tag_of(operation));
                 let slot = tag.zip(volume.device.as_ref()).and_then(|(tag, device)| slot_of(arena, device, tag));
-                slot.and_then(|slot| Payload::gather(range.bytes() as usize, |at, block| slot.copy(at, block)).ok())
+                slot.and_then(|slot| Payload::gather(bytes, |at, block| slot.copy(at, block)).ok())
             }
             _ => Some(Payload::default()),
         };
@@ -277,18 +283,25 @@ impl Engine {
         };
         match remote.session.send(to, message, &payload) {
             Ok(()) => self.note_unsent(key),
+            Err(error) => self.not_asked(key, to, message, operation, error),
+        }
+    }
+
+    fn not_asked(
+        &mut self,
+        key: VolumeKey,
+        to: InstanceId,
+        message: &Message,
+        operation: Option<OperationId>,
+        error: SendError,
+    ) {
+        let Some(volume) = self.volume_mut(key) else { return };
+        let Some(remote) = volume.remote.as_mut() else { return };
+        match error {
             // An event follows, and with it a new session.
-            Err(SendError::Disconnected | SendError::NoPeer) => {}
-            Err(SendError::Full) => {
-                if let Some(remote) = self.volume_mut(key).and_then(|volume| volume.remote.as_mut()) {
-                    // A new session asks everything again: what is left of the one before is of no use.
-                    remote.unsent.retain(|(_, before, _)| same_session(before, message));
-                    remote.unsent.push((to, message.clone(), operation));
-                }
-            }
-            Err(error @ SendError::Payload) => {
-                tracing::error!(volume = %volume.id, %to, ?message, %error, "not sent");
-            }
+            SendError::Disconnected | SendError::NoPeer => {}
+            SendError::Full => remote.unasked.keep(to, message, operation),
+            SendError::Payload => tracing::error!(volume = %volume.id, %to, ?message, %error, "not sent"),
         }
     }
 
@@ -303,14 +316,6 @@ impl Engine {
         (device.flushing, remote.leaving) = (true, Some(0));
         let tag = Tag(self.arena.slots.count() + RESERVED_SLOTS);
         self.step(key, Input::Request { tag, request: Request::Flush });
-    }
-}
-
-/// Whether both are asked in one session.
-fn same_session(one: &Message, other: &Message) -> bool {
-    match (one, other) {
-        (Message::Ask { session: one, .. }, Message::Ask { session: other, .. }) => one == other,
-        _ => false,
     }
 }
 

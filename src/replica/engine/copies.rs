@@ -12,6 +12,7 @@ use super::operations::Purpose;
 use super::pieces::Parts;
 use super::tree::TreeKey;
 use super::turn::Engine;
+use super::unsaid::Refused;
 use super::volume::{Volume, VolumeKey};
 use super::{EngineError, SealReserve};
 use crate::protocol::{
@@ -24,15 +25,6 @@ use crate::volume::{BLOCK_SIZE, BootId, InstanceId, VolumeId, VolumeSize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::sync::mpsc;
-
-/// What of ours a full queue to a peer has refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Refused {
-    /// What a primary asks: its core says it again.
-    Question,
-    /// An answer: it is given again when it is asked for again, which a new connection makes the peer do.
-    Answer,
-}
 
 /// Bytes of frames, by who sent them, under which configuration, and their place in the term.
 pub(super) type Brought = BTreeMap<(InstanceId, Stamp, SerialNumber), Payload>;
@@ -54,7 +46,9 @@ pub(super) struct Mirror {
     pub ranges: BTreeMap<OperationId, (Piece, Payload)>,
     /// What was read for another copy, while the core is told so.
     pub answer: Option<(OperationId, Payload)>,
-    pub refused: BTreeMap<InstanceId, Refused>,
+    refused: BTreeMap<InstanceId, Refused>,
+    /// While the core says again, for this peer, what its connection has refused.
+    pub repeats: Option<(InstanceId, Refused)>,
     /// Nodes without a copy that ask this one.
     pub guests: Guests,
     connected: BTreeSet<InstanceId>,
@@ -94,6 +88,7 @@ impl Mirror {
             ranges: BTreeMap::new(),
             answer: None,
             refused: BTreeMap::new(),
+            repeats: None,
             connected: BTreeSet::new(),
             behind_bytes: 0,
             busy: Vec::new(),
@@ -102,6 +97,12 @@ impl Mirror {
             told_size: None,
             closing: Vec::new(),
         }
+    }
+
+    /// The connection to this peer has refused something.
+    pub fn note_refused(&mut self, to: InstanceId, refused: Refused) {
+        let known = self.refused.entry(to).or_insert(refused);
+        *known = known.and(refused);
     }
 
     /// Asks the catalogue, now or with the next heartbeat. Without a driver nobody will answer, and the copy waits.
@@ -330,7 +331,13 @@ impl Engine {
             }
             // Allowed to be lost, not to be forgotten.
             Event::Room(copy) => match mirror.refused.remove(&copy) {
-                Some(Refused::Question) => self.step(key, Input::Connected(copy)),
+                Some(refused @ Refused::Question(_)) => {
+                    mirror.repeats = Some((copy, refused));
+                    self.step(key, Input::Connected(copy));
+                    if let Some(mirror) = self.mirror_mut(key) {
+                        mirror.repeats = None;
+                    }
+                }
                 Some(Refused::Answer) => mirror.session.reconnect(copy),
                 None => self.tell_guest_the_rest(key, copy),
             },

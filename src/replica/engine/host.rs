@@ -204,7 +204,7 @@ impl Engine {
         let Some(mirror) = self.mirror_mut(key) else { return };
         let full = mirror.session.send(to, message, payload) == Err(crate::replica::peer::SendError::Full);
         if full && !mirror.guests.unsaid.keep(to, message, payload) {
-            mirror.refused.insert(to, super::copies::Refused::Answer);
+            mirror.note_refused(to, super::unsaid::Refused::Answer);
         }
         self.note_unsent(key);
     }

@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! * Of a peer one connection is read, the one that was told last; after its silence none.
-//! * A turn takes about [`AT_ONCE`] bytes from a connection, then others have theirs. What is not read waits in the kernel, and TCP
+//! * A turn takes about [`AT_ONCE`] bytes of messages from a connection, then others have theirs. What is not read waits in the kernel, and TCP
 //!   holds the peer back.
 
 use super::turn::Engine;
@@ -55,8 +55,8 @@ impl Engine {
         let watch = self.next_watch();
         if let Err(error) = self.io.watch(watch, line.as_raw_fd()) {
             let volume = self.volume_mut(key).map(|volume| volume.id);
-            tracing::error!(?volume, %peer, %error, "its connection cannot be watched; it is given up as silent");
-            return;
+            tracing::error!(?volume, %peer, %error, "its connection cannot be watched: it ends, and another one begins");
+            return line.close();
         }
         self.watched.insert(watch, Watched::Line(key, peer, line));
         // Something may have come with the handshake.
@@ -110,6 +110,7 @@ impl Engine {
                     left -= bytes;
                 }
                 Heard::Nothing => return,
+                Heard::Later => return self.speaking.push_back(watch),
                 Heard::Ended => self.hang_up(watch),
             }
         }

@@ -6,11 +6,12 @@
 //! * What needs bytes that are only lent (a request's slot, what was just read) is done before the next input.
 //! * Each output with an operation is answered once, by what the store or the plan says.
 
-use super::copies::{Mirror, Refused};
+use super::copies::Mirror;
 use super::mirror::CatalogueRequest;
 use super::operations::{Kept, Purpose};
 use super::requests::{note_waiting, slot_of};
 use super::turn::{Engine, Work};
+use super::unsaid::Refused;
 use super::volume::{Volume, VolumeKey};
 use crate::crash::crash_point;
 use crate::protocol::{
@@ -242,12 +243,20 @@ impl Engine {
         let Self { volumes, arena, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let Some(mirror) = volume.mirror.as_deref() else { return };
+        if mirror.repeats.is_some_and(|(peer, refused)| peer == to && refused.was_taken(message)) {
+            return;
+        }
         let payload = match (message, buffer) {
             (Message::Prepare { request: Request::Seal(name), .. }, _) => sealed(volume, *name),
             (_, Buffer::Request(_)) if guest.is_some() => guest.and_then(|place| mirror.guests.payload(place)),
             (Message::Prepare { request: Request::Write(range), .. }, Buffer::Request(tag)) => {
+                let bytes = range.bytes() as usize;
+                // Before the data is copied.
+                if let Err(error) = mirror.session.has_room(to, bytes) {
+                    return not_sent(volume, to, message, error);
+                }
                 let slot = volume.device.as_ref().and_then(|device| slot_of(arena, device, tag));
-                slot.and_then(|slot| Payload::gather(range.bytes() as usize, |at, block| slot.copy(at, block)).ok())
+                slot.and_then(|slot| Payload::gather(bytes, |at, block| slot.copy(at, block)).ok())
             }
             (Message::Prepared { result: Err(_), .. }, _) | (_, Buffer::None) => Some(Payload::default()),
             (_, Buffer::Operation(read)) => read_for(mirror, message, read),
@@ -259,19 +268,19 @@ impl Engine {
         };
         match mirror.session.send(to, message, &payload) {
             Ok(()) => self.note_unsent(key),
-            // Without a connection everything is said again when there is one.
-            Err(SendError::Disconnected | SendError::NoPeer) => {}
-            Err(SendError::Full) => {
-                let lost = if is_answer(message) { Refused::Answer } else { Refused::Question };
-                if let Some(mirror) = volume.mirror.as_mut() {
-                    let known = mirror.refused.entry(to).or_insert(lost);
-                    *known = lost.max(*known);
-                }
-            }
-            Err(error @ SendError::Payload) => {
-                tracing::error!(volume = %volume.id, %to, ?message, %error, "not sent");
-            }
+            Err(error) => not_sent(volume, to, message, error),
         }
+    }
+}
+
+/// A message was not taken.
+fn not_sent(volume: &mut Volume, to: InstanceId, message: &Message, error: SendError) {
+    let Some(mirror) = volume.mirror.as_mut() else { return };
+    match error {
+        // Without a connection everything is said again when there is one.
+        SendError::Disconnected | SendError::NoPeer => {}
+        SendError::Full => mirror.note_refused(to, Refused::of(message)),
+        SendError::Payload => tracing::error!(volume = %volume.id, %to, ?message, %error, "not sent"),
     }
 }
 
@@ -327,18 +336,5 @@ fn read_for(mirror: &Mirror, message: &Message, read: OperationId) -> Option<Pay
         }),
         Message::Compare { .. } => piece(read).map(|(_, payload)| Payload::digests(digests(payload.data()))),
         _ => mirror.answer.as_ref().filter(|(operation, _)| *operation == read).map(|(_, payload)| payload.clone()),
-    }
-}
-
-/// What only a repeated question brings back.
-fn is_answer(message: &Message) -> bool {
-    match message {
-        Message::Prepared { .. } | Message::Compared { .. } | Message::Settled(_) => true,
-        Message::Joined { .. } | Message::Refused(_) => true,
-        Message::Copy { .. } | Message::Compare { .. } => false,
-        Message::Granted { .. } | Message::Invite(_) | Message::Prepare { .. } | Message::Renew { .. } => false,
-        Message::Reconciled(_) | Message::Clear { .. } => false,
-        // A client that has room again begins a new session, and asks everything again.
-        Message::Enter { .. } | Message::Entered { .. } | Message::Ask { .. } | Message::Answer { .. } => true,
     }
 }

@@ -25,7 +25,7 @@ use crate::replica::manager::Manager;
 use crate::replica::peer::{Event, Party, Session};
 use crate::volume::{InstanceId, VolumeId};
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep};
@@ -38,13 +38,48 @@ const BROKEN: Duration = Duration::from_secs(30);
 /// What that time grows to, twice as long with each wish: making many hot extents equal may take minutes.
 const LONGEST_BROKEN: Duration = Duration::from_secs(1920);
 
-/// Copies that are heard.
-type Reached = Arc<Mutex<BTreeSet<InstanceId>>>;
+/// Copies that are heard, of those that are called. One that is called no more is never said to be silent.
+#[derive(Clone, Default)]
+struct Reached(Arc<Mutex<Hearing>>);
+
+#[derive(Default)]
+struct Hearing {
+    called: BTreeSet<InstanceId>,
+    heard: BTreeSet<InstanceId>,
+}
+
+impl Reached {
+    fn lock(&self) -> MutexGuard<'_, Hearing> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These are called from now on. To be said before they are.
+    fn call(&self, called: BTreeSet<InstanceId>) {
+        let mut hearing = self.lock();
+        hearing.heard.retain(|copy| called.contains(copy));
+        hearing.called = called;
+    }
+
+    fn note(&self, event: &Event) {
+        let mut hearing = self.lock();
+        match event {
+            // It may have been said before the copy was called no more.
+            Event::Connected(copy) if hearing.called.contains(copy) => _ = hearing.heard.insert(*copy),
+            Event::Silent(copy) => _ = hearing.heard.remove(copy),
+            Event::Connected(_) | Event::Received { .. } | Event::Room(_) => {}
+        }
+    }
+
+    fn heard(&self) -> BTreeSet<InstanceId> {
+        self.lock().heard.clone()
+    }
+}
 
 /// See the module.
 pub(super) struct ClientDriver {
     session: Arc<Session>,
     peers: Parties,
+    reached: Reached,
     /// The volume's size may be another.
     resized: Arc<Notify>,
     _tasks: [Task; 3],
@@ -61,14 +96,15 @@ impl ClientDriver {
         let (engine, reached, resized) = (manager.engine_handle(), Reached::default(), Arc::new(Notify::new()));
         let watch = Watch { catalog: settings.catalog.clone(), engine: engine.clone(), volume, publication };
         let tasks = [
-            tokio::spawn(forward(engine, volume, events, Arc::clone(&reached))),
-            tokio::spawn(watch.run(reached)),
+            tokio::spawn(forward(engine, volume, events, reached.clone())),
+            tokio::spawn(watch.run(reached.clone())),
             tokio::spawn(super::driver::resize(manager.clone(), volume, Arc::clone(&resized))),
         ];
-        Self { session, peers: Parties::new(), resized, _tasks: tasks.map(Task::from) }
+        Self { session, peers: Parties::new(), reached, resized, _tasks: tasks.map(Task::from) }
     }
 
     fn set_peers(&mut self, wanted: Parties) {
+        self.reached.call(wanted.keys().copied().collect());
         super::driver::follow_peers(&self.session, &mut self.peers, &wanted);
     }
 }
@@ -184,14 +220,7 @@ impl Mirrors {
 /// Until the session or the engine is gone.
 async fn forward(engine: EngineHandle, volume: VolumeId, mut events: mpsc::Receiver<Event>, reached: Reached) {
     while let Some(event) = events.recv().await {
-        {
-            let mut reached = reached.lock().unwrap_or_else(PoisonError::into_inner);
-            match &event {
-                Event::Connected(copy) => _ = reached.insert(*copy),
-                Event::Silent(copy) => _ = reached.remove(copy),
-                Event::Received { .. } | Event::Room(_) => {}
-            }
-        }
+        reached.note(&event);
         if let Err(error) = engine.tell_mirror(volume, MirrorInput::Peer(event)).await {
             tracing::warn!(%volume, %error, "what copies say is not heard any more");
             return;
@@ -221,8 +250,7 @@ impl Watch {
             if since < SILENCE || rests.is_some_and(|until| Instant::now() < until) {
                 continue;
             }
-            let heard = reached.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match self.wish_another(&heard, since >= broken).await {
+            match self.wish_another(&reached.heard(), since >= broken).await {
                 Ok(None) => {}
                 Ok(Some(copy)) => {
                     let volume = self.volume;
@@ -260,5 +288,31 @@ impl Watch {
             Err(UpdateError::Conflict { .. }) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It was taken for a primary that is only slow, and no other one was wished.
+    #[test]
+    fn a_copy_that_is_called_no_more_is_not_heard() {
+        let [one, two] = [1, 2].map(|byte| InstanceId::from_bytes([byte; 16]));
+        let reached = Reached::default();
+        reached.call([one, two].into());
+        reached.note(&Event::Connected(one));
+        reached.note(&Event::Connected(two));
+        assert_eq!(reached.heard(), [one, two].into());
+        reached.call([two].into());
+        assert_eq!(reached.heard(), [two].into());
+        // What waited in the queue of events.
+        reached.note(&Event::Connected(one));
+        assert_eq!(reached.heard(), [two].into());
+        reached.note(&Event::Silent(two));
+        reached.call([one, two].into());
+        assert_eq!(reached.heard(), [].into());
+        reached.note(&Event::Connected(one));
+        assert_eq!(reached.heard(), [one].into());
     }
 }

@@ -5,7 +5,8 @@
 //!   engine's thread, or the connection's task ── write ── 64 KiB ──> TLS ──> socket
 //! ```
 //! # Invariants
-//! * Nothing in here waits for the peer. The lock is held for as long as a piece takes to be encrypted, or one frame to be read.
+//! * Nothing in here waits for the peer. The lock is held for as long as a piece takes to be encrypted, or [`READS`] to be read.
+//! * Whoever waits for the lock gets it before the one that has it gets it again.
 //! * Bytes go out in the order of the calls of [`Line::write`]: whoever gets some not taken gives them again before others.
 //! * A payload goes from the decrypted record to where direct I/O takes it, in one copy.
 //! * Whoever reads hears at the latest by an event of the socket that there is more, once [`Heard::Nothing`] was said.
@@ -13,6 +14,7 @@
 
 use super::blocks::Blocks;
 use super::connection::ConnectionError;
+use super::fair::Fair;
 use super::header::{HEADER, Header};
 use super::packet::Packet;
 use super::payload::Payload;
@@ -25,12 +27,15 @@ use rustls::Connection;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// Bytes that are read at once: many small frames, a part of a large one. rustls by itself reads 4 KiB at a time.
 const READ_AHEAD: usize = 128 << 10;
+/// Reads after which others have their turn, whatever has come: the largest frame, and as much again. Signs of life may come
+/// without end.
+const READS: u32 = 16;
 /// Bytes that [`Line::write`] should be given at a time: as many as rustls encrypts before it wants to write.
 pub(super) const PIECE: usize = 64 << 10;
 
@@ -42,8 +47,18 @@ pub enum Heard {
     Event(Event),
     /// Nothing more at the moment.
     Nothing,
+    /// No message yet, and there may be more: to be called again, when others have had their turn.
+    Later,
     /// Nothing ever again.
     Ended,
+}
+
+/// What [`Heard`] is made of.
+#[allow(clippy::large_enum_variant, reason = "one at a time, and used at once")]
+enum Next {
+    Message(Message, Payload),
+    Nothing,
+    Later,
 }
 
 /// What the connection took.
@@ -58,7 +73,7 @@ pub struct Line {
     socket: TcpStream,
     volume: VolumeId,
     peer: InstanceId,
-    state: Mutex<State>,
+    state: Fair<State>,
     end: Mutex<Option<ConnectionError>>,
     ended: Notify,
 }
@@ -98,19 +113,16 @@ impl Line {
         let frame = Assembly { part: Part::Header([0; HEADER]), filled: 0 };
         let now = Instant::now();
         let state = State { tls, heard: now, said: now, ahead, frame };
-        Self { socket, volume, peer, state: Mutex::new(state), end: Mutex::default(), ended: Notify::new() }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        Self { socket, volume, peer, state: Fair::new(state), end: Mutex::default(), ended: Notify::new() }
     }
 
     /// The peer's next message. To be called until there is none, whenever the socket has become readable, and once at first.
     pub fn receive(&self) -> Heard {
-        let heard = self.state().next(&self.socket, self.volume);
+        let heard = self.state.lock().next(&self.socket, self.volume);
         match heard {
-            Ok(Some((message, payload))) => Heard::Event(Event::Received { from: self.peer, message, payload }),
-            Ok(None) => Heard::Nothing,
+            Ok(Next::Message(message, payload)) => Heard::Event(Event::Received { from: self.peer, message, payload }),
+            Ok(Next::Nothing) => Heard::Nothing,
+            Ok(Next::Later) => Heard::Later,
             Err(error) => {
                 self.end(error);
                 Heard::Ended
@@ -120,17 +132,17 @@ impl Line {
 
     /// Gives the connection at most [`PIECE`] bytes, and what it has kept inside before.
     pub(super) fn write(&self, bytes: &[u8]) -> Result<Taken, ConnectionError> {
-        Ok(self.state().write(&self.socket, bytes)?)
+        Ok(self.state.lock().write(&self.socket, bytes)?)
     }
 
     /// Nothing was said for so long.
     pub(super) fn was_quiet(&self, time: Duration) -> bool {
-        self.state().said.elapsed() >= time
+        self.state.lock().said.elapsed() >= time
     }
 
     /// How long until nothing was heard for so long; zero, if it was not.
     pub(super) fn silent_in(&self, silence: Duration) -> Duration {
-        silence.saturating_sub(self.state().heard.elapsed())
+        silence.saturating_sub(self.state.lock().heard.elapsed())
     }
 
     /// Nothing is heard any more: not a byte for so long, and none waits to be read.
@@ -163,7 +175,7 @@ impl Line {
     }
 
     /// Nothing is sent or received any more: whoever watches the socket, here and there, finds its end.
-    pub(super) fn close(&self) {
+    pub fn close(&self) {
         // It may be closed by the peer already.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
@@ -176,16 +188,27 @@ impl AsRawFd for Line {
 }
 
 impl State {
-    fn next(&mut self, socket: &TcpStream, volume: VolumeId) -> Result<Option<(Message, Payload)>, ConnectionError> {
+    fn next(&mut self, socket: &TcpStream, volume: VolumeId) -> Result<Next, ConnectionError> {
+        let mut reads = 0;
         loop {
             let count = self.take()?;
             if count > 0 {
-                if let Some(heard) = self.frame.advance(count, volume)? {
-                    return Ok(Some(heard));
+                if let Some((message, payload)) = self.frame.advance(count, volume)? {
+                    return Ok(Next::Message(message, payload));
                 }
-            } else if !self.refill(socket)? {
-                return Ok(None);
+                continue;
             }
+            if self.ahead.at == self.ahead.end {
+                if reads == READS {
+                    return Ok(Next::Later);
+                }
+                reads += 1;
+                if !self.ahead.read(socket)? {
+                    return Ok(Next::Nothing);
+                }
+                self.heard = Instant::now();
+            }
+            self.decrypt()?;
         }
     }
 
@@ -201,20 +224,14 @@ impl State {
         }
     }
 
-    /// Reads on and decrypts. `false`: there is nothing.
-    fn refill(&mut self, socket: &TcpStream) -> Result<bool, ConnectionError> {
-        if self.ahead.at == self.ahead.end {
-            if !self.ahead.read(socket)? {
-                return Ok(false);
-            }
-            self.heard = Instant::now();
-        }
+    /// Gives TLS what was read.
+    fn decrypt(&mut self) -> Result<(), ConnectionError> {
         if let Some(tls) = &mut self.tls {
             let mut rest = &self.ahead.bytes[self.ahead.at..self.ahead.end];
             self.ahead.at += tls.read_tls(&mut rest)?;
             tls.process_new_packets().map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
         }
-        Ok(true)
+        Ok(())
     }
 
     fn write(&mut self, socket: &TcpStream, bytes: &[u8]) -> io::Result<Taken> {

@@ -15,6 +15,7 @@
 mod blocks;
 mod connection;
 mod endpoint;
+mod fair;
 pub mod header;
 pub mod hello;
 mod line;

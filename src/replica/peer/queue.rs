@@ -66,6 +66,17 @@ pub(super) struct Batch {
 }
 
 impl State {
+    fn has_room(&mut self, bytes: usize) -> Result<(), SendError> {
+        if self.line.is_none() {
+            return Err(SendError::Disconnected);
+        }
+        if self.bytes + bytes > MAX_IN_FLIGHT {
+            self.refused = true;
+            return Err(SendError::Full);
+        }
+        Ok(())
+    }
+
     /// The turn to write, if nobody has it.
     fn begin(&mut self) -> Option<Arc<Line>> {
         let line = self.line.as_ref().filter(|_| !self.writing)?.clone();
@@ -109,16 +120,15 @@ impl Queue {
         self.state().line.clone()
     }
 
+    /// Whether there is room for so many bytes; who is told that there is not hears when there is.
+    pub fn has_room(&self, bytes: usize) -> Result<(), SendError> {
+        self.state().has_room(bytes)
+    }
+
     /// Takes a frame to be sent with the next [`Self::flush`].
     pub fn push(&self, frame: Encoded) -> Result<(), SendError> {
         let mut state = self.state();
-        if state.line.is_none() {
-            return Err(SendError::Disconnected);
-        }
-        if state.bytes + frame.bytes() > MAX_IN_FLIGHT {
-            state.refused = true;
-            return Err(SendError::Full);
-        }
+        state.has_room(frame.bytes())?;
         state.bytes += frame.bytes();
         state.frames.push_back(frame);
         Ok(())

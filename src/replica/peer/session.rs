@@ -5,7 +5,8 @@
 //!      |  Silent, once, when nothing was heard for SILENCE         Connected at each beginning
 //! ```
 //! Invariants: of two copies the one with the lower id calls, so that there is one connection; a newer connection of the
-//! same peer replaces the older; after a `Silent` comes a `Connected` before anything else of that peer.
+//! same peer replaces the older; after a `Silent` comes a `Connected` before anything else of that peer. Who calls rests longer
+//! and longer between attempts while none leads to a connection that holds.
 
 use super::connection::{self, ConnectionError, HANDSHAKE_LIMIT, Pen, Stream};
 use super::endpoint::Shared;
@@ -16,7 +17,7 @@ use super::queue::Queue;
 use super::volume::{Event, Volume};
 use crate::protocol::HEARTBEAT;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -25,6 +26,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// And at last: with the time that an attempt may take, a node that is back is found within seconds.
 const LAST_PAUSE: Duration = Duration::from_secs(1);
+/// A connection that held for so long has done some good, and may be followed by another one at once.
+const HELD: Duration = Duration::from_secs(1);
 
 /// What is known of a peer.
 pub(super) struct Peer {
@@ -32,6 +35,36 @@ pub(super) struct Peer {
     pub address: SocketAddr,
     pub queue: Queue,
     pub arrivals: Arrivals,
+    /// Whoever takes this one's place goes on with it.
+    pub pace: Arc<Mutex<Pace>>,
+}
+
+/// How often a peer is called.
+#[derive(Default)]
+pub(super) struct Pace {
+    connected: Option<Instant>,
+    pause: Duration,
+}
+
+impl Pace {
+    /// How long to rest before the attempt that would begin now.
+    pub fn rest(&mut self, now: Instant) -> Duration {
+        let held = self.connected.take().is_some_and(|since| now.duration_since(since) >= HELD);
+        let pause = if held { Duration::ZERO } else { self.pause };
+        self.pause = (pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+        pause
+    }
+
+    /// The attempt has led to a connection.
+    pub fn has_connected(&mut self, now: Instant) {
+        self.connected = Some(now);
+    }
+}
+
+impl Peer {
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The newest connection that a peer has opened and nobody has taken; an older one is closed.
@@ -42,7 +75,7 @@ pub(super) struct Arrivals {
 }
 
 impl Arrivals {
-    fn slot(&self) -> std::sync::MutexGuard<'_, Option<Stream>> {
+    fn slot(&self) -> MutexGuard<'_, Option<Stream>> {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -115,18 +148,21 @@ async fn next(shared: &Shared, volume: &Volume, peer: &Peer, silence: &mut Silen
 }
 
 async fn dial_until_connected(shared: &Shared, volume: &Volume, peer: &Peer) -> Stream {
-    let mut pause = FIRST_PAUSE;
     loop {
+        // Not under the lock.
+        let rest = peer.pace().rest(Instant::now());
+        sleep(rest).await;
         let attempt = timeout(HANDSHAKE_LIMIT, dial(shared, volume, peer)).await;
         match attempt.unwrap_or(Err(ConnectionError::Slow)) {
-            Ok(stream) => return stream,
+            Ok(stream) => {
+                peer.pace().has_connected(Instant::now());
+                return stream;
+            }
             Err(error) => {
                 let Volume { id, .. } = volume;
                 shared.log.warn(&format!("volume {id}: cannot connect to {} at {}: {error}", peer.party, peer.address));
             }
         }
-        sleep(pause).await;
-        pause = LAST_PAUSE.min(pause * 2);
     }
 }
 
@@ -193,5 +229,30 @@ async fn transmit(
         if line.is_silent(silence) {
             return Err(ConnectionError::Silent);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_calls_rests_for_longer_until_a_connection_holds() {
+        let (mut pace, now) = (Pace::default(), Instant::now());
+        let mut rests = |held| {
+            (0..6)
+                .map(|_| {
+                    let rest = pace.rest(now + held).as_millis();
+                    pace.has_connected(now);
+                    rest
+                })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(rests(HELD / 2), [0, 100, 200, 400, 800, 1000]);
+        assert_eq!(rests(HELD), [0; 6]);
+        assert_eq!(rests(HELD / 2)[..2], [100, 200]);
+        // Without any connection.
+        let mut pace = Pace::default();
+        assert_eq!([now; 3].map(|now| pace.rest(now).as_millis()), [0, 100, 200]);
     }
 }

@@ -1,7 +1,7 @@
 //! A volume's copy at this end: what the engine holds, and what happens to it.
 //!
-//! Invariants: a peer's conversation ends with its removal and all end when the [`Session`] is dropped; events of one peer
-//! arrive in order. Messages do not come by that way: whoever hears [`Event::Connected`] reads the [`Line`].
+//! Invariants: a peer is known for as long as its conversation runs, which ends with its removal, and all end when the [`Session`]
+//! is dropped; events of one peer arrive in order. Messages do not come by that way: whoever hears [`Event::Connected`] reads the [`Line`].
 
 use super::endpoint::{Identification, Shared};
 use super::hello::{Hello, Nonce, Party};
@@ -10,7 +10,7 @@ use super::message::may_have;
 use super::packet::Packet;
 use super::payload::Payload;
 use super::queue::SendError;
-use super::session::{self, Peer};
+use super::session::{self, Pace, Peer};
 use crate::protocol::{Generation, Incarnation, Message};
 use crate::volume::{InstanceId, VolumeId};
 use std::collections::BTreeMap;
@@ -43,13 +43,16 @@ pub enum Event {
     Room(InstanceId),
 }
 
+/// Conversations, each with the task that carries it. A task owns the volume, so whoever ends that takes them out.
+type Peers = BTreeMap<InstanceId, (Arc<Peer>, Task)>;
+
 /// What sessions and the listener know of a volume.
 pub(super) struct Volume {
     pub id: VolumeId,
     pub here: Party,
     pub incarnation: Incarnation,
     generation: AtomicU64,
-    peers: Mutex<BTreeMap<InstanceId, Arc<Peer>>>,
+    peers: Mutex<Peers>,
     events: mpsc::Sender<Event>,
 }
 
@@ -61,16 +64,16 @@ impl Volume {
         (Arc::new(Self { id, here, incarnation, generation, peers, events }), receiver)
     }
 
-    fn peers(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Arc<Peer>>> {
+    fn peers(&self) -> MutexGuard<'_, Peers> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn peer(&self, copy: InstanceId) -> Option<Arc<Peer>> {
-        self.peers().get(&copy).cloned()
+        self.peers().get(&copy).map(|(peer, _)| Arc::clone(peer))
     }
 
     pub fn parties(&self) -> Vec<Party> {
-        self.peers().values().map(|peer| peer.party.clone()).collect()
+        self.peers().values().map(|(peer, _)| peer.party.clone()).collect()
     }
 
     pub fn generation(&self) -> Generation {
@@ -117,12 +120,11 @@ impl Drop for Task {
 pub struct Session {
     shared: Arc<Shared>,
     volume: Arc<Volume>,
-    tasks: Mutex<BTreeMap<InstanceId, Task>>,
 }
 
 impl Session {
     pub(super) fn new(shared: Arc<Shared>, volume: Arc<Volume>) -> Self {
-        Self { shared, volume, tasks: Mutex::default() }
+        Self { shared, volume }
     }
 
     /// Of this start: for the core's [`Member`](crate::protocol::Member).
@@ -135,33 +137,42 @@ impl Session {
         self.volume.generation.fetch_max(generation.0, Ordering::AcqRel);
     }
 
-    fn tasks(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Task>> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Begins a conversation, in place of one with the same copy.
     pub fn add_peer(&self, party: Party, address: SocketAddr) {
-        let copy = party.copy;
-        let (queue, arrivals) = Default::default();
-        let peer = Arc::new(Peer { party, address, queue, arrivals });
-        // The earlier one first: two would both tell the engine that they are connected.
-        self.remove_peer(copy);
-        self.volume.peers().insert(copy, Arc::clone(&peer));
-        let run = session::run(Arc::clone(&self.shared), Arc::clone(&self.volume), peer);
-        self.tasks().insert(copy, Task(self.shared.runtime.spawn(run).abort_handle()));
+        self.begin(&mut self.volume.peers(), party, address, Arc::default());
     }
 
     /// Ends a conversation.
     pub fn remove_peer(&self, copy: InstanceId) {
         self.volume.peers().remove(&copy);
-        self.tasks().remove(&copy);
     }
 
     /// Ends the connection to a copy and begins another: both sides are told, and say everything again that is not answered.
     pub fn reconnect(&self, copy: InstanceId) {
-        if let Some(peer) = self.volume.peer(copy) {
-            self.add_peer(peer.party.clone(), peer.address);
+        let mut peers = self.volume.peers();
+        if let Some((peer, _)) = peers.get(&copy) {
+            let Peer { party, address, pace, .. } = &**peer;
+            let (party, address, pace) = (party.clone(), *address, Arc::clone(pace));
+            self.begin(&mut peers, party, address, pace);
         }
+    }
+
+    fn begin(&self, peers: &mut Peers, party: Party, address: SocketAddr, pace: Arc<Mutex<Pace>>) {
+        let copy = party.copy;
+        let (queue, arrivals) = Default::default();
+        let peer = Arc::new(Peer { party, address, queue, arrivals, pace });
+        // The earlier one first: two would both tell the engine that they are connected.
+        peers.remove(&copy);
+        let run = session::run(Arc::clone(&self.shared), Arc::clone(&self.volume), Arc::clone(&peer));
+        peers.insert(copy, (peer, Task(self.shared.runtime.spawn(run).abort_handle())));
+    }
+
+    /// Whether a message with so many bytes of data would be taken, give or take its header: to be asked before they are copied.
+    ///
+    /// # Errors
+    /// It would not, and why; what follows then is what follows after [`Self::send`].
+    pub fn has_room(&self, to: InstanceId, data: usize) -> Result<(), SendError> {
+        self.volume.peer(to).ok_or(SendError::NoPeer)?.queue.has_room(data)
     }
 
     /// Takes a message to be sent with the next [`Self::flush`], with the data that goes with it. Never waits.
@@ -179,7 +190,7 @@ impl Session {
 
     /// Sends what was taken since the last time. Never waits.
     pub fn flush(&self) {
-        let peers: Vec<_> = self.volume.peers().values().cloned().collect();
+        let peers: Vec<_> = self.volume.peers().values().map(|(peer, _)| Arc::clone(peer)).collect();
         peers.iter().for_each(|peer| peer.queue.flush());
     }
 
@@ -197,5 +208,6 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.shared.forget(&self.volume);
+        self.volume.peers().clear();
     }
 }

@@ -1,4 +1,4 @@
-//! Disks that fail at once, and answers of the catalogue that are late, by hand: what is tried again, and when.
+//! Disks that fail at once, and answers that are late or wrong, by hand: what is tried again, when, and what is not believed.
 
 use super::*;
 
@@ -54,4 +54,22 @@ fn a_member_that_comes_back_while_its_removal_may_be_committed_stays_out() {
     script.give(Input::Configuration(Box::new(without)));
     script.finish();
     assert_eq!(script.replica.role(), Role::Primary(Primary::Serving));
+}
+
+/// It made the lease endless, or ended the process.
+#[test]
+fn a_lease_of_which_more_is_granted_than_was_asked_for_is_not_believed() {
+    let mut script = Script::serving();
+    script.beat(1);
+    let frame = Frame { stamp: version(2), incarnation: FIRST };
+    let sent = script.now;
+    let granted = |sent| Message::Granted { frame, sent };
+    script.hear(granted(Now(sent.0 + LEASE)));
+    script.hear(granted(Now(std::time::Duration::MAX)));
+    assert!(!script.replica.answers());
+    script.hear(granted(sent));
+    assert!(script.replica.answers());
+    script.now.0 += LEASE;
+    script.give(Input::Tick);
+    assert!(!script.replica.answers());
 }

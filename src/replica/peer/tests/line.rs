@@ -30,6 +30,7 @@ fn hear(line: &Line) -> Event {
     loop {
         match line.receive() {
             Heard::Event(event) => return event,
+            Heard::Later => {}
             Heard::Nothing => assert!(began.elapsed() < super::loopback::LONG, "nothing is heard"),
             Heard::Ended => panic!("it has ended"),
         }
@@ -95,9 +96,29 @@ fn a_frame_about_another_volume_and_garbage_end_it() {
         loop {
             match line.receive() {
                 Heard::Event(event) => panic!("{event:?} was heard"),
+                Heard::Later => {}
                 Heard::Nothing => assert!(began.elapsed() < super::loopback::LONG, "nothing is heard"),
                 Heard::Ended => break,
             }
         }
     }
+}
+
+/// Whoever reads is one thread for all volumes.
+#[test]
+fn signs_of_life_without_end_leave_others_their_turn() {
+    let (line, mut there) = line();
+    let heartbeats = Packet::Heartbeat.encode(volume()).head.repeat(1000);
+    // Until the other end is gone.
+    let writer = std::thread::spawn(move || while there.write_all(&heartbeats).is_ok() {});
+    let began = Instant::now();
+    loop {
+        match line.receive() {
+            Heard::Later => break,
+            Heard::Nothing => assert!(began.elapsed() < super::loopback::LONG, "they never come fast enough"),
+            Heard::Event(_) | Heard::Ended => panic!("nothing was said"),
+        }
+    }
+    drop(line);
+    writer.join().expect("ends");
 }

@@ -111,7 +111,7 @@ impl End {
         for (copy, line) in self.lines.clone() {
             match line.receive() {
                 Heard::Event(message) => return Some(message),
-                Heard::Nothing => {}
+                Heard::Nothing | Heard::Later => {}
                 Heard::Ended => drop(self.lines.remove(&copy)),
             }
         }
@@ -287,6 +287,68 @@ async fn whoever_was_refused_is_told_when_there_is_room() {
     one.until(&Event::Room(copy(2))).await;
     assert_eq!(one.session.send(copy(2), &message, &data), Ok(()));
     reader.abort();
+}
+
+#[tokio::test]
+async fn whoever_asks_for_room_before_is_told_when_there_is_some() {
+    let (_first, _second, mut one, two) = pair(&lab()).await;
+    let (message, data) = (write(1, 200), payload(200));
+    let bytes = data.data().len();
+    while one.session.has_room(copy(2), bytes).is_ok() {
+        one.session.send(copy(2), &message, &data).expect("as it was said, or nearly");
+    }
+    assert_eq!(one.session.has_room(copy(2), bytes), Err(SendError::Full));
+    assert_eq!(one.session.has_room(copy(3), bytes), Err(SendError::NoPeer));
+    one.session.flush();
+    let reader = tokio::spawn(two.take_all());
+    one.until(&Event::Room(copy(2))).await;
+    assert_eq!(one.session.has_room(copy(2), bytes), Ok(()));
+    reader.abort();
+}
+
+/// Each time the handshake was done again at once, and everything was said again.
+#[tokio::test]
+async fn connections_that_do_not_hold_are_begun_ever_more_slowly() {
+    let (_first, _second, mut one, _two) = pair(&lab()).await;
+    let began = std::time::Instant::now();
+    for _ in 0..3 {
+        one.session.reconnect(copy(2));
+        one.until(&Event::Connected(copy(2))).await;
+    }
+    // One that held meanwhile, on a busy machine, took a second.
+    assert!(began.elapsed() >= Duration::from_millis(700), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_connection_that_this_end_closes_is_followed_by_another_one() {
+    let (_first, _second, mut one, mut two) = pair(&lab()).await;
+    two.session.line(copy(1)).expect("connected").close();
+    one.until(&Event::Connected(copy(2))).await;
+    two.until(&Event::Connected(copy(1))).await;
+    says(&one, copy(1), &mut two, copy(2), 1).await;
+    says(&two, copy(2), &mut one, copy(1), 2).await;
+}
+
+/// One had a queue and nobody who wrote it, until the process was restarted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_two_threads_replace_at_once_is_called() {
+    let lab = lab();
+    let (first, second) = (lab.node("node-1", LONG).await, lab.node("node-2", LONG).await);
+    let mut two = second.open(2, &first, 1);
+    for _ in 0..5 {
+        let (session, mut events) = first.endpoint.open(volume(), copy(1), Generation(2)).expect("not open");
+        session.add_peer(second.party(2), second.address);
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..100).for_each(|_| session.add_peer(second.party(2), second.address)));
+            (0..100).for_each(|_| session.reconnect(copy(2)));
+        });
+        let connected = async { while events.recv().await != Some(Event::Connected(copy(2))) {} };
+        timeout(LONG, connected).await.expect("it is called");
+        while session.line(copy(2)).is_none() {
+            tokio::time::sleep(LOOK).await;
+        }
+        two.until(&Event::Connected(copy(1))).await;
+    }
 }
 
 #[tokio::test]
