@@ -14,6 +14,7 @@ use record::{Event, Recording};
 use replay::Replay;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 use work::Expected;
 
 const CUTS: u64 = 20;
@@ -88,14 +89,20 @@ impl Mounted {
         Ok(Self(at.to_owned()))
     }
 
-    /// Takes it away; an error if that fails.
+    /// Takes it away; an error if that fails. A child that another test has just forked may have a file there open until it
+    /// executes its program.
     fn end(self) -> Result<(), String> {
-        let path = self.0.clone();
-        let ended = run(Command::new("umount").arg(path));
-        if ended.is_ok() {
-            std::mem::forget(self);
+        for _ in 0..600 {
+            match run(Command::new("umount").arg(&self.0)) {
+                Err(error) if error.contains("busy") => std::thread::sleep(Duration::from_millis(100)),
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    std::mem::forget(self);
+                    return Ok(());
+                }
+            }
         }
-        ended
+        Err(format!("{} is busy for a minute", self.0.display()))
     }
 }
 
