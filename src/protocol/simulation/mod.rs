@@ -206,7 +206,8 @@ fn clusters_lose_nothing_and_heal() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     println!("{count} seeds: {total:?}");
     let [.., (_, forced)] = total;
-    assert!(forced * 1000 <= count, "{forced} clusters of {count} needed a person");
+    // Few seeds say nothing about what is rare: of a thousand two may need one by chance.
+    assert!(forced * 1000 <= count || count < SEEDS, "{forced} clusters of {count} needed a person");
     let unseen: Vec<_> = total.iter().filter(|(name, count)| *count == 0 && *name != FORCED).collect();
     assert!(unseen.is_empty() || count < SEEDS, "never seen: {unseen:?}");
 }
