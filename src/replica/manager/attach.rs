@@ -53,7 +53,7 @@ impl Manager {
     /// of it meanwhile would hold up whoever makes it, beyond the end of this process.
     async fn is_served(&self, volume: VolumeId) -> Result<bool, Failure> {
         let Some(place) = self.place(volume) else {
-            if self.publication(volume).is_none() {
+            if !self.is_client(volume) {
                 self.all_open_for(&volume.to_string(), None).await?;
                 return Err(Failure::NoVolume(volume));
             }

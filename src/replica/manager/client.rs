@@ -8,12 +8,23 @@ use super::{ClientPlace, Manager};
 use crate::protocol::{HEARTBEAT, SILENCE};
 use crate::replica::engine::{ClientConfig, ClientStatus, MirrorInput};
 use crate::volume::{InstanceId, VolumeId};
+use std::time::Duration;
 use tokio::time::{Instant, sleep};
+
+/// How long a call waits for an ended publication to be replaced by the one that the catalogue names: its device has gone just
+/// now. One that is named no more is not.
+const RENEWED_LIMIT: Duration = Duration::from_secs(2);
+const RENEWED_PAUSE: Duration = Duration::from_millis(20);
 
 impl Manager {
     /// The publication by which the volume is used here without a copy.
     pub fn publication(&self, volume: VolumeId) -> Option<InstanceId> {
-        self.index().clients.get(&volume).map(|place| place.publication)
+        self.index().clients.get(&volume).filter(|place| place.open).map(|place| place.publication)
+    }
+
+    /// Whether the volume is used here without a copy, or will be again at once.
+    pub fn is_client(&self, volume: VolumeId) -> bool {
+        self.index().clients.contains_key(&volume)
     }
 
     /// The publication of a device that a killed engine left, and whose volume has no copy here.
@@ -26,18 +37,31 @@ impl Manager {
 
     /// From now on the volume can be attached here.
     pub async fn open_client(&self, config: ClientConfig, descriptor: String) -> Result<(), VolumeFailure> {
-        let (volume, publication) = (config.volume, config.publication);
+        let (volume, publication, size) = (config.volume, config.publication, config.size);
         let opened = self.engine().open_client(config).await;
         opened.map_err(|error| VolumeFailure::Engine { volume, error })?;
         self.index().held_devices.remove(&volume);
-        self.index().clients.insert(volume, ClientPlace { publication, descriptor });
+        self.index().clients.insert(volume, ClientPlace { publication, descriptor, size, open: true });
         Ok(())
     }
 
     /// It has no device any more, and cannot be attached.
     pub async fn close_client(&self, volume: VolumeId) -> Result<(), VolumeFailure> {
-        self.engine().close_mirror(volume).await.map_err(|error| VolumeFailure::Engine { volume, error })?;
+        self.end_client(volume).await?;
         self.index().clients.remove(&volume);
+        Ok(())
+    }
+
+    /// The same, and another one is opened at once: until then it cannot be attached, but the volume is known here.
+    pub async fn end_client(&self, volume: VolumeId) -> Result<(), VolumeFailure> {
+        if self.publication(volume).is_none() {
+            // Whatever the engine has of the volume then is a copy's.
+            return Ok(());
+        }
+        self.engine().close_mirror(volume).await.map_err(|error| VolumeFailure::Engine { volume, error })?;
+        if let Some(place) = self.index().clients.get_mut(&volume) {
+            place.open = false;
+        }
         Ok(())
     }
 
@@ -57,12 +81,17 @@ impl Manager {
 
     /// Whether what a device here asks is answered, or there is one already.
     pub(super) async fn is_client_served(&self, volume: VolumeId) -> Result<bool, AttachFailure> {
-        self.publication(volume).ok_or(AttachFailure::NoVolume(volume))?;
-        let Some(status) = self.client_status(volume).await.filter(|status| !status.ended) else {
+        let until = Instant::now() + RENEWED_LIMIT;
+        loop {
+            if let Some(status) = self.client_status(volume).await.filter(|status| !status.ended) {
+                return Ok(status.device.is_some() || status.answers);
+            }
             self.inner.clients_changed.notify_one();
-            return Err(AttachFailure::NotWished(volume));
-        };
-        Ok(status.device.is_some() || status.answers)
+            if Instant::now() >= until {
+                return Err(AttachFailure::NotWished(volume));
+            }
+            sleep(RENEWED_PAUSE).await;
+        }
     }
 
     /// After its device has gone.
@@ -118,11 +147,12 @@ impl Manager {
     /// What is known of it here.
     pub(super) async fn view_client(&self, volume: VolumeId) -> Option<VolumeView> {
         let place = self.index().clients.get(&volume).cloned()?;
-        let status = self.client_status(volume).await?;
+        let status = self.client_status(volume).await;
         let mut health = Vec::new();
-        if !status.answers {
+        if !status.as_ref().is_some_and(|status| status.answers) {
             let ended = "it is not published here any more, or no copy has everything that it had not flushed";
-            let what = if status.ended { ended } else { "no primary answers this node" };
+            let has_ended = status.as_ref().is_none_or(|status| status.ended);
+            let what = if has_ended { ended } else { "no primary answers this node" };
             let message = format!("requests of volume {volume} are not executed: {what}");
             health.push(HealthEntry { kind: HealthKind::Inaccessible, reason: "NotServed", message });
         }
@@ -130,10 +160,10 @@ impl Manager {
             volume,
             tree: place.publication,
             pool: String::new(),
-            size: status.size.bytes(),
+            size: status.as_ref().map_or(place.size, |status| status.size).bytes(),
             copy: None,
             allocated: 0,
-            device: status.device,
+            device: status.and_then(|status| status.device),
             descriptor: place.descriptor,
             verify_reads: false,
             health,

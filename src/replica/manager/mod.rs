@@ -110,6 +110,9 @@ pub(super) struct VolumePlace {
 pub(super) struct ClientPlace {
     pub publication: InstanceId,
     pub descriptor: String,
+    pub size: VolumeSize,
+    /// Not while an ended one is replaced.
+    pub open: bool,
 }
 
 /// A background copy into this volume.

@@ -121,7 +121,7 @@ impl Mirrors {
             engine.tell_mirror(id, MirrorInput::Client { client: named, term: None }).await?;
             let status = engine.client_status(id).await?;
             if status.as_ref().is_some_and(|status| status.ended && status.device.is_none()) {
-                manager.close_client(id).await?;
+                manager.end_client(id).await?;
                 self.clients.remove(&id);
             } else if named != Some(here) {
                 return Ok(());
@@ -142,7 +142,8 @@ impl Mirrors {
             }
         }
         if manager.publication(id).is_none() {
-            return Ok(());
+            // Also what was ended in an earlier round.
+            return Ok(manager.close_client(id).await?);
         }
         let peers = self.copies_of(mirror);
         if let Some(driver) = self.clients.get_mut(&id) {
@@ -161,7 +162,7 @@ impl Mirrors {
     /// The catalogue has no such volume: it was deleted, or the catalogue was lost. A device that is still there is left
     /// alone: it goes when it is unstaged.
     pub(super) async fn forget_client(&mut self, manager: &Manager, id: VolumeId) -> Result<(), Trouble> {
-        if manager.publication(id).is_none() {
+        if !manager.is_client(id) {
             return Ok(());
         }
         let status = manager.engine_handle().client_status(id).await?;
