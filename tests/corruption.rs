@@ -109,7 +109,7 @@ fn tandem(tandem: &Installation, arguments: &[&str]) -> (bool, String) {
 /// The server does not start; what it says.
 fn refused_start(tandem: &Installation) -> String {
     let mut command = Command::new("timeout");
-    command.args(["--signal=KILL", "20", env!("CARGO_BIN_EXE_tandem"), "standalone", "--dir"]).arg(tandem.dir());
+    command.args(["--signal=KILL", "120", env!("CARGO_BIN_EXE_tandem"), "standalone", "--dir"]).arg(tandem.dir());
     let output = command.output().expect("timeout");
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(!output.status.success() && output.status.code() != Some(137), "it should have refused to start:\n{text}");

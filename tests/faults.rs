@@ -125,7 +125,7 @@ async fn a_primary_that_slept_through_its_lease_answers_nothing_and_can_be_used_
     new.await_writes(300, PATIENCE);
     site.signal(1, Signal::SIGCONT);
     // Each writer tries again if its last request is answered.
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    old.await_errors(PATIENCE);
     let done = old.stop();
     println!("woken: {} answers to what the other copy had confirmed", done.writes - before);
     assert_eq!(done.errors.len(), load::THREADS, "{:?}", done.errors);
@@ -209,13 +209,12 @@ async fn without_controller_a_volume_goes_on_and_without_the_other_copy_too_it_w
     println!("without controller: 500 writes in {:?}", load.await_writes(500, PATIENCE));
     site.cluster.run(&["kill", "replica", "2"]);
     let killed = Instant::now();
-    // What the other copy had confirmed may be answered still.
-    tokio::time::sleep(Duration::from_millis(300)).await;
     let before = load.writes();
     tokio::time::sleep(LEASE_IS_OVER.saturating_sub(killed.elapsed())).await;
     let reader = site.read_first_block(&device);
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    assert_eq!(load.writes(), before, "nobody may acknowledge alone");
+    // What the other copy had confirmed when it was killed may be counted late: no thread has a second one.
+    assert!(load.writes() <= before + load::THREADS as u64, "nobody may acknowledge alone");
     assert!(!reader.is_finished(), "nobody may read without a lease");
     site.cluster.run(&["start", "controller", "controller"]);
     site.cluster.run(&["start", "replica", "2"]);

@@ -317,8 +317,8 @@ fn the_old_primary_is_fenced() {
     attached(Lab::new(64 * MIB), async |lab, one, two, device| {
         write(device, 0..200, 1).await;
         one.isolated.store(true, Ordering::SeqCst);
-        // Until its driver has ended its conversations.
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        let cut_off = async || one.cut_off.load(Ordering::SeqCst).then_some(());
+        until("its driver to end its conversations", cut_off).await;
         let path = device.to_path_buf();
         let late = tokio::task::spawn_blocking(move || {
             let file = File::options().write(true).open(&path).expect("the device");

@@ -6,6 +6,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use support::installation::{Installation, pids};
+use support::mounted::insist;
 use tandem::memory::Memory;
 use tandem::rpc::csi;
 use tandem::rpc::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
@@ -349,8 +350,11 @@ async fn a_pool_that_cannot_be_opened_stops_nothing_else_and_comes_back_by_itsel
     tandem.controller().delete_volume(never).await.expect("it cannot be anywhere");
     drop(lock);
     assert_eq!(byte(&far_device, 0), 2, "it waited for its pool");
-    tandem.controller().delete_volume(delete_volume).await.expect("deleted");
-    tandem.controller().delete_snapshot(delete_snapshot).await.expect("deleted");
+    // Its volumes are known a moment after its devices answer.
+    let deleted = insist(|| async { tandem.controller().delete_volume(delete_volume.clone()).await }).await;
+    deleted.expect("deleted");
+    let deleted = insist(|| async { tandem.controller().delete_snapshot(delete_snapshot.clone()).await }).await;
+    deleted.expect("deleted");
     assert_eq!(tandem.attach(&far).await, far_device);
     for volume in [near, far] {
         tandem.detach(&volume).await;

@@ -183,8 +183,11 @@ async fn copies(operator: &mut OperatorClient<Channel>, id: &str) -> Result<Vec<
     Ok(operator.list_copies(ListCopiesRequest { volume_id: id.to_owned() }).await?.into_inner().copies)
 }
 
-/// Asks until it is so: ABORTED means that it is wished and not yet true.
-async fn until_done<T>(doing: String, mut ask: impl AsyncFnMut() -> Result<T, Status>) -> Result<T, CliError> {
+/// Asks until it is so: ABORTED means that it is wished and not yet true, or that another call is under way.
+pub(super) async fn until_done<T>(
+    doing: String,
+    mut ask: impl AsyncFnMut() -> Result<T, Status>,
+) -> Result<T, CliError> {
     loop {
         match ask().await {
             Err(status) if status.code() == Code::Aborted => {

@@ -351,12 +351,9 @@ fn range(bytes: u64) -> csi::CapacityRange {
 async fn delete(ShowArguments { volume, target, output }: ShowArguments) -> Result<(), CliError> {
     let id = find_volume(&target, &volume).await?.volume_id;
     let request = csi::DeleteVolumeRequest { volume_id: id.clone(), ..Default::default() };
-    target
-        .controller()
-        .await?
-        .delete_volume(request)
-        .await
-        .map_err(refused(format!("cannot delete volume {volume}")))?;
+    let mut controller = target.controller().await?;
+    let doing = format!("cannot delete volume {volume}");
+    super::copies::until_done(doing, async || controller.delete_volume(request.clone()).await).await?;
     output.done(&serde_json::json!({ "id": id }), &format!("volume {volume} is deleted"))
 }
 

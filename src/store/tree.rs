@@ -325,8 +325,8 @@ impl Tree {
         }
         let mut layer = self.layers.remove(&id).ok_or_else(|| Inconsistent(format!("no layer {}", id.0)))?;
         let child = self.layer_mut(child_id)?;
-        // Blocks without a checksum come to it, or may.
-        child.checksummed &= layer.checksummed;
+        // Blocks without a checksum come to it. Not from a layer without data: what has rotted in the child would be summed anew.
+        child.checksummed &= layer.checksummed || layer.map.data_blocks() == 0;
         let moved: Vec<Extent> = layer.map.extents().take_while(|extent| extent.start < end).collect();
         for extent in moved {
             let extent = Extent { count: (end - extent.start).min(u64::from(extent.count)) as u32, ..extent };

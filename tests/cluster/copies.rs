@@ -103,6 +103,12 @@ async fn a_bit_that_rots_in_one_copy_is_found_and_named() {
     let same = compare();
     assert!(same.status.success(), "{}", String::from_utf8_lossy(&same.stderr));
     tandem(&cluster, "controller", &["snapshot", "create", &id, "monday"]);
+    // What rots before is summed as it is then.
+    let began = Instant::now();
+    while !tandem(&cluster, "node-2", &["snapshot", "list", "-o", "json"]).contains("\"checksummed\": true") {
+        assert!(began.elapsed() < LONG, "no checksums");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let (path, at) = place_of(&cluster, "node-2");
     flip(&path, at + 7);
     let differs = compare();

@@ -2,14 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 use tandem::csi::TOPOLOGY_KEY;
 use tandem::rpc::csi::controller_client::ControllerClient;
 use tandem::rpc::csi::node_client::NodeClient;
 use tandem::rpc::csi::volume_capability::{AccessMode, AccessType, MountVolume, access_mode::Mode};
 use tandem::rpc::csi::*;
 use tempfile::TempDir;
-use tonic::Status;
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 
 pub const MIB: i64 = 1 << 20;
 
@@ -135,7 +136,7 @@ impl Cluster {
 
     /// Publishes and stages it on the node; returns where.
     pub async fn stage(&self, volume_id: &str, number: usize) -> PathBuf {
-        self.attach(volume_id, number).await.expect("published");
+        repeat("publish", async || self.attach(volume_id, number).await).await;
         let staging = self.dir().join(format!("node-{number}/staging-{volume_id}"));
         std::fs::create_dir_all(&staging).expect("a directory");
         let request = NodeStageVolumeRequest {
@@ -144,17 +145,33 @@ impl Cluster {
             volume_capability: Some(filesystem()),
             ..Default::default()
         };
-        self.node(number).node_stage_volume(request).await.expect("staged");
+        repeat("stage", async || self.node(number).node_stage_volume(request.clone()).await).await;
         staging
     }
 
     pub async fn unstage(&self, volume_id: &str, number: usize, staging: &Path) {
         let staging_target_path = staging.display().to_string();
         let request = NodeUnstageVolumeRequest { volume_id: volume_id.into(), staging_target_path };
-        self.node(number).node_unstage_volume(request).await.expect("unstaged");
+        repeat("unstage", async || self.node(number).node_unstage_volume(request.clone()).await).await;
         let node_id = format!("node-{number}");
         let request = ControllerUnpublishVolumeRequest { volume_id: volume_id.into(), node_id, ..Default::default() };
-        self.controller().controller_unpublish_volume(request).await.expect("unpublished");
+        let ask = async || self.controller().controller_unpublish_volume(request.clone()).await;
+        repeat("unpublish", ask).await;
+    }
+}
+
+/// As the sidecars and kubelet do.
+async fn repeat<T>(what: &str, ask: impl AsyncFn() -> Result<T, Status>) -> T {
+    let began = Instant::now();
+    loop {
+        match ask().await {
+            Ok(answer) => return answer,
+            Err(status) => {
+                let is_later = matches!(status.code(), Code::Aborted | Code::Unavailable);
+                assert!(is_later && began.elapsed() < Duration::from_secs(240), "{what}: {status:?}");
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 

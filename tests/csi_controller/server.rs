@@ -31,7 +31,7 @@ async fn connect(path: PathBuf) -> Channel {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
-    for _ in 0..500 {
+    for _ in 0..6000 {
         match Endpoint::from_static("http://localhost").connect_with_connector(connector.clone()).await {
             Ok(channel) => return channel,
             Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,

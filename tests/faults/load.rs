@@ -26,7 +26,7 @@ pub const THREADS: usize = 4;
 const FLUSH_EVERY: u64 = 16;
 const READ_EVERY: u64 = 5;
 /// A request that hangs longer than this after it was told to stop hangs for ever.
-const END_LIMIT: Duration = Duration::from_secs(40);
+const END_LIMIT: Duration = Duration::from_secs(120);
 
 #[repr(C, align(4096))]
 #[derive(Clone)]
@@ -241,6 +241,15 @@ impl Load {
             std::thread::sleep(Duration::from_millis(5));
         }
         began.elapsed()
+    }
+
+    /// Waits until each thread's request has failed.
+    pub fn await_errors(&self, limit: Duration) {
+        let began = Instant::now();
+        while self.threads.iter().any(|thread| !thread.is_finished()) {
+            assert!(began.elapsed() < limit, "a writer goes on, or its request hangs");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Ends the threads; all requests are answered, and no read was wrong.

@@ -126,7 +126,8 @@ impl Site {
             accessibility_requirements: Some(TopologyRequirement { preferred: requisite.clone(), requisite }),
             ..Default::default()
         };
-        let created = cluster.controller().create_volume(request).await.expect("created").into_inner();
+        let create = async || cluster.controller().create_volume(request.clone()).await;
+        let created = repeat("create", is_later, create).await.into_inner();
         let id = created.volume.expect("a volume").volume_id;
         Self { cluster, id, oracle: Oracle::new(LOADED), capability, kills: false, _machine: machine }
     }
@@ -178,11 +179,7 @@ impl Site {
             ..Default::default()
         };
         let ask = async || self.cluster.controller().controller_unpublish_volume(request.clone()).await;
-        if self.kills {
-            self.repeat("unpublish", ask).await;
-        } else {
-            ask().await.expect("unpublished");
-        }
+        self.repeat("unpublish", ask).await;
     }
 
     /// Where it is mounted on the node.
@@ -192,12 +189,8 @@ impl Site {
 
     /// Publishes and stages; the device.
     pub async fn attach(&self, number: usize) -> PathBuf {
-        if self.kills {
-            self.repeat("publish", async || self.publish(number).await).await;
-        } else {
-            self.publish(number).await.expect("published");
-        }
-        // Kubelet repeats it, too.
+        // The attacher and kubelet repeat it, too.
+        self.repeat("publish", async || self.publish(number).await).await;
         self.repeat("stage", async || self.stage(number).await).await;
         self.device(number).await
     }
@@ -251,7 +244,7 @@ impl Site {
     /// Whoever dies cannot say what is wrong; and a volume is not published at a copy that is just brought up to date.
     fn is_asked_again(&self, status: &Status) -> bool {
         let of_kills = matches!(status.code(), Code::Unknown | Code::Cancelled | Code::FailedPrecondition);
-        matches!(status.code(), Code::Aborted | Code::Unavailable) || (self.kills && of_kills)
+        is_later(status) || (self.kills && of_kills)
     }
 
     /// Takes a snapshot; its id.
@@ -309,16 +302,7 @@ impl Site {
 
     /// What is to become true, asked again as its callers do.
     async fn repeat<T>(&self, what: &str, ask: impl AsyncFn() -> Result<T, Status>) -> T {
-        let began = Instant::now();
-        loop {
-            match ask().await {
-                Ok(answer) => return answer,
-                Err(status) => {
-                    assert!(self.is_asked_again(&status) && began.elapsed() < PATIENCE, "{what}: {status:?}")
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        repeat(what, |status| self.is_asked_again(status), ask).await
     }
 
     /// What the controller says is wrong with the copies; nothing: all are members.
@@ -417,8 +401,8 @@ impl Site {
 
     /// Deleted, and nothing is left.
     pub async fn finish(self) {
-        let Self { cluster, id, _machine, .. } = self;
-        cluster.delete(&id).await.expect("deleted");
+        self.repeat("delete", async || self.cluster.delete(&self.id).await).await;
+        let Self { cluster, _machine, .. } = self;
         cluster.down();
     }
 }
@@ -432,4 +416,20 @@ fn pool_of(number: usize, pool: &Path) -> (&'static str, String) {
 fn block() -> VolumeCapability {
     let access_mode = Some(AccessMode { mode: Mode::SingleNodeWriter.into() });
     VolumeCapability { access_mode, access_type: Some(AccessType::Block(BlockVolume::default())) }
+}
+
+/// Whether the answer asks for the call to be repeated.
+fn is_later(status: &Status) -> bool {
+    matches!(status.code(), Code::Aborted | Code::Unavailable)
+}
+
+async fn repeat<T>(what: &str, again: impl Fn(&Status) -> bool, ask: impl AsyncFn() -> Result<T, Status>) -> T {
+    let began = Instant::now();
+    loop {
+        match ask().await {
+            Ok(answer) => return answer,
+            Err(status) => assert!(again(&status) && began.elapsed() < PATIENCE, "{what}: {status:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }

@@ -33,6 +33,8 @@ pub struct Node {
     pub volume: VolumeId,
     /// It reaches neither the catalogue nor its peers.
     pub isolated: Arc<AtomicBool>,
+    /// It is, and its conversations have ended.
+    pub cut_off: Arc<AtomicBool>,
     _endpoint: Endpoint,
     driver: tokio::task::JoinHandle<()>,
 }
@@ -85,11 +87,20 @@ impl Node {
         };
         handle.reattach(recovered).await;
         handle.open_mirror(config).await.expect("opens");
-        let isolated = Arc::new(AtomicBool::new(false));
-        let (told, cut) = (handle.clone(), Arc::clone(&isolated));
-        let driver = Driver { handle: told, catalogue, volume, tree, session, reserve, isolated: cut };
+        let [isolated, cut_off] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+        let (told, cut, done) = (handle.clone(), Arc::clone(&isolated), Arc::clone(&cut_off));
+        let driver = Driver { handle: told, catalogue, volume, tree, session, reserve, isolated: cut, cut_off: done };
         let driver = tokio::spawn(driver.run(events, asked));
-        Self { directory: directory.to_path_buf(), handle, tree, volume, isolated, _endpoint: endpoint, driver }
+        Self {
+            directory: directory.to_path_buf(),
+            handle,
+            tree,
+            volume,
+            isolated,
+            cut_off,
+            _endpoint: endpoint,
+            driver,
+        }
     }
 
     /// Ends the copy; the engine goes with the handle.
@@ -139,6 +150,7 @@ struct Driver {
     session: Arc<Session>,
     reserve: SealReserve,
     isolated: Arc<AtomicBool>,
+    cut_off: Arc<AtomicBool>,
 }
 
 /// What was seen of the catalogue.
@@ -192,7 +204,7 @@ impl Driver {
         if self.isolated.load(Ordering::SeqCst) {
             std::mem::take(&mut seen.nodes).into_keys().for_each(|copy| self.session.remove_peer(copy));
             seen.configuration = None;
-            return;
+            return self.cut_off.store(true, Ordering::SeqCst);
         }
         let client = self.catalogue.client();
         if seen.client != Some(client) {

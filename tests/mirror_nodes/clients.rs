@@ -64,6 +64,11 @@ async fn a_call_that_waits_for_a_primary_does_not_hold_up_the_one_that_gives_the
     first.kill().await;
     second.kill().await;
     let (manager, id) = (third.manager.clone(), volume.id);
+    eventually("the client to hear that nobody answers", async || {
+        let view = manager.volume(id).await?;
+        (!view.health.is_empty()).then_some(())
+    })
+    .await;
     let attaches = || {
         tokio::spawn({
             let manager = manager.clone();

@@ -197,7 +197,8 @@ async fn a_group_of_mirrored_volumes_is_one_point_in_time() {
         second.manager.adopt_snapshots(&group).await.expect("there");
         groups.push(group);
     }
-    stop.send(()).expect("it writes");
+    // It may have written all that it shall.
+    let _ = stop.send(());
     writer.await.expect("no error");
     for group in groups {
         for up in [&first, &second] {

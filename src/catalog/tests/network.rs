@@ -8,7 +8,7 @@ use crate::catalog::{
 use crate::tls::{Credentials, Loaded, Role};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -199,10 +199,19 @@ async fn carry(client: TcpStream, server: SocketAddr, control: watch::Sender<Ans
     }
 }
 
-/// The rule for whoever gets no answer: read it back, and write again what is not there.
+/// The rule for whoever gets no answer: read it back, and write again what is not there. The server may still be at it.
 async fn resolve(client: &Catalog, wanted: &Volume) -> bool {
-    let found = client.get::<Volume>(&wanted.key()).await.expect("reads");
-    found.is_some_and(|found| found.object == *wanted)
+    let until = Instant::now() + LONG;
+    loop {
+        let found = client.get::<Volume>(&wanted.key()).await.expect("reads");
+        if found.is_some_and(|found| found.object == *wanted) {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@
 use super::Controller;
 use crate::catalog::{NodeName, Snapshot, SnapshotStatus, Stored, Volume};
 use crate::csi::errors::Transient;
-use crate::csi::operations::{Operation, Subject};
+use crate::csi::operations::Subject;
 use crate::protocol::Configuration;
 use crate::rpc::control::FillSnapshotRequest;
 use crate::rpc::operator::locate_snapshots_response::Location;
@@ -262,20 +262,6 @@ impl Controller {
             self.update(Stored { version, ..stored }).await?;
         }
         Ok(true)
-    }
-
-    /// For a deletion: what is brought over holds the operation for a moment only.
-    pub(in crate::csi) async fn start_soon(&self, subject: Subject) -> Result<Operation, Transient> {
-        /// A few times as long as a change of an object takes on a slow disk.
-        const PATIENCE: Duration = Duration::from_secs(2);
-        const TRY_EVERY: Duration = Duration::from_millis(20);
-        let until = Instant::now() + PATIENCE;
-        loop {
-            match self.start(subject.clone()) {
-                Err(_) if Instant::now() < until => tokio::time::sleep(TRY_EVERY).await,
-                started => return started,
-            }
-        }
     }
 }
 

@@ -30,7 +30,7 @@ impl Controller {
     pub async fn expand(&self, wanted: Expand) -> Result<Expanded, ExpandError> {
         let missing = || ExpandError::NotFound(short(&wanted.volume));
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
-        let _volume = self.start(Subject::Volume(id))?;
+        let _volume = self.start_soon(Subject::Volume(id)).await?;
         let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
         let is_block = match wanted.capability {
             Some(capability) => capability.access == Access::Block,
@@ -115,7 +115,7 @@ impl Controller {
     pub async fn modify(&self, wanted: Modify) -> Result<(), ModifyError> {
         let missing = || ModifyError::NotFound(short(&wanted.volume));
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
-        let _volume = self.start(Subject::Volume(id))?;
+        let _volume = self.start_soon(Subject::Volume(id)).await?;
         let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
         let volume = &stored.object;
         let now = replication(volume);

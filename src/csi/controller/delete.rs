@@ -19,7 +19,7 @@ impl Controller {
     /// The volume is not, afterwards. Its snapshots and clones live on.
     pub async fn delete_volume(&self, id: &str) -> Result<(), DeleteVolumeError> {
         let Ok(id) = id.parse::<VolumeId>() else { return Ok(()) };
-        let _volume = self.start(Subject::Volume(id))?;
+        let _volume = self.start_soon(Subject::Volume(id)).await?;
         match self.get::<Volume>(id).await? {
             Some(stored) => {
                 let stored = self.named(stored).await?;

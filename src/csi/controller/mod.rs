@@ -47,6 +47,7 @@ use super::operations::{Operation, Operations, Subject};
 use crate::catalog::{Catalog, CreateError, NodeName, Object, Reach, Stored, UpdateError, Volume};
 use crate::crash::crash_point;
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 /// How often a change of a volume is tried again because a node has confirmed something in the same moment: each node of a
 /// volume has one or two things to confirm at a time.
@@ -98,6 +99,20 @@ impl Controller {
 
     pub(super) fn start(&self, subject: Subject) -> Result<Operation, Transient> {
         Ok(self.operations.start(subject)?)
+    }
+
+    /// What the controller does by itself holds an operation for a moment only: whoever calls need not hear of it.
+    pub(in crate::csi) async fn start_soon(&self, subject: Subject) -> Result<Operation, Transient> {
+        /// A few times as long as a change of an object takes on a slow disk.
+        const PATIENCE: Duration = Duration::from_secs(2);
+        const TRY_EVERY: Duration = Duration::from_millis(20);
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.start(subject.clone()) {
+                Err(_) if Instant::now() < until => tokio::time::sleep(TRY_EVERY).await,
+                started => return started,
+            }
+        }
     }
 
     pub(super) async fn get<T: Object>(&self, key: impl ToString) -> Result<Option<Stored<T>>, Transient> {

@@ -105,13 +105,14 @@ impl Controller {
         Ok((stored, mirror))
     }
 
-    fn operate(&self, id: &str) -> Result<Option<super::Operation>, Transient> {
-        id.parse().ok().map(|id| self.start(Subject::Volume(id))).transpose()
+    async fn operate(&self, id: &str) -> Result<Option<super::Operation>, Transient> {
+        let Ok(id) = id.parse() else { return Ok(None) };
+        self.start_soon(Subject::Volume(id)).await.map(Some)
     }
 
     /// The node's copy is primary, afterwards.
     pub async fn promote(&self, Promote(id, node): Promote) -> Result<(), OperatorError> {
-        let _volume = self.operate(&id)?;
+        let _volume = self.operate(&id).await?;
         let (stored, mirror) = self.with_copies(&id).await?;
         let id = stored.object.id;
         if let Some(used) = stored.object.spec.publications.keys().find(|used| **used != node) {
@@ -127,7 +128,7 @@ impl Controller {
 
     /// No copy is primary, afterwards: the next one need not wait for it.
     pub async fn demote(&self, Of(id): Of) -> Result<(), OperatorError> {
-        let _volume = self.operate(&id)?;
+        let _volume = self.operate(&id).await?;
         let (stored, mirror) = self.with_copies(&id).await?;
         let id = stored.object.id;
         if let Some(node) = stored.object.spec.publications.keys().next() {
@@ -167,7 +168,7 @@ impl Controller {
 
     /// The copy of one node shall be replaced by one on another, which is recorded and placed afterwards.
     pub async fn move_copy(&self, Move(id, from, to): Move) -> Result<(), OperatorError> {
-        let _volume = self.operate(&id)?;
+        let _volume = self.operate(&id).await?;
         let (stored, mirror) = self.with_copies(&id).await?;
         let id = stored.object.id;
         let there = mirror.copies_on(&to).next().map(|(copy, _)| copy);
@@ -214,7 +215,7 @@ impl Controller {
 
     /// The node's copy is compared with the primary's from now on, and what differs is copied.
     pub async fn resync_copy(&self, Resync(id, node): Resync) -> Result<(), OperatorError> {
-        let _volume = self.operate(&id)?;
+        let _volume = self.operate(&id).await?;
         let (stored, mirror) = self.with_copies(&id).await?;
         let id = stored.object.id;
         let copy = copy_on(id, &mirror, &node)?;

@@ -51,7 +51,7 @@ impl Controller {
     pub async fn publish(&self, wanted: Publish) -> Result<(), PublishError> {
         let missing = || PublishError::VolumeNotFound(short(&wanted.volume));
         let id: VolumeId = wanted.volume.parse().map_err(|_| missing())?;
-        let _volume = self.start(Subject::Volume(id))?;
+        let _volume = self.start_soon(Subject::Volume(id)).await?;
         let stored = self.get::<Volume>(id).await?.filter(|s| s.object.is_visible()).ok_or_else(missing)?;
         let node = NodeName(wanted.node.clone());
         let holders = self.holders(&stored.object);
@@ -137,7 +137,7 @@ impl Controller {
     /// The volume is not published to the node (or to any, without one), afterwards.
     pub async fn unpublish(&self, wanted: Unpublish) -> Result<(), UnpublishError> {
         let Ok(id) = wanted.volume.parse::<VolumeId>() else { return Ok(()) };
-        let _volume = self.start(Subject::Volume(id))?;
+        let _volume = self.start_soon(Subject::Volume(id)).await?;
         let Some(stored): Option<Stored<Volume>> = self.get(id).await? else { return Ok(()) };
         let publications = &stored.object.spec.publications;
         let is_published =

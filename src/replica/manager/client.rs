@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 
 /// How long a call waits for an ended publication to be replaced by the one that the catalogue names: its device has gone just
 /// now. One that is named no more is not.
-const RENEWED_LIMIT: Duration = Duration::from_secs(2);
+const RENEWED_LIMIT: Duration = Duration::from_secs(5);
 const RENEWED_PAUSE: Duration = Duration::from_millis(20);
 
 impl Manager {

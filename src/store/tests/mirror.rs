@@ -184,6 +184,27 @@ fn a_base_goes_when_no_record_names_it() {
     assert_eq!(bench.read(id, 2, 4), [2, 1, 1, 1]);
 }
 
+/// The checksums of the snapshot above it are the only ones that know what was written.
+#[test]
+fn a_base_without_data_leaves_the_checksums_above_it() {
+    let (mut bench, id) = mirrored();
+    bench.persist(id, 2, &[(2, 2)]);
+    bench.write(id, 0, &[1, 2, 3]);
+    assert_eq!(bench.control(Control::Seal { volume: id, snapshot: snapshot(1), created_ms: 5 }), Ok(()));
+    bench.idle();
+    assert!(bench.store().snapshots()[0].checksummed);
+    let mut block = Memory::zeros(4096).expect("memory");
+    bench.files.read_at(Name::Data, 4096, block.bytes_mut()).expect("readable");
+    block.bytes_mut()[77] ^= 4;
+    bench.files.write_at(Name::Data, 4096, block.bytes()).expect("writable");
+    bench.persist(id, 3, &[]);
+    bench.idle();
+    assert_eq!((bench.store().tree.bases.len(), bench.store().volumes()[0].layers), (0, 2));
+    let (plan, files) = (bench.store().verify_plan(id).expect("a plan"), bench.files.clone());
+    let report = verify::verify(&plan, &*files, &mut |_| std::ops::ControlFlow::Continue(())).expect("readable");
+    assert_eq!((report.blocks, report.wrong), (3, 1));
+}
+
 #[test]
 fn a_base_without_a_record_goes_when_the_tree_is_opened() {
     for kill in [true, false] {

@@ -108,7 +108,7 @@ impl Controller {
     /// Makes the volume's copy on the node its only member. Returns the version of the configuration that says so.
     pub async fn force(&self, volume: &str, node: &NodeName, seen: Stamp) -> Result<Stamp, ForceError> {
         let id = self.known(volume).await?.stored.object.id;
-        let _volume = self.start(Subject::Volume(id))?;
+        let _volume = self.start_soon(Subject::Volume(id)).await?;
         let Known { mut stored, mut mirror, there, newest, found, .. } = {
             let known = self.known(&id.to_string()).await?;
             known.forceable(node)?;

@@ -309,8 +309,8 @@ async fn whoever_asks_for_room_before_is_told_when_there_is_some() {
 /// Each time the handshake was done again at once, and everything was said again.
 #[tokio::test]
 async fn connections_that_do_not_hold_are_begun_ever_more_slowly() {
-    let (_first, _second, mut one, _two) = pair(&lab()).await;
     let began = std::time::Instant::now();
+    let (_first, _second, mut one, _two) = pair(&lab()).await;
     for _ in 0..3 {
         one.session.reconnect(copy(2));
         one.until(&Event::Connected(copy(2))).await;
