@@ -10,6 +10,7 @@ use super::files::{self, AUTHORITY, CERTIFICATE, FileError, KEY};
 use super::identity::{Identity, Role};
 use super::peer::{Expected, Verifier};
 use super::verify::{Anchors, Refusal};
+use rustls::CipherSuite;
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
@@ -63,6 +64,14 @@ pub struct Loaded {
     provider: Arc<CryptoProvider>,
 }
 
+/// AES-128 first, where both sides have it as all versions do: it takes a quarter less of the processor than AES-256, and no one
+/// breaks either.
+fn provider() -> CryptoProvider {
+    let mut provider = rustls::crypto::ring::default_provider();
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    provider
+}
+
 impl Loaded {
     fn read(directory: &Path) -> Result<Self, CredentialsError> {
         let authority = |refusal| CredentialsError::Authority { path: directory.join(AUTHORITY), refusal };
@@ -75,7 +84,7 @@ impl Loaded {
         let chain = chain.map_err(|error| own(Refusal::Malformed(error.to_string())))?;
         let key = PrivateKeyDer::from_pem_slice(files::read(directory, KEY)?.as_bytes());
         let key = key.map_err(|error| wrong(error.to_string()))?;
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let provider = Arc::new(provider());
         let loaded = Self { own: identity, anchors: Arc::new(anchors), chain, key, provider };
         // A key of another certificate is found here, not at the first connection.
         loaded.server(None).map_err(|error| wrong(error.to_string()))?;

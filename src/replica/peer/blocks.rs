@@ -43,6 +43,11 @@ impl Blocks {
         Self { memory, start, length }
     }
 
+    /// How many.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
     /// The bytes.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..self.start + self.length]

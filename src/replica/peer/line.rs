@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   engine's thread ── receive <── frame being put together <── TLS <──128 KiB── socket
-//!   engine's thread, or the connection's task ── write ── 64 KiB ──> TLS ──> socket
+//!   engine's thread, or the connection's task ── write ── 256 KiB ──> TLS ──> socket
 //! ```
 //! # Invariants
 //! * Nothing in here waits for the peer. The lock is held for as long as a piece takes to be encrypted, or [`READS`] to be read.
@@ -16,6 +16,7 @@ use super::blocks::Blocks;
 use super::connection::ConnectionError;
 use super::fair::Fair;
 use super::header::{HEADER, Header};
+use super::low_water::set_low_water;
 use super::packet::Packet;
 use super::payload::Payload;
 use super::volume::Event;
@@ -26,7 +27,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustls::Connection;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -36,8 +37,13 @@ const READ_AHEAD: usize = 128 << 10;
 /// Reads after which others have their turn, whatever has come: the largest frame, and as much again. Signs of life may come
 /// without end.
 const READS: u32 = 16;
-/// Bytes that [`Line::write`] should be given at a time: as many as rustls encrypts before it wants to write.
-pub(super) const PIECE: usize = 64 << 10;
+/// Bytes that [`Line::write`] should be given at a time: what a large frame is cut into. Each piece is a system call, and a
+/// wake-up of the other side if that is asleep; a lock that the reader may wait for is held meanwhile.
+pub(super) const PIECE: usize = 256 << 10;
+/// A large frame wakes the reader when so many bytes more are there, not with each packet.
+const WAKE: usize = 128 << 10;
+/// What of a frame's rest may be in a record that has come in part.
+const RECORD: usize = 18 << 10;
 
 /// What a peer says on one connection.
 #[derive(Debug)]
@@ -85,6 +91,8 @@ struct State {
     said: Instant,
     ahead: Ahead,
     frame: Assembly,
+    /// Bytes with which the socket becomes readable.
+    wakes_at: usize,
 }
 
 /// What was read from the socket and is not used yet.
@@ -108,11 +116,15 @@ enum Part {
 
 impl Line {
     /// A connection about this volume with this peer, whose socket does not block.
-    pub(super) fn new(socket: TcpStream, tls: Option<Connection>, volume: VolumeId, peer: InstanceId) -> Self {
+    pub(super) fn new(socket: TcpStream, mut tls: Option<Connection>, volume: VolumeId, peer: InstanceId) -> Self {
+        if let Some(tls) = &mut tls {
+            // rustls by itself takes 64 KiB before it wants to write.
+            tls.set_buffer_limit(Some(PIECE + PIECE / 16));
+        }
         let ahead = Ahead { bytes: vec![0; READ_AHEAD].into(), at: 0, end: 0 };
         let frame = Assembly { part: Part::Header([0; HEADER]), filled: 0 };
         let now = Instant::now();
-        let state = State { tls, heard: now, said: now, ahead, frame };
+        let state = State { tls, heard: now, said: now, ahead, frame, wakes_at: 1 };
         Self { socket, volume, peer, state: Fair::new(state), end: Mutex::default(), ended: Notify::new() }
     }
 
@@ -154,8 +166,10 @@ impl Line {
     fn has_more(&self) -> bool {
         let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN | closed)];
-        // Any other event, also one that has no name there, is an end.
-        poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].revents() == Some(PollFlags::POLLIN)
+        // Any other event, also one that has no name there, is an end; and a part of what it is to wake with is none.
+        let has_ended = poll(&mut fds, PollTimeout::ZERO).is_err()
+            || fds[0].revents().is_none_or(|events| !(events - PollFlags::POLLIN).is_empty());
+        !has_ended && self.socket.peek(&mut [0]).is_ok_and(|bytes| bytes > 0)
     }
 
     fn end(&self, error: ConnectionError) {
@@ -178,6 +192,12 @@ impl Line {
     pub fn close(&self) {
         // It may be closed by the peer already.
         let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+impl AsFd for Line {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 
@@ -204,12 +224,28 @@ impl State {
                 }
                 reads += 1;
                 if !self.ahead.read(socket)? {
+                    if self.wake_at(socket)? {
+                        continue;
+                    }
                     return Ok(Next::Nothing);
                 }
                 self.heard = Instant::now();
             }
             self.decrypt()?;
         }
+    }
+
+    /// Sets with how many bytes the socket becomes readable. Whether it was set, and may be readable already.
+    fn wake_at(&mut self, socket: &TcpStream) -> io::Result<bool> {
+        let wanted = self.frame.missing().saturating_sub(RECORD).clamp(1, WAKE);
+        // A call for what is nearly whole costs more than it saves.
+        let is_set = if wanted < self.wakes_at { false } else { wanted < WAKE / 2 || self.wakes_at >= WAKE / 2 };
+        if is_set || wanted == self.wakes_at {
+            return Ok(false);
+        }
+        self.wakes_at = wanted;
+        set_low_water(socket, wanted)?;
+        Ok(true)
     }
 
     /// Moves what is there to where the frame wants it: how many bytes.
@@ -306,6 +342,14 @@ impl Assembly {
             Part::Header(bytes) => &mut bytes[filled..],
             Part::Table(_, bytes) => &mut bytes[filled..],
             Part::Data(_, _, blocks) => &mut blocks.bytes_mut()[filled..],
+        }
+    }
+
+    /// Bytes of the payload that have not come, if it is one that comes.
+    fn missing(&self) -> usize {
+        match &self.part {
+            Part::Data(_, _, blocks) => blocks.length() - self.filled,
+            Part::Header(_) | Part::Table(..) => 0,
         }
     }
 

@@ -19,6 +19,7 @@ mod fair;
 pub mod header;
 pub mod hello;
 mod line;
+mod low_water;
 pub mod message;
 pub mod packet;
 pub mod payload;

@@ -8,7 +8,7 @@
 //! connection, and what is left from the one before goes when the next one begins: the core says it again. Whoever has the
 //! turn to write gives it back with what the connection did not take: so bytes go out in order, and once.
 
-use super::line::{Line, PIECE, Taken};
+use super::line::{Line, Taken};
 use super::packet::Encoded;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,7 @@ const BATCH: usize = 256 << 10;
 
 /// Bytes that the engine's thread writes itself, which saves the wake-up of another thread: encrypting more would hold up
 /// other volumes for longer than that wake-up takes.
-const LITTLE: usize = PIECE;
+const LITTLE: usize = 64 << 10;
 
 /// Why a message was not taken; it is the caller's still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -4,8 +4,10 @@ use super::samples::{copy, payload, volume, write};
 use crate::replica::peer::Event;
 use crate::replica::peer::line::{Heard, Line};
 use crate::replica::peer::packet::Packet;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// A connection in the clear, and the other end of its socket.
@@ -67,6 +69,42 @@ fn frames_are_whole_however_they_are_cut() {
     assert!(matches!(line.receive(), Heard::Nothing));
     drop(there);
     while !matches!(line.receive(), Heard::Ended) {}
+}
+
+/// A reader that is woken by no single packet of a large frame is woken by its end, and by what comes after it.
+#[test]
+fn whoever_waits_for_the_socket_hears_each_frame() {
+    let (line, mut there) = line();
+    let frames: Vec<_> = [255, 1, 40, 255, 17, 33, 255].into_iter().zip(1..).map(|(n, at)| frame(at, n)).collect();
+    let all: Vec<_> = frames.iter().map(|(_, bytes)| bytes.clone()).collect();
+    // One end waits for the other, so that nothing that comes later wakes the reader.
+    let (next, told) = std::sync::mpsc::channel();
+    let writer = std::thread::spawn(move || {
+        for bytes in all {
+            for piece in bytes.chunks(50_000) {
+                there.write_all(piece).expect("written");
+                std::thread::yield_now();
+            }
+            told.recv().expect("it was heard");
+        }
+    });
+    for (event, _) in frames {
+        let heard = loop {
+            match line.receive() {
+                Heard::Event(heard) => break heard,
+                Heard::Later => {}
+                Heard::Nothing => {
+                    let limit = PollTimeout::try_from(super::loopback::LONG).expect("fits");
+                    let mut fds = [PollFd::new(line.as_fd(), PollFlags::POLLIN)];
+                    assert_eq!(poll(&mut fds, limit), Ok(1), "it sleeps through a frame");
+                }
+                Heard::Ended => panic!("it has ended"),
+            }
+        };
+        assert_eq!(heard, event);
+        next.send(()).expect("it writes");
+    }
+    writer.join().expect("ends");
 }
 
 #[test]
