@@ -110,6 +110,11 @@ impl Configuration {
         self.lost >= self.term
     }
 
+    /// Whether a copy is a candidate of which nothing is known.
+    pub(super) fn lacks_everything(&self, copy: InstanceId) -> bool {
+        self.candidates.get(&copy) == Some(&Lacks::Everything)
+    }
+
     /// Makes a secondary a candidate that lacks what is written from this version on.
     pub(super) fn drop_member(&mut self, copy: InstanceId) {
         if self.secondaries.remove(&copy) {

@@ -18,7 +18,7 @@
 
 use super::admission::{Awaits, Entry, FLUSH};
 use super::configuration::Lacks;
-use super::hot::Extent;
+use super::hot::{Extent, MAX_HOT_EXTENTS, MAX_MARKS};
 use super::interface::{Output, Primary, Record, Role};
 use super::message::SerialNumber;
 use super::piece::Missing;
@@ -27,6 +27,9 @@ use super::replica::{Health, Replica};
 use super::view::Progress;
 use super::{DiskError, OperationId, Request};
 use crate::volume::InstanceId;
+
+/// Most marks of a candidate whose resync can end: this primary's writes may need as many more as one copy makes.
+const MAX_CANDIDATE_MARKS: usize = MAX_MARKS - MAX_HOT_EXTENTS;
 
 /// How far a candidate is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -92,7 +95,10 @@ impl Replica {
         let peer = &mut self.peers[position];
         // Giving up what was copied to its former session forgets that it has joined.
         peer.joined = true;
-        peer.sync = if peer.out { Sync::Idle } else { Sync::Joining(since) };
+        // Compared whole it forgets its marks, and has room for those of the resync.
+        let is_crowded = peer.hot.len() > MAX_CANDIDATE_MARKS;
+        peer.anew |= is_crowded && !self.record.configuration.lacks_everything(peer.copy);
+        peer.sync = if peer.out || peer.anew { Sync::Idle } else { Sync::Joining(since) };
     }
 
     /// Begins the next piece of copying work, and the core's own flushes.
@@ -135,7 +141,8 @@ impl Replica {
     /// This copy's disk has failed it: what it was for asks for another one, but not at once.
     pub(super) fn own_flush_failed(&mut self) {
         self.admission.remove_own(FLUSH);
-        self.disk_rests = true;
+        // What waited for room for its marks may need none any more.
+        (self.disk_rests, self.released) = (true, true);
         if self.copying.as_ref().is_some_and(|copying| copying.stage == Stage::Flushing(true)) {
             self.stage(Stage::Flushing(false));
         }
@@ -262,6 +269,13 @@ impl Replica {
         for position in 0..self.peers.len() {
             self.send_everything(position, outputs);
         }
+    }
+
+    /// The candidate that the only member makes equal to itself.
+    pub(super) fn candidate_of_sole_member(&self) -> Option<usize> {
+        let alone = self.role == Role::Primary(Primary::Serving) && !self.may_have_secondaries();
+        let candidate = self.copying.as_ref().and_then(|copying| copying.candidate).filter(|_| alone)?;
+        self.peers.iter().position(|peer| peer.copy == candidate)
     }
 
     /// Gives the work up; what the disk still does for it is waited for where it matters.

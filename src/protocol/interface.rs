@@ -201,9 +201,10 @@ pub enum Output {
     },
     /// Read the catalogue and answer with `Configuration`.
     ReadConfiguration,
-    /// This copy was primary, and is no more: whatever its device is still asked for, by whoever has not heard of it, is
-    /// answered with an error, also if it becomes primary again. Only another device is served then. It is said before the
-    /// configuration that ends the term is durable, since another life of the copy would not know it.
+    /// This copy was primary, and is no more; or it is, and no copy has what it may have lost, if a device has outlived
+    /// that. Whatever its device is still asked for, by whoever has not heard of it, is answered with an error, also if it
+    /// becomes primary again. Only another device is served then. It is said before the configuration that ends the term, or
+    /// says what is lost, is durable, since another life of the copy would not know it.
     FenceDevice,
 }
 
@@ -230,8 +231,8 @@ pub struct Record {
 pub enum Memory {
     /// Only the engine died: completed writes are in the node's cache.
     Kept,
-    /// The node died since the record was written (the record carries the node's boot id): writes that were not flushed
-    /// may be gone.
+    /// The node died since the record was written (the record carries the node's boot id), or a flush of an engine before this
+    /// one failed: writes that were not flushed may be gone.
     Lost,
 }
 

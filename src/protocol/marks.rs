@@ -46,9 +46,11 @@ impl Clearing {
 }
 
 impl Replica {
-    /// Marks what a request changes, if there is anybody to differ from.
+    /// Marks what a request changes, if there is anybody to differ from who may become equal. A damaged copy admits nobody in
+    /// this life and clears no marks: writes would wait for room for ever. What it writes lies above what others have.
     pub(super) fn mark(&mut self, request: Request, tag: Tag) -> Marked {
-        let range = request.range().filter(|_| request.is_mutation() && !self.peers.is_empty());
+        let marks = !self.peers.is_empty() && self.health != Health::Damaged;
+        let range = request.range().filter(|_| request.is_mutation() && marks);
         let limit = if tag.is_copy() { MAX_MARKS } else { self.hot_limit };
         range.map_or(Marked::Yes, |range| self.mark_range(range, self.next_serial, limit))
     }

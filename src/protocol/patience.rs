@@ -65,7 +65,8 @@ impl Replica {
                 late = late.with(entry.awaits);
             }
         }
-        let settling = self.role == Role::Primary(Primary::Settling);
+        // One that was just admitted, too: until it has settled, its newer blocks do not count if this copy loses its caches.
+        let settling = matches!(self.role, Role::Primary(Primary::Settling | Primary::Serving));
         for position in 0..self.peers.len() {
             let peer = &mut self.peers[position];
             let owes = peer.member && (!peer.joined || settling && !peer.settled);
@@ -76,7 +77,8 @@ impl Replica {
         }
     }
 
-    fn give_up(&mut self, position: usize) {
+    /// It is out, and is left alone for a while when it is gone.
+    pub(super) fn give_up(&mut self, position: usize) {
         let Self { peers, rests, now, .. } = self;
         rests.retain(|copy, _| peers.iter().any(|peer| peer.copy == *copy));
         let peer = &mut peers[position];

@@ -195,8 +195,11 @@ impl Replica {
         if let Err(error) = result {
             // Tried again with the next tick: by then there may be space, and a disk that fails at once is not asked without end.
             self.copying_waits = true;
-            if error != DiskError::NoSpace {
-                self.health = Health::Failed;
+            match self.candidate_of_sole_member() {
+                _ if error == DiskError::NoSpace => {}
+                // Nobody else could serve the volume. That candidate rests; what the application asks for goes on.
+                Some(candidate) => self.give_up(candidate),
+                None => self.health = Health::Failed,
             }
             return self.abandon_copying();
         }

@@ -102,6 +102,13 @@ impl Replica {
         lowest.unwrap_or(self.next_serial)
     }
 
+    /// Every other copy has answered everything below: none is asked for it again, and none has to remember it.
+    pub(super) fn lowest_owed(&self) -> SerialNumber {
+        let owed = |entry: &&Entry| entry.is_started() && !entry.awaits.without(Awaits::LOCAL).is_empty();
+        let owed = self.admission.entries().iter().filter(owed).map(|entry| entry.serial);
+        owed.min().unwrap_or(self.next_serial)
+    }
+
     pub(super) fn has_secondaries(&self) -> bool {
         self.peers.iter().any(|peer| peer.member)
     }
@@ -382,7 +389,7 @@ impl Replica {
     }
 
     /// The configuration that is on its way to stable media.
-    fn adopting(&self) -> Option<&Configuration> {
+    pub(super) fn adopting(&self) -> Option<&Configuration> {
         self.adoption.as_ref().map(super::term::Adoption::configuration)
     }
 }

@@ -90,6 +90,9 @@ pub struct Replica {
     /// Operations whose requester is gone.
     pub(super) orphans: Vec<OperationId>,
     pub(super) health: Health,
+    /// A flush of this life failed: what it should have covered may be gone, so this copy is not intact before its engine is
+    /// started again and it was made equal.
+    pub(super) flush_failed: bool,
     pub(super) hot: Hot,
     pub(super) clearing: Clearing,
     /// Most hot extents of this primary's own writes.
@@ -129,6 +132,10 @@ impl Replica {
         record.intact &= memory == Memory::Kept || (hot.is_empty() && !alone);
         // It may have granted a lease just before it died, but only to another copy.
         let granted = record.configuration.primary.is_some_and(|primary| primary != copy);
+        let mut marks = Hot::new(&hot);
+        if !record.intact && record.configuration.lacks_everything(copy) {
+            marks.forget();
+        }
         Self {
             me: copy,
             incarnation,
@@ -158,7 +165,8 @@ impl Replica {
             flushed: false,
             orphans: Vec::new(),
             health: Health::Sound,
-            hot: Hot::new(&hot),
+            flush_failed: false,
+            hot: marks,
             clearing: Clearing::new(now),
             hot_limit: MAX_HOT_EXTENTS,
             mark_age: MARK_AGE,

@@ -10,7 +10,7 @@
 //! secondary; a write starts here only when the marks of its extents are durable, if anybody else has the volume too; a
 //! request that another primary's term has overtaken is never executed again.
 
-use super::admission::{Awaits, FLUSH, Phase};
+use super::admission::{Awaits, Entry, FLUSH, Phase};
 use super::hot::Marked;
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Message};
@@ -23,6 +23,7 @@ impl Replica {
     pub(super) fn requested(&mut self, tag: Tag, request: Request, outputs: &mut Vec<Output>) {
         let position = self.admission.push(tag, request, self.now);
         self.start_if_clear(position, outputs);
+        self.refuse_seals(outputs);
         if self.role != Role::Primary(Primary::Serving) {
             self.fence_what_waits(outputs);
         }
@@ -80,13 +81,13 @@ impl Replica {
             (Role::Primary(Primary::Reconciling), tag) if tag.is_copy() => true,
             (Role::Primary(_) | Role::Secondary | Role::Candidate | Role::Outdated, _) => false,
         };
-        serves && self.has_window() && self.is_clear(position) && self.may_read(entry.request)
+        serves && self.has_window(entry.request) && self.is_clear(position) && self.may_read(entry.request)
     }
 
     /// Whether the other copies will remember one more operation; when an earlier one is answered, this is looked at again.
-    fn has_window(&self) -> bool {
-        let first = self.lowest_unanswered();
-        self.peers.is_empty() || self.next_serial.0 - first.0 < MAX_APPLIES as u64
+    fn has_window(&self, request: Request) -> bool {
+        let asks_nobody = self.peers.is_empty() || matches!(request, Request::Read(_));
+        asks_nobody || self.next_serial.0 - self.lowest_owed().0 < MAX_APPLIES as u64
     }
 
     /// Nobody can have written elsewhere: a read returns what every later read will return or overwrite.
@@ -124,6 +125,9 @@ impl Replica {
             return self.completed_in_background(operation, result, outputs);
         };
         let entry = self.admission.entries()[position];
+        if entry.request == Request::Flush {
+            self.note_flush(result);
+        }
         if entry.phase == Phase::Draining(operation) {
             self.admission.at(position).phase = Phase::Queued;
             return self.fence_what_waits(outputs);
@@ -133,11 +137,13 @@ impl Replica {
         }
         if result == Err(DiskError::NoSpace) && waits_for_space(entry.request) {
             self.admission.at(position).phase = Phase::NoSpace;
-            return;
+            return self.refuse_seals(outputs);
         }
         let superseded = !self.may_read(entry.request);
         let broken = matches!(result, Err(DiskError::Failed | DiskError::Corrupt));
-        let fails = broken && self.may_have_secondaries();
+        // What a disk finds after it has failed a flush may be older than what was acknowledged.
+        let doubtful = self.flush_failed && matches!(entry.request, Request::Read(_));
+        let fails = (broken || doubtful) && self.may_have_secondaries();
         if broken && !self.peers.is_empty() && entry.request.range().is_none_or(|_| entry.request.is_mutation()) {
             self.health = self.health.max(Health::Damaged);
         }
@@ -169,6 +175,7 @@ impl Replica {
         if let Some(at) = self.orphans.iter().position(|orphan| *orphan == operation) {
             self.orphans.swap_remove(at);
         } else if self.guard == Guard::Flushing(operation) {
+            self.note_flush(result);
             if result.is_err() {
                 self.health = Health::Failed;
             }
@@ -187,6 +194,13 @@ impl Replica {
             self.persisted(result, outputs);
         } else {
             self.applied(operation, result, outputs);
+        }
+    }
+
+    /// After a flush that failed, what it should have covered may be gone, and none that succeeds later says that it is not.
+    pub(super) fn note_flush(&mut self, result: Result<(), DiskError>) {
+        if result.is_err() && !planted!(self, ForgetFailedFlush) {
+            (self.flush_failed, self.record.intact) = (true, false);
         }
     }
 
@@ -223,6 +237,22 @@ impl Replica {
         self.admission.at(position).phase = Phase::Completed;
         outputs.push(Output::Complete { tag: entry.tag, result: entry.result });
         if !self.peers.is_empty() || planted!(self, ReleaseAtComplete) {
+            self.start_what_is_clear(outputs);
+        }
+    }
+
+    /// Where other copies follow, a seal waits for the writes before it and holds those after it: behind one that has no space it
+    /// would stop the volume, and it would be refused for the same reason.
+    fn refuse_seals(&mut self, outputs: &mut Vec<Output>) {
+        let full = self.admission.entries().iter().position(|entry| entry.phase == Phase::NoSpace);
+        let Some(full) = full.filter(|_| !self.peers.is_empty()) else { return };
+        let mut refused = false;
+        let is_seal = |entry: &&mut Entry| entry.phase == Phase::Queued && matches!(entry.request, Request::Seal(_));
+        for entry in self.admission.iter_mut().skip(full).filter(is_seal) {
+            (entry.phase, refused) = (Phase::Completed, true);
+            outputs.push(Output::Complete { tag: entry.tag, result: Err(DiskError::NoSpace) });
+        }
+        if refused {
             self.start_what_is_clear(outputs);
         }
     }
@@ -289,7 +319,7 @@ impl Replica {
     /// Sends what an entry waits for to the peers that have joined, or only to one of them.
     pub(super) fn send_prepares(&self, position: usize, only: Option<usize>, outputs: &mut Vec<Output>) {
         let entry = self.admission.entries()[position];
-        let floor = self.lowest_unanswered();
+        let floor = self.lowest_owed();
         for (index, peer) in self.peers.iter().enumerate() {
             let (Some(frame), None | Some(true)) = (self.link(peer), only.map(|only| only == index)) else { continue };
             if !entry.awaits.contains(Awaits::peer(index)) {

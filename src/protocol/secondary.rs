@@ -218,6 +218,9 @@ impl Replica {
     pub(super) fn applied(&mut self, operation: OperationId, result: Result<(), DiskError>, outputs: &mut Vec<Output>) {
         let at = self.applying(operation);
         let Apply { serial, order, .. } = self.applies[at];
+        if order == Order::Request(Request::Flush) {
+            self.note_flush(result);
+        }
         if self.adoption.is_some() {
             // It belongs to the configuration before; the primary says it again if it still matters.
             self.applies.remove(at);
@@ -248,10 +251,19 @@ impl Replica {
         outputs: &mut Vec<Output>,
     ) {
         let at = self.applying(operation);
-        let serial = self.applies.remove(at).serial;
+        let Apply { serial, order, .. } = self.applies.remove(at);
         if self.adoption.is_some() {
             return;
         }
+        let differs = match (differs, order.range()) {
+            // What cannot be read is mended by being written; whether the disk can still do that, the write says.
+            (Err(DiskError::Corrupt | DiskError::Failed), Some(range)) => {
+                let mut all = BlockSet::default();
+                all.insert(0, range.count());
+                Ok(all)
+            }
+            (differs, _) => differs,
+        };
         if let Some(to) = self.record.configuration.primary {
             let message = Message::Compared { frame: self.frame(self.incarnation), serial, differs };
             outputs.push(Output::Send { to, message, buffer: Buffer::None });
@@ -284,7 +296,7 @@ impl Replica {
 
     /// The primary has made this copy equal to its own; that becomes durable before it counts.
     pub(super) fn reconciled(&mut self, outputs: &mut Vec<Output>) {
-        if self.role != Role::Secondary {
+        if self.role != Role::Secondary || self.flush_failed {
             return;
         }
         self.settled = true;

@@ -150,6 +150,9 @@ impl Replica {
         let alone = configuration.primary == Some(self.me) && configuration.secondaries.is_empty();
         let counts = alone && configuration.lost == configuration.stamp;
         let intact = configuration.is_member(self.me) && (self.record.intact || counts);
+        if self.has_lost_its_own() {
+            outputs.push(Output::FenceDevice);
+        }
         self.persist(Record { configuration, intact }, outputs);
     }
 
@@ -159,8 +162,9 @@ impl Replica {
         idle && !guarded && self.orphans.is_empty() && !self.applies.iter().any(super::secondary::Apply::is_running)
     }
 
-    pub(super) fn persist(&mut self, record: Record, outputs: &mut Vec<Output>) {
+    pub(super) fn persist(&mut self, mut record: Record, outputs: &mut Vec<Output>) {
         self.unsaved = false;
+        record.intact &= !self.flush_failed;
         let operation = self.operation();
         outputs.push(Output::Persist { operation, record: Box::new(record.clone()) });
         self.persisting = Some(Persisting { operation, record });
@@ -175,17 +179,18 @@ impl Replica {
             return;
         }
         let before = std::mem::replace(&mut self.record, record);
+        self.record.intact &= !self.flush_failed;
         if before.configuration.stamp == self.record.configuration.stamp {
             return self.intact_is_durable(outputs);
         }
         if self.record.configuration.term != before.configuration.term {
             (self.applies, self.floor, self.settled) = (Vec::new(), SerialNumber::default(), false);
             self.hot.new_term();
-            // What lacks everything is compared whole before it is a member again, however often that is begun; marks of all
-            // attempts together could be more than there is room for. That it is not intact is durable with the record.
-            if self.record.configuration.candidates.get(&self.me) == Some(&Lacks::Everything) {
-                self.hot.forget_old();
-            }
+        }
+        // What lacks everything is compared whole before it is a member again, however often that is begun; marks of all
+        // attempts together could be more than there is room for. That it is not intact is durable with the record.
+        if self.record.configuration.lacks_everything(self.me) {
+            self.hot.forget();
         }
         self.open_guard();
         let Some(adoption) = self.adoption.take_if(|a| a.configuration.stamp == self.record.configuration.stamp) else {
@@ -359,7 +364,7 @@ impl Replica {
         }
         let may = self.is_primary() && self.record.intact && self.health != Health::Failed;
         let drops = may && self.peers.iter().any(|peer| peer.member && peer.out);
-        if !drops && self.guard != Guard::Open {
+        if !drops && !self.drop_may_land() && self.guard != Guard::Open {
             self.open_guard();
             self.answer_what_all_did(outputs);
         }
@@ -370,6 +375,13 @@ impl Replica {
         }
     }
 
+    /// A configuration without a member may be committed, whatever became of this copy since it was proposed.
+    fn drop_may_land(&self) -> bool {
+        let next = self.proposal.as_ref().or(self.adopting());
+        let lacks = |next: &Configuration| self.peers.iter().any(|peer| peer.member && !next.is_member(peer.copy));
+        self.is_primary() && next.is_some_and(lacks) && !planted!(self, OpenGuardEarly)
+    }
+
     pub(super) fn is_primary(&self) -> bool {
         matches!(self.role, Role::Primary(_))
     }
@@ -377,7 +389,10 @@ impl Replica {
     /// The spec wants no primary, or another member. A copy that is no member could not take over, and without a primary
     /// nobody would make it one: until it is, this copy goes on, and what waits behind requests does not wait for ever.
     pub(super) fn leaves(&self) -> bool {
-        let takes_over = |copy| copy != self.me && self.record.configuration.is_member(copy);
+        let serves = self.role == Role::Primary(Primary::Serving);
+        // One that serves drops who is silent. Before, it would leave the volume to a dead member.
+        let is_there = |copy: InstanceId| serves || !self.silent.contains(&copy);
+        let takes_over = |copy| copy != self.me && self.record.configuration.is_member(copy) && is_there(copy);
         self.wish.as_ref().is_some_and(|wish| wish.primary.is_none_or(takes_over))
     }
 }

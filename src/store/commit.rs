@@ -273,6 +273,10 @@ impl Store {
     pub(super) fn commit_io_done(&mut self, result: Result<(), DiskError>, out: &mut Vec<Action<Job>>) {
         if result.is_err() {
             let failure = if self.commit.phase == Phase::Data { Failure::DataSync } else { Failure::Log };
+            if matches!(self.commit.phase, Phase::Data | Phase::Log) {
+                // The disk may have lost its cache, whichever file it was asked for.
+                self.pending.sync_failed();
+            }
             self.commit.failure = Some(failure);
             self.commit.phase = Phase::Idle;
             return;

@@ -431,6 +431,22 @@ impl Store {
     pub fn failure(&self) -> Option<Failure> {
         self.commit.failure()
     }
+
+    /// How often an fdatasync of the tree has failed since its memory was made: each time what was written since the one
+    /// before may be gone, also when the tree was opened again and flushes succeed.
+    pub fn sync_failures(&self) -> u64 {
+        self.pending.failures()
+    }
+
+    /// Whether devices that outlived a former process may wait for writes that are gone.
+    pub fn has_unheard_failure(&self) -> bool {
+        self.pending.has_unheard_failure()
+    }
+
+    /// Those devices have ended.
+    pub fn failure_heard(&self) {
+        self.pending.failure_heard();
+    }
 }
 
 /// Blocks of disk that a tree may use beyond the `promised` ones: what was freed and is not durably free yet, and what is

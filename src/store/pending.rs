@@ -2,9 +2,11 @@
 //!
 //! Invariants: a change is in here before its request is answered; a half is emptied only when its commit is durable; what
 //! counts is what the length says, and the length grows (release) only after the bytes, since the process may be killed
-//! between any two instructions. A power cut takes all of it, which is what "not flushed" means.
+//! between any two instructions. A power cut takes all of it, which is what "not flushed" means. What an fdatasync that failed
+//! may have lost is remembered for as long as the memory is there.
 //! ```text
-//!   page 0: magic, version, instance, epoch of the log; per half: length, epoch and sequence of its commit (0: none yet)
+//!   page 0: magic, version, instance, epoch of the log, fdatasyncs that failed, of these: those that devices know of;
+//!           per half: length, epoch and sequence of its commit (0: none yet)
 //!   half A: records, each behind its length     half B: the same
 //! ```
 //! One half fills while the other is committed.
@@ -14,7 +16,7 @@ use super::log::Position;
 use super::record::{MAX_RECORD, Record};
 use crate::memory::Memory;
 use crate::volume::InstanceId;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 /// Bytes of the region: some 10,000 changes in each half, a tenth of a second of the fastest first writes; more would make
 /// commits longer, not fewer. Pages that are never touched cost nothing.
@@ -30,6 +32,9 @@ const AT_MAGIC: usize = 0;
 const AT_VERSION: usize = 8;
 const AT_INSTANCE: usize = 16;
 const AT_EPOCH: usize = 32;
+/// Zero in the memory of an older engine, which ignores both.
+const AT_FAILURES: usize = 40;
+const AT_HEARD: usize = 48;
 const AT_HALVES: usize = 64;
 const HALF_FIELDS: usize = 32;
 
@@ -140,6 +145,27 @@ impl Pending {
     /// The log goes on in `epoch`. Must be called before a checkpoint of that generation can appear.
     pub(super) fn set_epoch(&mut self, epoch: u64) {
         self.memory.word(AT_EPOCH).store(epoch, Release);
+    }
+
+    /// An fdatasync has failed: what was acknowledged since the one before may be gone. The next process asks again and is told
+    /// that all is well, so it has to know. Not forgotten by [`Self::reset`].
+    pub(super) fn sync_failed(&self) {
+        self.memory.word(AT_FAILURES).fetch_add(1, AcqRel);
+    }
+
+    /// How often one has failed.
+    pub(super) fn failures(&self) -> u64 {
+        self.memory.word(AT_FAILURES).load(Acquire)
+    }
+
+    /// Whether devices that outlived the process may not know of it.
+    pub(super) fn has_unheard_failure(&self) -> bool {
+        self.failures() != self.memory.word(AT_HEARD).load(Acquire)
+    }
+
+    /// They do.
+    pub(super) fn failure_heard(&self) {
+        self.memory.word(AT_HEARD).store(self.failures(), Release);
     }
 
     /// Whether nothing waits for a commit.

@@ -229,7 +229,7 @@ impl Cluster {
             incarnation: Incarnation(life),
             record: n.disk.record.clone(),
             hot: n.disk.hot.iter().copied().collect(),
-            memory: if n.disk.boot == n.boot { Memory::Kept } else { Memory::Lost },
+            memory: n.memory(planted),
         };
         let mut replica = Replica::open(local, member);
         replica.planted = planted;
@@ -251,6 +251,7 @@ impl Cluster {
             proposing: None,
             heard: vec![(now, false); others],
             failed: false,
+            flush_failed: false,
             host,
             asked: BTreeMap::new(),
             asks: false,
@@ -418,7 +419,11 @@ impl Cluster {
                 Operation::Read { tag, .. } => Some(*tag),
                 _ => None,
             };
-            let lost = failure.is_some() && self.random.percent(50);
+            let is_flush = matches!(operation, Operation::Flush(_));
+            if failure.is_some() && is_flush {
+                self.fail_flush(node);
+            }
+            let lost = failure.is_some() && (is_flush || self.random.percent(50));
             let read = if lost { None } else { self.nodes[node].effect(operation) };
             if let (Some(payload), Some(tag)) = (read, reader) {
                 self.keep_read(node, life, id, tag, payload);
@@ -452,6 +457,11 @@ impl Cluster {
         let process = n.life(life)?;
         let operation = process.operations.get(&id)?;
         let takes_space = operation.is_mutation();
+        if process.flush_failed
+            && matches!(operation, Operation::Flush(_) | Operation::Persist(_) | Operation::Seal { .. })
+        {
+            return Some(DiskError::Failed);
+        }
         let fails = broken && !matches!(operation, Operation::NextRange | Operation::Seal { .. });
         if fails && self.random.percent(50) {
             process.failed = true;

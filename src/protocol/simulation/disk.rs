@@ -1,7 +1,7 @@
 //! One copy on a simulated disk: what its cache has, what its media have, and what it knows that others lack.
 //!
 //! Invariants: a write is in the cache when it is done and on the media when a flush that began later is done; a power cut
-//! leaves each block that was not flushed as any of the versions since the last flush, or torn.
+//! leaves each block that was not flushed as any of the versions since the last flush, or torn; and so may a flush that fails.
 
 use super::random::Random;
 use crate::protocol::tests::Planted;
@@ -53,8 +53,8 @@ pub struct Captured {
 pub struct Disk {
     pub instance: InstanceId,
     pub record: Record,
-    /// The boot of the node that wrote the record.
-    pub boot: u64,
+    /// The life of the caches in which the record was written.
+    pub caches: u64,
     pub hot: BTreeSet<Extent>,
     blocks: BTreeMap<u64, Block>,
     writings: u64,
@@ -74,7 +74,7 @@ impl Disk {
         Self {
             instance,
             record,
-            boot: 0,
+            caches: 0,
             hot: BTreeSet::new(),
             blocks: BTreeMap::new(),
             writings: 0,
@@ -139,7 +139,7 @@ impl Disk {
     }
 
     /// As in the store, only a member's layers say what others lack.
-    pub fn persist(&mut self, record: Record, boot: u64) {
+    pub fn persist(&mut self, record: Record, caches: u64) {
         let before = self.record.configuration.stamp;
         let counts = record.configuration.is_member(self.instance) || self.planted == Some(Planted::CandidateKeepsBase);
         for lacks in record.configuration.candidates.values() {
@@ -153,11 +153,11 @@ impl Disk {
         }
         let named = |since: &Stamp| record.configuration.candidates.values().any(|l| *l == Lacks::Since(*since));
         self.lacking.retain(|since, _| named(since));
-        (self.record, self.boot) = (record, boot);
+        (self.record, self.caches) = (record, caches);
     }
 
-    /// What a node that loses its power leaves; a torn block gets its content from `tear`.
-    pub fn lose_power(&mut self, random: &mut Random, mut tear: impl FnMut(u64) -> Content) {
+    /// What a node that loses its power leaves, or a disk that fails a flush; a torn block gets its content from `tear`.
+    pub fn lose_caches(&mut self, random: &mut Random, mut tear: impl FnMut(u64) -> Content) {
         for (number, block) in &mut self.blocks {
             let versions = std::mem::take(&mut block.unflushed);
             if versions.is_empty() {

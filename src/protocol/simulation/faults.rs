@@ -167,7 +167,24 @@ impl Cluster {
         }
         (n.powered, n.depth) = (false, 0);
         n.boot += 1;
-        n.disk.lose_power(random, |block| oracle.tear(block));
+        n.caches += 1;
+        n.booted_with = n.caches;
+        n.disk.lose_caches(random, |block| oracle.tear(block));
+        self.admit_losses();
+    }
+
+    /// A disk may have lost anything that it should have made durable.
+    pub fn fail_flush(&mut self, node: usize) {
+        let Self { nodes, random, oracle, tally, .. } = self;
+        let n = &mut nodes[node];
+        if n.process.as_mut().is_none_or(|process| std::mem::replace(&mut process.flush_failed, true)) {
+            return;
+        }
+        n.caches += 1;
+        tally.lost_flushes += 1;
+        if random.percent(50) {
+            n.disk.lose_caches(random, |block| oracle.tear(block));
+        }
         self.admit_losses();
     }
 

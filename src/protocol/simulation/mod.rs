@@ -54,6 +54,7 @@ pub struct Tally {
     kills: u64,
     power_cuts: u64,
     lost_caches: u64,
+    lost_flushes: u64,
     partitions: u64,
     disk_errors: u64,
     moves: u64,
@@ -85,7 +86,7 @@ impl Tally {
         }
     }
 
-    fn counts(&self) -> [(&'static str, u64); 24] {
+    fn counts(&self) -> [(&'static str, u64); 25] {
         [
             ("events", self.events),
             ("writes", self.writes),
@@ -96,6 +97,7 @@ impl Tally {
             ("kills", self.kills),
             ("power cuts", self.power_cuts),
             ("lost caches", self.lost_caches),
+            ("flushes that failed", self.lost_flushes),
             ("partitions", self.partitions),
             ("disk errors", self.disk_errors),
             ("moves", self.moves),
@@ -174,7 +176,7 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 /// What the seeds have seen together, and those that failed.
-fn run_all(seeds: impl Iterator<Item = u64>) -> ([(&'static str, u64); 24], Vec<String>) {
+fn run_all(seeds: impl Iterator<Item = u64>) -> ([(&'static str, u64); 25], Vec<String>) {
     let mut total = Tally::default().counts();
     let mut failures = vec![];
     for seed in seeds {
@@ -309,6 +311,7 @@ fn planted_mistakes_are_found() {
         Planted::FlushBesidePieces,
         Planted::TakeForEqual,
         Planted::ReadWithoutLease,
+        Planted::ForgetFailedFlush,
     ];
     planted.into_iter().for_each(|planted| caught(planted, 6000));
 }

@@ -3,6 +3,7 @@
 use super::cluster::Event;
 use super::disk::{Captured, Disk, Payload};
 use super::oracle::WriteId;
+use crate::protocol::tests::Planted;
 use crate::protocol::*;
 use crate::volume::{BlockRange, InstanceId};
 use std::collections::{BTreeMap, VecDeque};
@@ -86,6 +87,8 @@ pub struct Process {
     pub heard: Vec<(Duration, bool)>,
     /// A disk operation failed.
     pub failed: bool,
+    /// It was a flush: the store makes nothing durable any more.
+    pub flush_failed: bool,
     /// Clients: what they have asked for, whether the catalogue is being asked who they are, and shall be again.
     pub host: Host,
     pub asked: BTreeMap<usize, super::host::Asked>,
@@ -117,6 +120,10 @@ pub struct Node {
     pub process: Option<Process>,
     /// Of the node and of its engines.
     pub boot: u64,
+    /// Lives of its caches: a boot ends one, and so does a flush that fails.
+    pub caches: u64,
+    /// Which of them began with the boot.
+    pub booted_with: u64,
     pub lives: u64,
     pub booted: Duration,
     /// Parts in a million by which its clock is fast.
@@ -145,6 +152,8 @@ impl Node {
             disk,
             process: None,
             boot: 1,
+            caches: 1,
+            booted_with: 1,
             lives: 0,
             booted: Duration::ZERO,
             drift,
@@ -184,7 +193,13 @@ impl Node {
 
     /// Its caches have everything that it ever acknowledged.
     pub fn is_kept(&self) -> bool {
-        self.disk.boot == self.boot && self.disk.record.intact
+        self.disk.caches == self.caches && self.disk.record.intact
+    }
+
+    /// What a new engine is told of its caches.
+    pub fn memory(&self, planted: Option<Planted>) -> Memory {
+        let forgets = planted == Some(Planted::ForgetFailedFlush) && self.disk.caches >= self.booted_with;
+        if self.disk.caches == self.caches || forgets { Memory::Kept } else { Memory::Lost }
     }
 
     /// What an operation does to the disk; the bytes that it read, if any.
@@ -196,7 +211,7 @@ impl Node {
             Operation::Read { range, .. } => return Some(disk.read(range)),
             Operation::Flush(captured) => disk.flushed(&captured),
             Operation::Seal { name, contents } => _ = disk.seals.entry(name).or_insert(contents),
-            Operation::Persist(record) => disk.persist(*record, self.boot),
+            Operation::Persist(record) => disk.persist(*record, self.caches),
             Operation::WriteHot(extents) => disk.hot = extents.iter().copied().collect(),
             Operation::WritePiece { piece, payload } => {
                 for run in piece.runs() {

@@ -331,6 +331,10 @@ fn a_candidate_that_has_what_failed_here_is_not_admitted() {
         script.finish();
         script.hear_prepared(2);
         assert_eq!(script.proposal().is_some(), planted.is_some());
+        // Its marks never go: when they were many, every write waited for ever.
+        script.replica.hot_limit = 1;
+        script.give(Input::Request { tag: WRITER, request: Request::Write(extent(1)) });
+        assert!(script.wants(|output| matches!(output, Output::Disk { tag: WRITER, .. })), "{:?}", script.outputs);
     }
 }
 

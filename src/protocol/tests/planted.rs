@@ -61,6 +61,10 @@ pub(in crate::protocol) enum Planted {
     ClearAfterFailure,
     /// A member that comes back while its removal may be committed counts again.
     TakeBackDropped,
+    /// A copy whose disk has failed a flush counts as intact when it is asked again, and when its engine is started again.
+    ForgetFailedFlush,
+    /// What this copy's flush before a drop does not cover is acknowledged although the drop may be committed.
+    OpenGuardEarly,
     /// The store takes a candidate's layers for what others lack since they left.
     CandidateKeepsBase,
 }

@@ -118,14 +118,21 @@ impl Engine {
     /// (an old filesystem, dirty pages, requests that wait in the kernel), so it never gets through any more: the kernel
     /// ends the connection, and keeps that whatever becomes of this process. Rare, and it only wakes whoever waits.
     pub fn fence_device(&mut self, key: VolumeKey) {
+        let lost = self.volume_mut(key).is_some_and(|volume| volume.replica.has_lost_its_own());
+        let why = if lost {
+            "the disk failed to make written data durable, and no other copy has it, so writes that were completed may be lost"
+        } else {
+            "another copy is the volume's primary, or shall be, and this node was not asked to unstage it"
+        };
+        self.end_device(key, why);
+    }
+
+    /// The device never gets through any more; see [`Self::fence_device`].
+    pub fn end_device(&mut self, key: VolumeKey, why: &str) {
         let Some(device) = self.device_mut(key).filter(|device| matches!(device.phase, Phase::Serving)) else { return };
         device.phase = Phase::Fenced;
         let volume = device.fuse.volume;
-        tracing::error!(
-            %volume,
-            "its device is given up: another copy is the volume's primary, or shall be, and this node was not asked to \
-             unstage it; unstage and stage it again"
-        );
+        tracing::error!(%volume, why, "its device is given up: unstage and stage it again");
         if let Err(error) = device.fuse.abort() {
             tracing::error!(%volume, %error, "its FUSE connection cannot be ended: what it is asked for is answered with errors");
         }

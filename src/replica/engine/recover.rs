@@ -58,7 +58,19 @@ impl Engine {
         for parked in std::mem::take(&mut self.parked) {
             self.revive_one(parked);
         }
+        self.note_failures_heard();
         self.parked.iter().map(|p| p.fuse.volume).collect()
+    }
+
+    /// Devices of a tree that an fdatasync failed before this engine was started have ended, but for those that wait for the
+    /// core of their copy, which knows by its record.
+    fn note_failures_heard(&self) {
+        for tree in self.trees.iter().flatten().filter(|tree| tree.store.has_unheard_failure()) {
+            let waits = |parked: &Parked| parked.tree == tree.id && tree.store.mirrored(parked.fuse.volume).is_none();
+            if tree.store.failure().is_none() && !self.parked.iter().any(waits) {
+                tree.store.failure_heard();
+            }
+        }
     }
 
     /// Goes on with the device of a copy whose core has just begun, also before [`EngineHandle::reattach`]: what outlived the
@@ -97,9 +109,25 @@ impl Engine {
     fn serve_again(&mut self, tree: TreeKey, parked: Parked) {
         let volume = parked.fuse.volume;
         match self.add_device(tree, parked.fuse, parked.device) {
-            Ok(key) => self.replay(key),
+            Ok(key) => {
+                self.end_if_writes_are_lost(tree, key);
+                self.replay(key);
+            }
             // The device is gone from here; the holder keeps it, and the next engine tries again.
             Err(error) => tracing::error!(%volume, %error, "its device cannot be served"),
+        }
+    }
+
+    /// An fdatasync failed, and nobody has said so to the device or can: the next one would be told that all is well. Of a volume
+    /// with several copies another one may have everything; its core ends the device if none has.
+    fn end_if_writes_are_lost(&mut self, tree: TreeKey, key: VolumeKey) {
+        let unheard = self.tree_mut(tree).is_some_and(|tree| tree.store.has_unheard_failure());
+        if unheard && self.volume_mut(key).is_some_and(|volume| volume.mirror.is_none() && volume.remote.is_none()) {
+            self.end_device(
+                key,
+                "the disk failed to make written data durable before the engine was started, so writes that were completed may \
+                 be lost",
+            );
         }
     }
 

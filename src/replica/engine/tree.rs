@@ -40,12 +40,14 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    /// The life of what was acknowledged and not logged: it ends with the node's, and with the memory that the holder keeps.
-    /// That is told by its inode, of which a kernel makes each number once.
+    /// The life of what was acknowledged and not logged: it ends with the node's, with the memory that the holder keeps, and
+    /// with an fdatasync that failed. The memory is told by its inode, of which a kernel makes each number once. The store
+    /// takes no record after an fdatasync that failed: none says that it was written in the life that began then.
     pub fn life(&self, boot: BootId) -> BootId {
         let inode = nix::sys::stat::fstat(&self.pending).map_or(0, |found| found.st_ino);
         let mut bytes = boot.to_bytes();
-        bytes.iter_mut().zip(inode.to_le_bytes()).for_each(|(byte, more)| *byte ^= more);
+        let more = inode.to_le_bytes().into_iter().chain(self.store.sync_failures().to_le_bytes());
+        bytes.iter_mut().zip(more).for_each(|(byte, more)| *byte ^= more);
         BootId::from_bytes(bytes)
     }
 

@@ -253,10 +253,16 @@ impl Store {
         result: Result<(), DiskError>,
         out: &mut Vec<Action<Job>>,
     ) {
+        let mirror = self.mirrors.volumes.get_mut(&volume);
         if let Err(error) = result {
+            if mirror
+                .and_then(|mirror| mirror.updates[part as usize])
+                .is_some_and(|update| update.step == Step::Syncing)
+            {
+                self.pending.sync_failed();
+            }
             return self.update_failed(volume, part, error, out);
         }
-        let mirror = self.mirrors.volumes.get_mut(&volume);
         match mirror.and_then(|mirror| mirror.updates[part as usize].as_mut()) {
             Some(update) if update.step == Step::Writing => {
                 update.step = Step::Syncing;

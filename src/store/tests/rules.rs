@@ -175,6 +175,13 @@ fn after_a_failed_fdatasync_nothing_is_flushed_until_the_tree_is_opened_again() 
     bench.kill();
     assert_eq!(bench.store().failure(), None);
     bench.simple(volume(1), Request::Flush);
+    // What the next process is told does not say that nothing is gone.
+    assert_eq!((bench.store().sync_failures(), bench.store().has_unheard_failure()), (1, true));
+    bench.store().failure_heard();
+    bench.kill();
+    assert_eq!((bench.store().sync_failures(), bench.store().has_unheard_failure()), (1, false));
+    bench.lose_pending();
+    assert_eq!(bench.store().sync_failures(), 0);
 }
 
 #[test]

@@ -56,6 +56,103 @@ fn a_member_that_comes_back_while_its_removal_may_be_committed_stays_out() {
     assert_eq!(script.replica.role(), Role::Primary(Primary::Serving));
 }
 
+/// A drop was on its way to the catalogue when this copy failed. What its flush had not covered was acknowledged, the drop landed,
+/// and power was lost here: the other copy, which had it, was no member any more.
+#[test]
+fn nothing_is_acknowledged_behind_a_drop_that_may_land_although_this_copy_has_failed() {
+    for planted in [None, Some(super::super::Planted::OpenGuardEarly)] {
+        let mut script = Script::serving();
+        script.replica.planted = planted;
+        script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+        script.finish();
+        let write = script.outputs.clone();
+        script.hear_prepared(1);
+        script.give(Input::Silent(copy(2)));
+        script.finish();
+        let drop = script.outputs.clone();
+        assert!(script.proposal().is_some());
+        script.outputs = write;
+        script.finish();
+        script.give(Input::Request { tag: OTHER, request: Request::Write(extent(1)) });
+        script.fail();
+        assert_eq!(script.completes(WRITER), planted.is_some());
+        script.outputs = drop;
+        script.commit();
+        assert!(planted.is_some() || script.completes(WRITER), "{:?}", script.outputs);
+    }
+}
+
+/// It left for a copy that was dead: nobody was primary, and nobody could drop the dead one.
+#[test]
+fn a_primary_that_does_not_serve_yet_leaves_for_nobody_who_is_silent() {
+    let mut script = Script::primary(true);
+    script.give(Input::Silent(copy(2)));
+    let flush = script.outputs.clone();
+    script.wish(Some(copy(2)));
+    assert_eq!(script.proposal(), None);
+    script.outputs = flush;
+    script.finish();
+    assert!(script.proposal().is_some_and(|next| next.primary == Some(copy(1)) && next.secondaries.is_empty()));
+    let mut script = Script::primary(true);
+    script.wish(Some(copy(2)));
+    assert_eq!(script.proposal().expect("it leaves").primary, None);
+}
+
+/// A write without space kept its place among those that others remember: after 153 operations reads and discards stopped, too;
+/// and a seal waited for it, and held what came later.
+#[test]
+fn a_write_without_space_stops_no_read_no_discard_and_no_seal() {
+    let mut script = Script::serving();
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    script.finish();
+    let operation = script.operation();
+    script.hear_prepared(1);
+    script.give(Input::Completed { operation, result: Err(DiskError::NoSpace) });
+    let beside = BlockRange::new(1, 1).expect("not empty");
+    let ask = |script: &mut Script, serial: Option<u64>, request| {
+        script.give(Input::Request { tag: OTHER, request });
+        script.finish();
+        if let Some(serial) = serial {
+            script.hear_prepared(serial);
+        }
+        assert!(script.completes(OTHER), "{request:?}: {:?}", script.outputs);
+        script.give(Input::Replied { tag: OTHER });
+    };
+    let operations = super::super::super::secondary::MAX_APPLIES as u64 + 5;
+    script.give(Input::Received { from: copy(2), message: granted() });
+    for serial in 2..operations {
+        ask(&mut script, Some(serial), Request::Discard(beside));
+        ask(&mut script, None, Request::Read(beside));
+    }
+    script.give(Input::Request { tag: OTHER, request: Request::Seal(SealName(1)) });
+    let refused = |tag| Output::Complete { tag, result: Err(DiskError::NoSpace) };
+    assert_eq!(script.outputs, [refused(OTHER)]);
+    script.give(Input::Replied { tag: OTHER });
+    ask(&mut script, Some(operations), Request::Discard(beside));
+    script.give(Input::SpaceFreed);
+    script.finish();
+    assert!(script.completes(WRITER));
+}
+
+/// The seal came first: it waits for the write, as what comes later waits for it.
+#[test]
+fn a_seal_that_waits_for_a_write_is_refused_when_there_is_no_space_for_that() {
+    let mut script = Script::serving();
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    script.finish();
+    let operation = script.operation();
+    script.give(Input::Request { tag: OTHER, request: Request::Seal(SealName(1)) });
+    script.give(Input::Request { tag: Tag(3), request: Request::Discard(BlockRange::new(1, 1).expect("not empty")) });
+    assert_eq!(script.outputs, []);
+    script.give(Input::Completed { operation, result: Err(DiskError::NoSpace) });
+    assert!(script.outputs.contains(&Output::Complete { tag: OTHER, result: Err(DiskError::NoSpace) }));
+    assert!(script.wants(|output| matches!(output, Output::Disk { tag: Tag(3), .. })), "{:?}", script.outputs);
+}
+
+fn granted() -> Message {
+    Message::Granted { frame: Frame { stamp: version(2), incarnation: FIRST }, sent: Now::default() }
+}
+
 /// It made the lease endless, or ended the process.
 #[test]
 fn a_lease_of_which_more_is_granted_than_was_asked_for_is_not_believed() {

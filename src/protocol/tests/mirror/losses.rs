@@ -172,3 +172,69 @@ fn a_term_without_an_intact_member_says_so_before_it_serves() {
         assert!(script.wants(plans) && script.proposal().is_none(), "{:?}", script.outputs);
     }
 }
+
+/// Its blocks, of which the disk had lost some, went over the good ones of the other member.
+#[test]
+fn a_copy_whose_flush_failed_is_not_the_one_that_others_are_made_equal_to() {
+    for planted in [None, Some(super::super::Planted::ForgetFailedFlush)] {
+        let mut script = Script::new(true, &[Extent(0)], Memory::Kept);
+        script.replica.planted = planted;
+        let current = script.replica.record().configuration.clone();
+        script.give(Input::Configuration(Box::new(current)));
+        script.commit();
+        script.give(Input::Silent(copy(2)));
+        assert!(script.wants(|output| matches!(output, Output::FlushHere { .. })));
+        script.fail();
+        script.hear(Script::joined(FIRST, &[]));
+        let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else {
+            panic!("{:?}", script.outputs)
+        };
+        script.give(Input::Planned { operation, missing: Ok(Some(Missing::Suspected(extent(0)))) });
+        let fetches = script.wants(|output| matches!(output, Output::Send { message: Message::Prepare { .. }, .. }));
+        assert_eq!(fetches, planted.is_none(), "{:?}", script.outputs);
+    }
+}
+
+/// It counts itself intact no more, whatever it is told, before it is started again.
+#[test]
+fn a_secondary_whose_flush_failed_says_that_it_is_not_intact() {
+    let configuration = Configuration::first(Generation(1), copy(2), BTreeSet::from([copy(1)]));
+    let record = Record { configuration: configuration.clone(), intact: true };
+    let member = Member { copy: copy(1), incarnation: FIRST, record, hot: vec![], memory: Memory::Kept };
+    let replica = Replica::open(Now::default(), member);
+    let mut script = Script { replica, outputs: vec![], now: Now::default() };
+    script.give(Input::Configuration(Box::new(configuration)));
+    let says = |script: &mut Script| {
+        script.give(Input::Connected(copy(2)));
+        match &script.outputs[..] {
+            [Output::Send { message: Message::Joined { intact, .. }, .. }] => *intact,
+            outputs => panic!("{outputs:?}"),
+        }
+    };
+    assert!(says(&mut script));
+    let frame = Frame { stamp: version(1), incarnation: FIRST };
+    let (serial, floor) = (SerialNumber(1), SerialNumber(1));
+    script.hear(Message::Prepare { frame, serial, floor, request: Request::Flush });
+    let Some(Output::Apply { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    script.give(Input::Completed { operation, result: Err(DiskError::Failed) });
+    assert!(!says(&mut script));
+    script.hear(Message::Reconciled(frame));
+    assert_eq!(script.outputs, []);
+}
+
+/// A device that outlived the flush that failed went on, and its next flush was said to cover what was gone.
+#[test]
+fn a_device_ends_before_its_copy_says_what_no_copy_has() {
+    for memory in [Memory::Kept, Memory::Lost] {
+        let mut script = Script::new(false, &[], memory);
+        let current = script.replica.record().configuration.clone();
+        script.give(Input::Configuration(Box::new(current)));
+        if memory == Memory::Lost {
+            script.finish();
+        }
+        let stamp = script.proposal().expect("a term of its own").stamp;
+        script.give(Input::Proposed { stamp, outcome: Outcome::Committed });
+        let ends = matches!(script.outputs[..], [Output::FenceDevice, Output::Persist { .. }]);
+        assert_eq!(ends, memory == Memory::Lost, "{:?}", script.outputs);
+    }
+}

@@ -209,10 +209,30 @@ fn a_candidate_that_lacks_everything_forgets_marks_of_earlier_terms() {
         let replica = Replica::open(Now::default(), member);
         let mut script = Script { replica, outputs: vec![], now: Now::default() };
         script.give(Input::Configuration(Box::new(configuration.clone())));
-        assert_eq!(script.replica.hot.len(), 2, "the term goes on");
+        assert_eq!(script.replica.hot.extents(), left, "{lacks:?}: also within a term");
         let next = configuration.with_primary(copy(2));
         script.give(Input::Configuration(Box::new(Configuration { secondaries: BTreeSet::new(), ..next })));
         script.finish();
         assert_eq!(script.replica.hot.extents(), left, "{lacks:?}");
+    }
+}
+
+/// Added up over several resyncs they left no room for the next one's: it could never end.
+#[test]
+fn a_candidate_with_too_many_marks_is_compared_whole() {
+    for (count, anew) in [(MAX_MARKS - MAX_HOT_EXTENTS, false), (MAX_MARKS - MAX_HOT_EXTENTS + 1, true)] {
+        let mut configuration = Configuration::first(Generation(1), copy(1), BTreeSet::new());
+        configuration.candidates.insert(copy(2), Lacks::Since(version(1)));
+        let record = Record { configuration: configuration.clone(), intact: true };
+        let member = Member { copy: copy(1), incarnation: FIRST, record, hot: vec![], memory: Memory::Kept };
+        let replica = Replica::open(Now::default(), member);
+        let mut script = Script { replica, outputs: vec![], now: Now::default() };
+        script.give(Input::Configuration(Box::new(configuration)));
+        script.commit();
+        let hot: Vec<Extent> = (0..count as u32).map(Extent).collect();
+        script.hear(Script::joined(FIRST, &hot));
+        assert_eq!(script.wants(|output| matches!(output, Output::Plan { .. })), !anew);
+        let lacks = script.proposal().map(|next| next.candidates[&copy(2)]);
+        assert_eq!(lacks, anew.then_some(Lacks::Everything));
     }
 }

@@ -84,3 +84,27 @@ fn a_copy_that_was_slow_is_left_alone_for_a_while_and_then_for_longer() {
     script.hear(Script::joined(SECOND, &[]));
     assert!(script.wants(|output| matches!(output, Output::Plan { .. })), "it was started again: {:?}", script.outputs);
 }
+
+/// It was a member, and its newer blocks did not count: writes were answered for as long as it said nothing.
+#[test]
+fn a_member_that_was_admitted_and_does_not_settle_goes() {
+    for settles in [true, false] {
+        let mut script = Script::primary(false);
+        script.hear(Script::joined(FIRST, &[]));
+        let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else {
+            panic!("{:?}", script.outputs)
+        };
+        script.give(Input::Planned { operation, missing: Ok(None) });
+        script.finish();
+        script.hear_prepared(1);
+        script.commit();
+        let frame = Frame { stamp: version(3), incarnation: FIRST };
+        script.hear(Message::Joined { frame, intact: false, hot: Box::default() });
+        assert!(script.wants(|output| matches!(output, Output::Send { message: Message::Reconciled(_), .. })));
+        if settles {
+            script.hear(Message::Settled(frame));
+        }
+        script.beat(u32::from(PATIENCE));
+        assert_eq!(script.wants(|output| matches!(output, Output::FlushHere { .. })), !settles);
+    }
+}

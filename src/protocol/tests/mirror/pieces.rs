@@ -186,3 +186,51 @@ fn the_last_flush_waits_for_the_last_range() {
         assert_eq!(script.wants(flushes), planted.is_none());
     }
 }
+
+/// It failed the comparison, and so did the next copy's, for ever: not even a resync that a person asked for mended it.
+#[test]
+fn blocks_that_a_candidate_cannot_read_are_sent_to_it() {
+    for (error, mended) in [(DiskError::Corrupt, true), (DiskError::Failed, true), (DiskError::NoSpace, false)] {
+        let mut configuration = Configuration::first(Generation(1), copy(2), BTreeSet::new());
+        configuration.candidates.insert(copy(1), Lacks::Everything);
+        let record = Record { configuration: configuration.clone(), intact: false };
+        let member = Member { copy: copy(1), incarnation: FIRST, record, hot: vec![], memory: Memory::Kept };
+        let replica = Replica::open(Now::default(), member);
+        let mut script = Script { replica, outputs: vec![], now: Now::default() };
+        script.give(Input::Configuration(Box::new(configuration)));
+        let frame = Frame { stamp: version(1), incarnation: FIRST };
+        let (serial, floor) = (SerialNumber(1), SerialNumber(1));
+        script.hear(Message::Compare { frame, serial, floor, range: part(0) });
+        let Some(Output::Compare { operation, .. }) = script.outputs.first().cloned() else {
+            panic!("{:?}", script.outputs)
+        };
+        script.give(Input::Compared { operation, differs: Err(error) });
+        let Some(Output::Send { message: Message::Compared { differs, .. }, .. }) = script.outputs.first() else {
+            panic!("{:?}", script.outputs)
+        };
+        let all: Vec<u32> = (0..16).collect();
+        assert_eq!(*differs, if mended { Ok(blocks(&all)) } else { Err(error) });
+    }
+}
+
+/// One block that could not be read stopped the volume as soon as there was a candidate, and nobody else had it.
+#[test]
+fn a_sole_member_that_cannot_read_what_it_copies_goes_on_and_leaves_the_candidate_alone() {
+    let mut script = Script::copying(true);
+    let (read, _) = script.finds(known(0));
+    script.give(Input::Request { tag: OTHER, request: Request::Flush });
+    let flush = script.operation();
+    script.give(Input::Completed { operation: read.expect("it is read"), result: Err(DiskError::Corrupt) });
+    assert!(script.replica.serves());
+    script.give(Input::Completed { operation: flush, result: Ok(()) });
+    assert!(script.completes(OTHER), "the candidate is not awaited: {:?}", script.outputs);
+    script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
+    script.finish();
+    assert!(script.completes(WRITER), "{:?}", script.outputs);
+    script.give(Input::Replied { tag: WRITER });
+    script.beat(2);
+    assert!(!script.wants(|output| matches!(output, Output::Send { .. })), "{:?}", script.outputs);
+    script.beat(130);
+    assert!(script.wants(|output| matches!(output, Output::Send { message: Message::Invite(_), .. })));
+    assert_eq!(script.proposal(), None);
+}
