@@ -379,7 +379,14 @@ impl Replica {
     fn drop_may_land(&self) -> bool {
         let next = self.proposal.as_ref().or(self.adopting());
         let lacks = |next: &Configuration| self.peers.iter().any(|peer| peer.member && !next.is_member(peer.copy));
-        self.is_primary() && next.is_some_and(lacks) && !planted!(self, OpenGuardEarly)
+        if planted!(self, OpenGuardEarly) {
+            return false;
+        }
+        // A member that is taken back meanwhile does no harm as long as nothing is answered.
+        if planted!(self, TakeBackDropped) {
+            return false;
+        }
+        self.is_primary() && next.is_some_and(lacks)
     }
 
     pub(super) fn is_primary(&self) -> bool {
