@@ -21,9 +21,10 @@ use super::configuration::Lacks;
 use super::hot::{Extent, MAX_HOT_EXTENTS, MAX_MARKS};
 use super::interface::{Output, Primary, Record, Role};
 use super::message::SerialNumber;
+use super::patience::Because;
 use super::piece::Missing;
 use super::pieces::Copied;
-use super::replica::{Health, Replica};
+use super::replica::{Health, Orphan, Replica};
 use super::view::Progress;
 use super::{DiskError, OperationId, Request};
 use crate::volume::InstanceId;
@@ -237,7 +238,7 @@ impl Replica {
                 self.hold(missing, outputs);
             }
             Ok(None) => copying.stage = Stage::Ended,
-            Err(_) => self.health = Health::Failed,
+            Err(error) => self.cannot_copy(error),
         }
     }
 
@@ -271,8 +272,21 @@ impl Replica {
         }
     }
 
+    /// This copy's disk has failed to find or to read what is copied.
+    pub(super) fn cannot_copy(&mut self, error: DiskError) {
+        // Tried again with the next tick: by then there may be space, and a disk that fails at once is not asked without end.
+        self.copying_waits = true;
+        match self.candidate_of_sole_member() {
+            _ if error == DiskError::NoSpace => {}
+            // Nobody else could serve the volume. That candidate rests; what the application asks for goes on.
+            Some(candidate) => self.give_up(candidate, Because::Unread),
+            None => self.health = Health::Failed,
+        }
+        self.abandon_copying();
+    }
+
     /// The candidate that the only member makes equal to itself.
-    pub(super) fn candidate_of_sole_member(&self) -> Option<usize> {
+    fn candidate_of_sole_member(&self) -> Option<usize> {
         let alone = self.role == Role::Primary(Primary::Serving) && !self.may_have_secondaries();
         let candidate = self.copying.as_ref().and_then(|copying| copying.candidate).filter(|_| alone)?;
         self.peers.iter().position(|peer| peer.copy == candidate)
@@ -284,7 +298,7 @@ impl Replica {
             return;
         }
         if let Some(running) = self.admission.remove_copies() {
-            self.orphans.extend(running);
+            self.orphans.extend(running.into_iter().map(|operation| Orphan { operation, is_flush: false }));
             self.released = true;
         }
         for peer in &mut self.peers {

@@ -193,10 +193,11 @@ impl Hot {
         }
     }
 
-    /// Forgets all: everything is compared anyway.
-    pub fn forget(&mut self) {
-        self.stale |= !self.marks.is_empty();
-        self.marks.clear();
+    /// Forgets what is from before this term: everything is compared anyway.
+    pub fn forget_old(&mut self) {
+        let before = self.marks.len();
+        self.marks.retain(|mark| !mark.old);
+        self.stale |= self.marks.len() != before;
     }
 
     /// The set to be made durable next, if it is not and nothing is being written.

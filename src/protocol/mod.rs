@@ -75,6 +75,7 @@ pub use host::{Host, MAX_ASKED, Next, Standpoint};
 pub use hot::{EXTENT_BLOCKS, Extent, MAX_HOT_EXTENTS, MAX_MARKS};
 pub use interface::{Input, Member, Memory, Output, Primary, Record, Role, Status, Wish};
 pub use message::{Buffer, Frame, Incarnation, Message, SerialNumber, Session};
+pub use patience::Because;
 pub use piece::{BlockSet, COMPARED_BLOCKS, Missing, Piece};
 pub use primary::{HEARTBEAT, LEASE, SILENCE};
 pub use replica::Replica;

@@ -6,7 +6,8 @@
 //! * Who owes something for [`PATIENCE`] heartbeats is out like a silent copy: its answers are awaited until a
 //!   configuration without it is committed and durable here.
 //! * Writes wait for a candidate, too. So a copy that was slow is left alone for a while before its resync begins again,
-//!   each time twice as long; not if it is wished as primary, or was started anew since.
+//!   each time twice as long; not if it is wished as primary, or was started anew since. So is one, whatever is wished, for
+//!   which the only member could not read what it copied.
 
 use super::admission::{Awaits, Entry};
 use super::interface::{Primary, Role};
@@ -28,9 +29,19 @@ const LONGEST_REST: Duration = Duration::from_secs(16 * 60);
 
 const _: () = assert!(HEARTBEAT.as_millis() * PATIENCE as u128 > LEASE.as_millis(), "more patience than a lease");
 
-/// A copy that was slow.
+/// Why a copy is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Because {
+    /// It owed something for too long.
+    Slow,
+    /// The only member could not read what it lacks: whatever becomes of this candidate, that takes as long as it takes.
+    Unread,
+}
+
+/// A copy that was slow, or cannot be helped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Rest {
+    because: Because,
     until: Now,
     length: Duration,
     /// Of the copy that was slow: another start of it is worth another try.
@@ -38,10 +49,10 @@ pub(super) struct Rest {
 }
 
 impl Rest {
-    fn after(before: Option<Self>, now: Now, incarnation: Option<Incarnation>) -> Self {
+    fn after(before: Option<Self>, because: Because, now: Now, incarnation: Option<Incarnation>) -> Self {
         let again = before.filter(|before| now.0 < before.until.0 + LONGEST_REST);
         let length = again.map_or(REST, |before| (before.length * 2).min(LONGEST_REST));
-        Self { until: Now(now.0 + length), length, incarnation }
+        Self { because, until: Now(now.0 + length), length, incarnation }
     }
 }
 
@@ -72,18 +83,18 @@ impl Replica {
             let owes = peer.member && (!peer.joined || settling && !peer.settled);
             peer.owes = if owes { peer.owes.saturating_add(1) } else { 0 };
             if !peer.out && (peer.owes >= PATIENCE || late.contains(Awaits::peer(position))) {
-                self.give_up(position);
+                self.give_up(position, Because::Slow);
             }
         }
     }
 
     /// It is out, and is left alone for a while when it is gone.
-    pub(super) fn give_up(&mut self, position: usize) {
+    pub(super) fn give_up(&mut self, position: usize, because: Because) {
         let Self { peers, rests, now, .. } = self;
         rests.retain(|copy, _| peers.iter().any(|peer| peer.copy == *copy));
         let peer = &mut peers[position];
         peer.owes = 0;
-        rests.insert(peer.copy, Rest::after(rests.get(&peer.copy).copied(), *now, peer.incarnation));
+        rests.insert(peer.copy, Rest::after(rests.get(&peer.copy).copied(), because, *now, peer.incarnation));
         self.member_fails(position);
     }
 
@@ -92,19 +103,20 @@ impl Replica {
     pub(super) fn is_left_alone(&self, peer: &Peer) -> bool {
         let goes = !peer.member || peer.out && self.record.intact && self.health != Health::Failed;
         let wished = self.wish.as_ref().is_some_and(|wish| wish.primary == Some(peer.copy));
-        goes && !wished && self.rests.get(&peer.copy).is_some_and(|rest| self.now < rest.until)
+        let rests = |rest: &Rest| self.now < rest.until && !(wished && rest.because == Because::Slow);
+        goes && self.rests.get(&peer.copy).is_some_and(rests)
     }
 
     /// A copy says that it is there: if it was started since it was slow, it may be faster now.
     pub(super) fn forgive_if_restarted(&mut self, copy: InstanceId, incarnation: Incarnation) {
-        let rest = self.rests.get_mut(&copy);
+        let rest = self.rests.get_mut(&copy).filter(|rest| rest.because == Because::Slow);
         if rest.is_some_and(|rest| *rest.incarnation.get_or_insert(incarnation) != incarnation) {
             self.rests.remove(&copy);
         }
     }
 
-    /// Copies that were slow, and are left alone if nothing else speaks for them.
-    pub fn resting(&self) -> impl Iterator<Item = InstanceId> + '_ {
-        self.rests.iter().filter(|(_, rest)| self.now < rest.until).map(|(copy, _)| *copy)
+    /// Copies that are left alone if nothing else speaks for them.
+    pub fn resting(&self) -> impl Iterator<Item = (InstanceId, Because)> + '_ {
+        self.rests.iter().filter(|(_, rest)| self.now < rest.until).map(|(copy, rest)| (*copy, rest.because))
     }
 }

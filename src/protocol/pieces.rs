@@ -20,7 +20,7 @@ use super::admission::{Awaits, Entry, Phase};
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Frame, Message, SerialNumber};
 use super::piece::{BlockSet, Missing, Piece};
-use super::replica::{Health, Replica};
+use super::replica::Replica;
 use super::{DiskError, HEARTBEAT, MAX_PIECES, Now, OperationId, Request, Tag};
 use crate::volume::InstanceId;
 
@@ -193,15 +193,7 @@ impl Replica {
         let (Phase::Started(operation), tag) = (entry.phase, entry.tag) else { return };
         entry.awaits = Awaits::default();
         if let Err(error) = result {
-            // Tried again with the next tick: by then there may be space, and a disk that fails at once is not asked without end.
-            self.copying_waits = true;
-            match self.candidate_of_sole_member() {
-                _ if error == DiskError::NoSpace => {}
-                // Nobody else could serve the volume. That candidate rests; what the application asks for goes on.
-                Some(candidate) => self.give_up(candidate),
-                None => self.health = Health::Failed,
-            }
-            return self.abandon_copying();
+            return self.cannot_copy(error);
         }
         let Some(copied) = self.copied(tag) else { return };
         match copied.step {

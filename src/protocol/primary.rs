@@ -102,9 +102,11 @@ impl Replica {
         lowest.unwrap_or(self.next_serial)
     }
 
-    /// Every other copy has answered everything below: none is asked for it again, and none has to remember it.
+    /// Every other copy has answered everything below: none is asked for it again, and none has to remember it. A range that is
+    /// copied asks them again, under a later serial, whatever this copy's disk does for it now.
     pub(super) fn lowest_owed(&self) -> SerialNumber {
-        let owed = |entry: &&Entry| entry.is_started() && !entry.awaits.without(Awaits::LOCAL).is_empty();
+        let asks = |entry: &Entry| entry.tag.is_copy() || !entry.awaits.without(Awaits::LOCAL).is_empty();
+        let owed = |entry: &&Entry| entry.is_started() && asks(entry);
         let owed = self.admission.entries().iter().filter(owed).map(|entry| entry.serial);
         owed.min().unwrap_or(self.next_serial)
     }
@@ -272,6 +274,7 @@ impl Replica {
 
     pub(super) fn stop_awaiting(&mut self, bits: Awaits, outputs: &mut Vec<Output>) {
         self.admission.iter_mut().for_each(|entry| entry.awaits = entry.awaits.without(bits));
+        self.released = true;
         self.answer_what_all_did(outputs);
     }
 
@@ -326,6 +329,8 @@ impl Replica {
         }
         let entry = self.admission.at(position);
         entry.awaits = entry.awaits.without(Awaits::peer(peer));
+        // The others remember it no more, so that one more may begin.
+        self.released |= entry.awaits == Awaits::LOCAL;
         self.answer_if_all_did(position, outputs);
     }
 

@@ -45,6 +45,14 @@ pub(super) enum Health {
     Failed,
 }
 
+/// An operation whose requester is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Orphan {
+    pub operation: OperationId,
+    /// Whoever asked for it: if it fails, this copy is not intact.
+    pub is_flush: bool,
+}
+
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Replica {
@@ -87,8 +95,7 @@ pub struct Replica {
     pub(super) guard: Guard,
     /// A flush before leaving is done, and nothing was started since.
     pub(super) flushed: bool,
-    /// Operations whose requester is gone.
-    pub(super) orphans: Vec<OperationId>,
+    pub(super) orphans: Vec<Orphan>,
     pub(super) health: Health,
     /// A flush of this life failed: what it should have covered may be gone, so this copy is not intact before its engine is
     /// started again and it was made equal.
@@ -132,10 +139,6 @@ impl Replica {
         record.intact &= memory == Memory::Kept || (hot.is_empty() && !alone);
         // It may have granted a lease just before it died, but only to another copy.
         let granted = record.configuration.primary.is_some_and(|primary| primary != copy);
-        let mut marks = Hot::new(&hot);
-        if !record.intact && record.configuration.lacks_everything(copy) {
-            marks.forget();
-        }
         Self {
             me: copy,
             incarnation,
@@ -166,7 +169,7 @@ impl Replica {
             orphans: Vec::new(),
             health: Health::Sound,
             flush_failed: false,
-            hot: marks,
+            hot: Hot::new(&hot),
             clearing: Clearing::new(now),
             hot_limit: MAX_HOT_EXTENTS,
             mark_age: MARK_AGE,
@@ -368,7 +371,7 @@ impl Replica {
                 *operation = name(*operation);
             }
         }
-        self.orphans.iter_mut().for_each(|operation| *operation = name(*operation));
+        self.orphans.iter_mut().for_each(|orphan| orphan.operation = name(orphan.operation));
         self.orphans.sort_unstable();
         self.applies.iter_mut().for_each(|apply| apply.rename(&name));
         self.persisting.iter_mut().for_each(|persisting| persisting.operation = name(persisting.operation));

@@ -14,7 +14,7 @@ use super::admission::{Awaits, Entry, FLUSH, Phase};
 use super::hot::Marked;
 use super::interface::{Output, Primary, Role};
 use super::message::{Buffer, Message};
-use super::replica::{Health, Replica};
+use super::replica::{Health, Orphan, Replica};
 use super::secondary::MAX_APPLIES;
 use super::term::Guard;
 use super::{DiskError, OperationId, Request, Tag};
@@ -172,8 +172,10 @@ impl Replica {
         result: Result<(), DiskError>,
         outputs: &mut Vec<Output>,
     ) {
-        if let Some(at) = self.orphans.iter().position(|orphan| *orphan == operation) {
-            self.orphans.swap_remove(at);
+        if let Some(at) = self.orphans.iter().position(|orphan| orphan.operation == operation) {
+            if self.orphans.swap_remove(at).is_flush {
+                self.note_flush(result);
+            }
         } else if self.guard == Guard::Flushing(operation) {
             self.note_flush(result);
             if result.is_err() {
@@ -199,8 +201,17 @@ impl Replica {
 
     /// After a flush that failed, what it should have covered may be gone, and none that succeeds later says that it is not.
     pub(super) fn note_flush(&mut self, result: Result<(), DiskError>) {
-        if result.is_err() && !planted!(self, ForgetFailedFlush) {
-            (self.flush_failed, self.record.intact) = (true, false);
+        if result.is_ok() || planted!(self, ForgetFailedFlush) {
+            return;
+        }
+        (self.flush_failed, self.record.intact) = (true, false);
+        if self.role == Role::Primary(Primary::Reconciling) {
+            // What is read here may be older than what others have: they are asked instead.
+            self.abandon_copying();
+        }
+        if self.is_primary() && !self.peers.is_empty() {
+            let worst = if self.may_have_secondaries() { Health::Failed } else { Health::Damaged };
+            self.health = self.health.max(worst);
         }
     }
 
@@ -270,7 +281,8 @@ impl Replica {
     pub(super) fn suspend_requests(&mut self, overtaken: bool) {
         self.abandon_copying();
         if let Some(at) = self.admission.own(FLUSH) {
-            self.orphans.extend(self.admission.entries()[at].running());
+            let running = self.admission.entries()[at].running();
+            self.orphans.extend(running.map(|operation| Orphan { operation, is_flush: true }));
             self.admission.remove_own(FLUSH);
         }
         let overtaken = overtaken && !planted!(self, ForgetFence);

@@ -20,7 +20,7 @@ use super::interface::{Output, Primary, Record, Role};
 use super::marks::Clearing;
 use super::message::{Buffer, Message, SerialNumber};
 use super::primary::Peer;
-use super::replica::{Health, Replica};
+use super::replica::{Health, Orphan, Replica};
 use crate::volume::InstanceId;
 
 /// What became of a proposal.
@@ -186,11 +186,12 @@ impl Replica {
         if self.record.configuration.term != before.configuration.term {
             (self.applies, self.floor, self.settled) = (Vec::new(), SerialNumber::default(), false);
             self.hot.new_term();
-        }
-        // What lacks everything is compared whole before it is a member again, however often that is begun; marks of all
-        // attempts together could be more than there is room for. That it is not intact is durable with the record.
-        if self.record.configuration.lacks_everything(self.me) {
-            self.hot.forget();
+            // What lacks everything is compared whole before it is a member again, however often that is begun; marks of all
+            // attempts together could be more than there is room for. That it is not intact is durable with the record. Within
+            // a term its admission may be committed already, and then its marks count.
+            if self.record.configuration.lacks_everything(self.me) {
+                self.hot.forget_old();
+            }
         }
         self.open_guard();
         let Some(adoption) = self.adoption.take_if(|a| a.configuration.stamp == self.record.configuration.stamp) else {
@@ -339,7 +340,7 @@ impl Replica {
     /// What is acknowledged from now on is covered by no flush that has begun before.
     fn open_guard(&mut self) {
         if let Guard::Flushing(operation) = self.guard {
-            self.orphans.push(operation);
+            self.orphans.push(Orphan { operation, is_flush: true });
         }
         self.guard = Guard::Open;
     }
@@ -397,8 +398,10 @@ impl Replica {
     /// nobody would make it one: until it is, this copy goes on, and what waits behind requests does not wait for ever.
     pub(super) fn leaves(&self) -> bool {
         let serves = self.role == Role::Primary(Primary::Serving);
-        // One that serves drops who is silent. Before, it would leave the volume to a dead member.
-        let is_there = |copy: InstanceId| serves || !self.silent.contains(&copy);
+        // Before it serves it would leave the volume to a dead member. It drops that one first, if it can; else only the other
+        // one, silent to this copy, may be able to go on.
+        let drops = self.record.intact && self.health != Health::Failed;
+        let is_there = |copy: InstanceId| serves || !drops || !self.silent.contains(&copy);
         let takes_over = |copy| copy != self.me && self.record.configuration.is_member(copy) && is_there(copy);
         self.wish.as_ref().is_some_and(|wish| wish.primary.is_none_or(takes_over))
     }

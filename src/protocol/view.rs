@@ -72,10 +72,12 @@ impl Replica {
         self.health == Health::Failed
     }
 
-    /// Whether the newest configuration says that what this copy, its primary, may have lost no copy has.
+    /// Whether the newest configuration says, and the one before did not, that what this copy, its primary, may have lost no
+    /// copy has.
     pub fn has_lost_its_own(&self) -> bool {
         let newest = self.newest();
-        newest.primary == Some(self.me) && newest.says_what_is_lost() && !self.record.intact
+        let says = newest.says_what_is_lost() && newest.lost > self.record.configuration.lost;
+        newest.primary == Some(self.me) && says && !self.record.intact
     }
 
     /// What the spec wants, as it was told last.

@@ -271,13 +271,14 @@ impl Store {
     }
 
     pub(super) fn commit_io_done(&mut self, result: Result<(), DiskError>, out: &mut Vec<Action<Job>>) {
-        if result.is_err() {
-            let failure = if self.commit.phase == Phase::Data { Failure::DataSync } else { Failure::Log };
-            if matches!(self.commit.phase, Phase::Data | Phase::Log) {
-                // The disk may have lost its cache, whichever file it was asked for.
-                self.pending.sync_failed();
-            }
-            self.commit.failure = Some(failure);
+        match (self.commit.phase, result) {
+            (Phase::Data, Err(_)) => self.sync_failed(Failure::DataSync),
+            (Phase::Log, Err(_)) => self.sync_failed(Failure::Log),
+            (Phase::Append | Phase::Idle, Err(_)) => _ = self.commit.failure.get_or_insert(Failure::Log),
+            (_, Ok(())) => {}
+        }
+        if self.commit.failure.is_some() {
+            // Also where another file's fdatasync has failed meanwhile: what this one is told may leave out what that one was.
             self.commit.phase = Phase::Idle;
             return;
         }
@@ -291,6 +292,12 @@ impl Store {
             Phase::Log => self.commit_done(out),
             Phase::Idle => debug_assert!(false, "no commit runs"),
         }
+    }
+
+    /// An fdatasync has failed: the disk may have lost its cache, whichever file it was asked for.
+    pub(super) fn sync_failed(&mut self, failure: Failure) {
+        self.pending.sync_failed();
+        self.commit.failure.get_or_insert(failure);
     }
 
     fn append(&mut self, out: &mut Vec<Action<Job>>) {

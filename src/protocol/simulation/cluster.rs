@@ -385,7 +385,7 @@ impl Cluster {
         let orphans = &process.replica.orphans;
         let conflict = |(id, other): &(&OperationId, &Operation)| match (other.range(), operation.range()) {
             // Nobody looks at what a read that was given up will find.
-            (Some(a), Some(b)) if other.is_mutation() || !orphans.contains(id) => {
+            (Some(a), Some(b)) if other.is_mutation() || !orphans.iter().any(|orphan| orphan.operation == **id) => {
                 a.overlaps(b) && (other.is_mutation() || operation.is_mutation())
             }
             _ => false,
@@ -403,8 +403,9 @@ impl Cluster {
         let n = &mut self.nodes[node];
         let Some(operation) = n.life(life).and_then(|process| process.operations.remove(&id)) else { return Ok(()) };
         if let Operation::NextRange = operation {
-            let missing = n.life(life).and_then(|process| process.plan.pop_front());
-            return self.step(node, Input::Planned { operation: id, missing: Ok(missing) });
+            let process = n.life(life);
+            let missing = process.map_or(Ok(None), |process| failure.map_or_else(|| Ok(process.plan.pop_front()), Err));
+            return self.step(node, Input::Planned { operation: id, missing });
         }
         if let Operation::Compare { range, payload } = operation {
             let differs = failure.map_or_else(|| Ok(n.disk.compare(range, &payload)), Err);
@@ -457,9 +458,7 @@ impl Cluster {
         let process = n.life(life)?;
         let operation = process.operations.get(&id)?;
         let takes_space = operation.is_mutation();
-        if process.flush_failed
-            && matches!(operation, Operation::Flush(_) | Operation::Persist(_) | Operation::Seal { .. })
-        {
+        if process.flush_failed && operation.is_refused_after_failed_flush() {
             return Some(DiskError::Failed);
         }
         let fails = broken && !matches!(operation, Operation::NextRange | Operation::Seal { .. });

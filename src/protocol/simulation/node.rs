@@ -46,6 +46,19 @@ impl Operation {
         matches!(self, Self::Write { .. } | Self::WritePiece { .. } | Self::Zero(_))
     }
 
+    /// As in the engine: nothing becomes durable, and nothing is read for another copy.
+    pub fn is_refused_after_failed_flush(&self) -> bool {
+        match self {
+            Self::Flush(_) | Self::Persist(_) | Self::Seal { .. } | Self::NextRange | Self::Read { tag: None, .. } => {
+                true
+            }
+            Self::Write { .. } | Self::WritePiece { .. } | Self::Zero(_) | Self::Compare { .. } | Self::WriteHot(_) => {
+                false
+            }
+            Self::Read { tag: Some(_), .. } => false,
+        }
+    }
+
     pub fn range(&self) -> Option<BlockRange> {
         match self {
             Self::Write { range, .. } | Self::Zero(range) | Self::Read { range, .. } => Some(*range),

@@ -16,8 +16,8 @@ use super::unsaid::Refused;
 use super::volume::{Volume, VolumeKey};
 use super::{EngineError, SealReserve};
 use crate::protocol::{
-    Configuration, DiskError, HEARTBEAT, Host, Input, Member, Memory, Message, OperationId, Piece, Replica, Role,
-    SerialNumber, Stamp, Standing,
+    Because, Configuration, DiskError, HEARTBEAT, Host, Input, Member, Memory, Message, OperationId, Piece, Replica,
+    Role, SerialNumber, Stamp, Standing,
 };
 use crate::replica::peer::{Event, Payload, Session};
 use crate::store::{Control, Reserve};
@@ -57,8 +57,8 @@ pub(super) struct Mirror {
     /// Seals that found the store busy, tried again with each heartbeat; at most one for each ticket of the primary.
     pub busy: Vec<(OperationId, Control)>,
     pub role: Role,
-    /// Copies that were slow, as far as it was said.
-    resting: BTreeSet<InstanceId>,
+    /// Copies that are left alone, as far as it was said.
+    resting: BTreeSet<(InstanceId, Because)>,
     /// What every copy can hold, as it was told; never less than before.
     told_size: Option<VolumeSize>,
     /// Nothing is done any more; these are told when nothing runs.
@@ -394,20 +394,29 @@ impl Engine {
                 // A client's: what a device asks is looked after by the patrol.
                 self.step(key, Input::SpaceFreed);
             }
-            self.name_slow_copies(key);
+            self.name_resting_copies(key);
             self.settle_client(key);
         }
         self.pump();
     }
 
     /// Tells people which copies the core has given up.
-    fn name_slow_copies(&mut self, key: VolumeKey) {
+    fn name_resting_copies(&mut self, key: VolumeKey) {
         let Some(volume) = self.volume_mut(key) else { return };
         let Some(mirror) = volume.mirror.as_mut() else { return };
         let resting: BTreeSet<_> = volume.replica.resting().collect();
-        for copy in resting.difference(&mirror.resting) {
+        for (copy, because) in resting.difference(&mirror.resting) {
             let volume = volume.id;
-            tracing::error!(%volume, %copy, "a copy has not executed what it was sent for ten seconds: it goes, and is left alone for a while");
+            let why = match because {
+                Because::Slow => {
+                    "a copy has not executed what it was sent for ten seconds: it goes, and is left alone for a while"
+                }
+                Because::Unread => {
+                    "what a copy lacks cannot be read here, and no other copy has it: it is tried again after a while; \
+                     `tandem volume verify` says what is damaged"
+                }
+            };
+            tracing::error!(%volume, %copy, "{why}");
         }
         mirror.resting = resting;
     }

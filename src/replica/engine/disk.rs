@@ -161,22 +161,31 @@ impl Engine {
         let operation = self.operations.remove(id);
         let operation = operation.unwrap_or_else(|| panic!("the store finished {id:?}, which does not run"));
         assert_eq!(operation.tree, key, "the store finished an operation of another tree");
+        let mut trusted = Ok(());
         if let Some(tree) = self.tree_mut(key) {
             tree.under_way -= 1;
+            if tree.store.failure().is_some() {
+                // What it reads may be older than what was acknowledged: no other copy is made equal to that.
+                trusted = Err(DiskError::Failed);
+            }
         }
         match operation.purpose {
             Purpose::Core { volume, operation, corrupt, kept, .. } => {
                 self.ran(volume);
-                let result = if corrupt { result.and(Err(DiskError::Corrupt)) } else { result };
-                if let (Some(Kept::Read(blocks)), true) = (kept.map(|kept| *kept), result.is_ok()) {
-                    self.keep_read(volume, operation, blocks);
+                let mut result = if corrupt { result.and(Err(DiskError::Corrupt)) } else { result };
+                if let Some(Kept::Read(blocks)) = kept.map(|kept| *kept) {
+                    result = result.and(trusted);
+                    if result.is_ok() {
+                        self.keep_read(volume, operation, blocks);
+                    }
                 }
                 self.step(volume, Input::Completed { operation, result });
                 self.after_core(volume);
             }
             Purpose::Part { volume, operation, corrupt, .. } => {
                 self.ran(volume);
-                self.part_done(volume, operation, if corrupt { result.and(Err(DiskError::Corrupt)) } else { result });
+                let result = if corrupt { result.and(Err(DiskError::Corrupt)) } else { result };
+                self.part_done(volume, operation, result.and(trusted));
                 self.after_core(volume);
             }
             Purpose::FirstRecord(volume) => {

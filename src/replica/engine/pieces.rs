@@ -163,7 +163,8 @@ impl Engine {
         let Some(tree) = trees[volume.tree.0 as usize].as_mut() else { return };
         // Its copy here may be larger, and others may not.
         let end = volume.size.blocks();
-        let missing = planned.map(|()| tree.store.next_missing(volume.id).and_then(|missing| missing.below(end)));
+        let missing = planned.and_then(|()| tree.store.next_missing(volume.id));
+        let missing = missing.map(|missing| missing.and_then(|missing| missing.below(end)));
         let behind = |missing: Missing| end.saturating_sub(missing.range().end()) * BLOCK_SIZE;
         if let Some(mirror) = volume.mirror.as_mut() {
             mirror.behind_bytes = missing.ok().flatten().map_or(0, behind);

@@ -29,7 +29,7 @@ pub use plan::MirrorPlan;
 pub use state::MirrorError;
 pub(super) use state::{Mirrors, Part};
 
-use super::commit::Waiter;
+use super::commit::{Failure, Waiter};
 use super::format::LayerId;
 use super::record::Record as Change;
 use super::requests::InFlight;
@@ -254,14 +254,14 @@ impl Store {
         out: &mut Vec<Action<Job>>,
     ) {
         let mirror = self.mirrors.volumes.get_mut(&volume);
-        if let Err(error) = result {
-            if mirror
-                .and_then(|mirror| mirror.updates[part as usize])
-                .is_some_and(|update| update.step == Step::Syncing)
-            {
-                self.pending.sync_failed();
+        let step = mirror.as_ref().and_then(|mirror| mirror.updates[part as usize]).map(|update| update.step);
+        match result {
+            Err(_) if step == Some(Step::Syncing) => {
+                self.sync_failed(Failure::DataSync);
+                return self.update_failed(volume, part, DiskError::Failed, out);
             }
-            return self.update_failed(volume, part, error, out);
+            Err(error) => return self.update_failed(volume, part, error, out),
+            Ok(()) => {}
         }
         match mirror.and_then(|mirror| mirror.updates[part as usize].as_mut()) {
             Some(update) if update.step == Step::Writing => {

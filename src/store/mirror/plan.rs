@@ -45,8 +45,11 @@ impl Store {
     /// Makes the plan of what a copy lacks, in place of any other: by the layers, and all blocks of `hot`.
     ///
     /// # Errors
-    /// The volume has no record.
+    /// The volume has no record, or the disk has failed: what is read now may be older than what was acknowledged.
     pub fn plan(&mut self, volume: VolumeId, lacks: Option<Lacks>, hot: &[Extent]) -> Result<(), DiskError> {
+        if self.failure().is_some() {
+            return Err(DiskError::Failed);
+        }
         let (Some(known), Some(mirror)) = (self.tree.volumes.get(&volume), self.mirrors.volumes.get_mut(&volume))
         else {
             return Err(DiskError::Failed);
@@ -73,14 +76,18 @@ impl Store {
     }
 
     /// What the plan has next; `None` at its end.
-    pub fn next_missing(&mut self, volume: VolumeId) -> Option<Missing> {
-        let plan = &mut self.mirrors.volumes.get_mut(&volume)?.plan;
-        let missing = plan.as_mut()?.next();
+    ///
+    /// # Errors
+    /// The disk has failed since the plan was made.
+    pub fn next_missing(&mut self, volume: VolumeId) -> Result<Option<Missing>, DiskError> {
+        let failed = self.failure().is_some();
+        let Some(mirror) = self.mirrors.volumes.get_mut(&volume) else { return Ok(None) };
+        let missing = mirror.plan.as_mut().filter(|_| !failed).and_then(Iterator::next);
         if missing.is_none() {
             // Its maps hold memory.
-            *plan = None;
+            mirror.plan = None;
         }
-        missing
+        if failed { Err(DiskError::Failed) } else { Ok(missing) }
     }
 }
 

@@ -280,7 +280,7 @@ impl World {
         let known = self.store().volumes().into_iter().find(|info| info.volume == id).ok_or("the volume is gone")?;
         self.store().plan(id, Some(lacks), &[]).map_err(|error| error.to_string())?;
         let (mut planned, mut end) = (BTreeSet::new(), 0);
-        while let Some(missing) = self.store().next_missing(id) {
+        while let Some(missing) = self.store().next_missing(id).map_err(|error| error.to_string())? {
             let range = missing.range();
             let (most, blocks) = match missing {
                 Missing::Known(piece) => (MAX_REQUEST_BLOCKS, piece.runs().collect()),

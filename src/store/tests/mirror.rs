@@ -53,7 +53,7 @@ impl Bench {
 
     fn plan(&mut self, id: VolumeId, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<Missing> {
         self.store().plan(id, lacks, hot).expect("a plan");
-        std::iter::from_fn(|| self.store().next_missing(id)).collect()
+        std::iter::from_fn(|| self.store().next_missing(id).expect("the disk is sound")).collect()
     }
 }
 
@@ -139,9 +139,9 @@ fn scattered_blocks_are_few_pieces() {
 fn a_new_plan_is_in_place_of_the_one_before() {
     let (mut bench, id) = mirrored();
     bench.store().plan(id, None, &[Extent(0)]).expect("a plan");
-    assert_eq!(bench.store().next_missing(id), compared(0, 64).pop());
+    assert_eq!(bench.store().next_missing(id), Ok(compared(0, 64).pop()));
     assert_eq!(bench.plan(id, None, &[]), []);
-    assert_eq!(bench.store().next_missing(id), None);
+    assert_eq!(bench.store().next_missing(id), Ok(None));
     assert_eq!(bench.store().plan(volume(2), None, &[]), Err(DiskError::Failed), "it is not mirrored");
 }
 
@@ -247,6 +247,45 @@ fn marks_outlive_the_process_and_have_a_bound() {
     assert_eq!(bench.mark(id, &many[1..]), Ok(()));
     assert_eq!(bench.mark(id, &many), Err(ControlError::Disk(DiskError::Failed)));
     assert_eq!(bench.mark(volume(2), &[]), Err(ControlError::Disk(DiskError::Failed)), "it is not mirrored");
+}
+
+/// Only the record was refused then: the tree went on, was told that all is well, and other copies were made equal to what is left.
+#[test]
+fn after_a_failed_fdatasync_of_marks_nothing_is_flushed_or_copied_until_the_tree_is_opened_again() {
+    for error in [DiskError::Failed, DiskError::NoSpace] {
+        let (mut bench, id) = mirrored();
+        bench.write(id, 0, &[1]);
+        bench.store().plan(id, None, &[Extent(0)]).expect("a plan");
+        let (mut flush, mut out) = (Vec::new(), Vec::new());
+        bench.store().start(OperationId(98), id, Request::Flush, &mut flush);
+        let [Action::Io { io: data, file: File::Data, what: Io::Sync }] = flush[..] else { panic!("{flush:?}") };
+        bench.store().write_hot(OperationId(99), id, &[Extent(3)], &mut out);
+        let [Action::Io { io, file: File::Mirror, what: Io::Write { .. } }] = out[..] else { panic!("{out:?}") };
+        out.clear();
+        bench.store().completed(io, Ok(()), &mut out);
+        let [Action::Io { io, file: File::Mirror, what: Io::Sync }] = out[..] else { panic!("{out:?}") };
+        out.clear();
+        bench.store().completed(io, Err(error), &mut out);
+        // The one that is under way may be told that all is well.
+        bench.store().completed(data, Ok(()), &mut out);
+        let mut failed: Vec<_> = out
+            .iter()
+            .map(|action| match action {
+                Action::Done { operation, result: Err(DiskError::Failed) } => operation.0,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        failed.sort_unstable();
+        assert_eq!(failed, [98, 99]);
+        assert_eq!((bench.store().failure(), bench.store().sync_failures()), (Some(Failure::DataSync), 1));
+        assert_eq!(bench.store().next_missing(id), Err(DiskError::Failed));
+        assert_eq!(bench.store().plan(id, None, &[]), Err(DiskError::Failed));
+        let refused = bench.persist_with(id, record(2, &[]), Reserve::Promised);
+        assert_eq!(refused, Err(ControlError::Disk(DiskError::Failed)));
+        bench.kill();
+        bench.persist(id, 2, &[]);
+        assert_eq!(bench.plan(id, None, &[]), []);
+    }
 }
 
 #[test]

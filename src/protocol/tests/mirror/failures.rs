@@ -98,6 +98,19 @@ fn a_primary_that_does_not_serve_yet_leaves_for_nobody_who_is_silent() {
     assert_eq!(script.proposal().expect("it leaves").primary, None);
 }
 
+/// It stayed for the silent one, which it could not drop, and nobody was primary although others heard that one.
+#[test]
+fn a_primary_that_may_drop_nobody_leaves_also_for_one_who_is_silent() {
+    let mut script = Script::new(true, &[Extent(0)], Memory::Lost);
+    let current = script.replica.record().configuration.clone();
+    script.give(Input::Configuration(Box::new(current)));
+    script.finish();
+    script.commit();
+    script.give(Input::Silent(copy(2)));
+    script.wish(Some(copy(2)));
+    assert_eq!(script.proposal().expect("it leaves").primary, None);
+}
+
 /// A write without space kept its place among those that others remember: after 153 operations reads and discards stopped, too;
 /// and a seal waited for it, and held what came later.
 #[test]

@@ -176,7 +176,9 @@ fn a_term_without_an_intact_member_says_so_before_it_serves() {
 /// Its blocks, of which the disk had lost some, went over the good ones of the other member.
 #[test]
 fn a_copy_whose_flush_failed_is_not_the_one_that_others_are_made_equal_to() {
-    for planted in [None, Some(super::super::Planted::ForgetFailedFlush)] {
+    let forgets = super::super::Planted::ForgetFailedFlush;
+    // It is asked for before a drop; the member may be back before it fails, and nobody needs it any more.
+    for (planted, is_back) in [(None, false), (None, true), (Some(forgets), false), (Some(forgets), true)] {
         let mut script = Script::new(true, &[Extent(0)], Memory::Kept);
         script.replica.planted = planted;
         let current = script.replica.record().configuration.clone();
@@ -184,8 +186,17 @@ fn a_copy_whose_flush_failed_is_not_the_one_that_others_are_made_equal_to() {
         script.commit();
         script.give(Input::Silent(copy(2)));
         assert!(script.wants(|output| matches!(output, Output::FlushHere { .. })));
+        let flush = script.outputs.clone();
+        if is_back {
+            script.hear(Script::joined(FIRST, &[]));
+            assert_eq!(script.outputs, [], "the flush is waited for");
+        }
+        script.outputs = flush;
         script.fail();
-        script.hear(Script::joined(FIRST, &[]));
+        assert_eq!(script.replica.has_failed(), planted.is_none() || !is_back);
+        if !is_back {
+            script.hear(Script::joined(FIRST, &[]));
+        }
         let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else {
             panic!("{:?}", script.outputs)
         };
@@ -237,4 +248,24 @@ fn a_device_ends_before_its_copy_says_what_no_copy_has() {
         let ends = matches!(script.outputs[..], [Output::FenceDevice, Output::Persist { .. }]);
         assert_eq!(ends, memory == Memory::Lost, "{:?}", script.outputs);
     }
+}
+
+/// Each configuration that followed ended the device again, also the one that was staged since.
+#[test]
+fn a_device_ends_once_for_what_no_copy_has() {
+    let mut script = Script::new(true, &[Extent(0)], Memory::Lost);
+    let current = script.replica.record().configuration.clone();
+    script.give(Input::Configuration(Box::new(current)));
+    script.finish();
+    script.commit();
+    let frame = Frame { stamp: version(2), incarnation: FIRST };
+    script.hear(Message::Joined { frame, intact: false, hot: Box::default() });
+    let says = script.proposal().expect("it says what is lost");
+    script.give(Input::Proposed { stamp: says.stamp, outcome: Outcome::Committed });
+    assert!(script.outputs.contains(&Output::FenceDevice));
+    script.finish();
+    assert!(!script.replica.record().intact);
+    script.give(Input::Configuration(Box::new(Configuration { stamp: version(4), ..says })));
+    assert!(script.wants(|output| matches!(output, Output::Persist { .. })));
+    assert!(!script.outputs.contains(&Output::FenceDevice), "{:?}", script.outputs);
 }

@@ -209,7 +209,7 @@ fn a_candidate_that_lacks_everything_forgets_marks_of_earlier_terms() {
         let replica = Replica::open(Now::default(), member);
         let mut script = Script { replica, outputs: vec![], now: Now::default() };
         script.give(Input::Configuration(Box::new(configuration.clone())));
-        assert_eq!(script.replica.hot.extents(), left, "{lacks:?}: also within a term");
+        assert_eq!(script.replica.hot.len(), 2, "the term goes on: its admission may be committed already");
         let next = configuration.with_primary(copy(2));
         script.give(Input::Configuration(Box::new(Configuration { secondaries: BTreeSet::new(), ..next })));
         script.finish();

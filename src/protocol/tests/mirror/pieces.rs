@@ -216,18 +216,30 @@ fn blocks_that_a_candidate_cannot_read_are_sent_to_it() {
 /// One block that could not be read stopped the volume as soon as there was a candidate, and nobody else had it.
 #[test]
 fn a_sole_member_that_cannot_read_what_it_copies_goes_on_and_leaves_the_candidate_alone() {
+    [false, true].into_iter().for_each(cannot_read);
+}
+
+fn cannot_read(plan: bool) {
     let mut script = Script::copying(true);
-    let (read, _) = script.finds(known(0));
+    let (read, next) = script.finds(known(0));
     script.give(Input::Request { tag: OTHER, request: Request::Flush });
     let flush = script.operation();
-    script.give(Input::Completed { operation: read.expect("it is read"), result: Err(DiskError::Corrupt) });
+    match next.filter(|_| plan) {
+        Some(operation) => script.give(Input::Planned { operation, missing: Err(DiskError::Failed) }),
+        None => script.give(Input::Completed { operation: read.expect("it is read"), result: Err(DiskError::Corrupt) }),
+    }
     assert!(script.replica.serves());
+    assert_eq!(script.replica.resting().collect::<Vec<_>>(), [(copy(2), Because::Unread)]);
     script.give(Input::Completed { operation: flush, result: Ok(()) });
     assert!(script.completes(OTHER), "the candidate is not awaited: {:?}", script.outputs);
     script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
     script.finish();
     assert!(script.completes(WRITER), "{:?}", script.outputs);
     script.give(Input::Replied { tag: WRITER });
+    // Wished or started anew, it is of no more use: each time what can be read was copied, and the rest failed again.
+    script.wish(Some(copy(2)));
+    script.hear(Script::joined(SECOND, &[]));
+    assert_eq!(script.outputs, []);
     script.beat(2);
     assert!(!script.wants(|output| matches!(output, Output::Send { .. })), "{:?}", script.outputs);
     script.beat(130);
