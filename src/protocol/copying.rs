@@ -96,7 +96,7 @@ impl Replica {
         let peer = &mut self.peers[position];
         // Giving up what was copied to its former session forgets that it has joined.
         peer.joined = true;
-        // Compared whole it forgets its marks, and has room for those of the resync.
+        // What lacks everything forgets its marks with the next term, and has room for those of the resync.
         let is_crowded = peer.hot.len() > MAX_CANDIDATE_MARKS;
         peer.anew |= is_crowded && !self.record.configuration.lacks_everything(peer.copy);
         peer.sync = if peer.out || peer.anew { Sync::Idle } else { Sync::Joining(since) };
