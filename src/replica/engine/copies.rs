@@ -413,7 +413,7 @@ impl Engine {
                 }
                 Because::Unread => {
                     "what a copy lacks cannot be read here, and no other copy has it: it is tried again after a while; \
-                     `tandem volume verify` says what is damaged"
+                     `tandem verify` says what is damaged"
                 }
             };
             tracing::error!(%volume, %copy, "{why}");

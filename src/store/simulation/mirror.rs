@@ -238,8 +238,13 @@ impl World {
     /// Whatever changed since a copy left is in its plan, and it is not simply everything.
     pub fn check_plans(&mut self) -> Outcome {
         let Some(mirror) = &self.mirror else { return Ok(()) };
-        let id = mirror.volume;
-        for (since, left) in mirror.left.clone() {
+        let (id, left) = (mirror.volume, mirror.left.clone());
+        if self.store().failure().is_some() {
+            // What is read may be older than what was acknowledged.
+            let planned = self.store().plan(id, None, &[]);
+            return planned.err().map(drop).ok_or_else(|| "copies are made equal to a disk that has failed".into());
+        }
+        for (since, left) in left {
             let (planned, blocks) = self.planned(id, Lacks::Since(since))?;
             self.coverage.plans += 1;
             let hot = left.hot.iter().filter(|extent| u64::from(extent.0) * EXTENT_BLOCKS < blocks).count();
