@@ -257,7 +257,7 @@ impl Replica {
         }
         let differs = match (differs, order.range()) {
             // What cannot be read is mended by being written; whether the disk can still do that, the write says.
-            (Err(DiskError::Corrupt | DiskError::Failed), Some(range)) => {
+            (Err(DiskError::Corrupt | DiskError::Failed), Some(range)) if !self.flush_failed => {
                 let mut all = BlockSet::default();
                 all.insert(0, range.count());
                 Ok(all)

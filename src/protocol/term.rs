@@ -152,6 +152,9 @@ impl Replica {
         let intact = configuration.is_member(self.me) && (self.record.intact || counts);
         if self.has_lost_its_own() {
             outputs.push(Output::FenceDevice);
+            // Also if that fails: what outlived an engine, a flush for instance, is not executed as if nothing had been lost.
+            self.admission.iter_mut().filter(|entry| !entry.tag.is_own()).for_each(|entry| entry.fenced = true);
+            self.fence_what_waits(outputs);
         }
         self.persist(Record { configuration, intact }, outputs);
     }

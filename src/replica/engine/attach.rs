@@ -135,6 +135,7 @@ impl Engine {
         tracing::error!(%volume, why, "its device is given up: unstage and stage it again");
         if let Err(error) = device.fuse.abort() {
             tracing::error!(%volume, %error, "its FUSE connection cannot be ended: what it is asked for is answered with errors");
+            self.has_loose_device = true;
         }
     }
 

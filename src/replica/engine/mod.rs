@@ -406,6 +406,7 @@ fn launch(
             watched: BTreeMap::new(),
             last_watch: turn::BELL,
             speaking: Default::default(),
+            has_loose_device: held.len() > parked.len(),
             parked,
             reattached: false,
             mirrored: vec![],

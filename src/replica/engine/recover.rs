@@ -65,6 +65,10 @@ impl Engine {
     /// Devices of a tree that an fdatasync failed before this engine was started have ended, but for those that wait for the
     /// core of their copy, which knows by its record.
     fn note_failures_heard(&self) {
+        if self.has_loose_device {
+            // Its tree is not known for sure; of another one's devices some are ended for nothing.
+            return;
+        }
         for tree in self.trees.iter().flatten().filter(|tree| tree.store.has_unheard_failure()) {
             let waits = |parked: &Parked| parked.tree == tree.id && tree.store.mirrored(parked.fuse.volume).is_none();
             if tree.store.failure().is_none() && !self.parked.iter().any(waits) {
@@ -114,7 +118,10 @@ impl Engine {
                 self.replay(key);
             }
             // The device is gone from here; the holder keeps it, and the next engine tries again.
-            Err(error) => tracing::error!(%volume, %error, "its device cannot be served"),
+            Err(error) => {
+                self.has_loose_device = true;
+                tracing::error!(%volume, %error, "its device cannot be served");
+            }
         }
     }
 

@@ -68,6 +68,8 @@ pub(super) struct Engine {
     /// Connections with something to read.
     pub speaking: VecDeque<WatchKey>,
     pub parked: Vec<Parked>,
+    /// A device that a former engine left could be neither taken over nor ended: what it has not been told of stays unheard.
+    pub has_loose_device: bool,
     /// Volumes whose cores have peers, and when time passes for them.
     pub mirrored: Vec<VolumeKey>,
     pub next_heartbeat: Duration,
