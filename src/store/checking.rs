@@ -3,6 +3,9 @@
 //! Invariants: a layer counts as checksummed only after its checksums are synced and a record says so; while they are made
 //! the layer is held, so that none of its blocks moves; a torn write of a checksum block is mended from the redo file.
 
+#[cfg(test)]
+mod tests;
+
 use super::checksums::{ChecksumBlock, ChecksumsError, Place};
 use super::files::{Files, Name};
 use super::format::{BLOCK, LayerId};
@@ -26,6 +29,9 @@ const JOB_CHECKSUM_BLOCKS: usize = 64;
 
 /// Time a job's share of the disk takes at least: 16 MiB each 80 ms are 200 MiB/s, which leaves room for the volumes.
 const JOB_EVERY: Duration = Duration::from_millis(80);
+
+/// Stands where the number of an entry's block would be. Without it, as older versions wrote it, the redo file ends where it ends.
+const END_OF_REDO: u64 = u64::MAX;
 
 /// Bytes read at once.
 const READ_BYTES: usize = 1 << 20;
@@ -300,6 +306,9 @@ impl ChecksumJob {
             block.encode(self.instance, number, &mut bytes);
             redo.extend_from_slice(&bytes);
         }
+        // What is behind it is of an older step.
+        redo.extend_from_slice(&END_OF_REDO.to_le_bytes());
+        redo.resize(redo.len() + BLOCK - 8, 0);
         // Durable beside the file before the file is touched: a torn block there takes others' checksums along.
         files.write_at(Name::ChecksumsRedo, 0, &redo)?;
         files.sync(Name::ChecksumsRedo)?;
@@ -330,6 +339,9 @@ pub(super) fn redo(files: &dyn Files, instance: InstanceId) -> io::Result<()> {
         files.read_at(Name::ChecksumsRedo, entry * 2 * BLOCK_SIZE, &mut bytes)?;
         let (head, block) = bytes.split_at(BLOCK);
         let number = head.first_chunk().map_or(0, |number| u64::from_le_bytes(*number));
+        if number == END_OF_REDO {
+            break;
+        }
         let Ok(number) = u32::try_from(number) else { continue };
         let sound = ChecksumBlock::decode(instance, number, block).is_ok();
         if sound && read_block(files, instance, number).is_err_and(|error| error.kind() == io::ErrorKind::InvalidData) {
@@ -347,8 +359,16 @@ pub(super) fn read_block(files: &dyn Files, instance: InstanceId, number: u32) -
         return Ok(ChecksumBlock::default());
     }
     let mut bytes = vec![0; BLOCK];
-    files.read_at(Name::Checksums, offset, &mut bytes)?;
-    match ChecksumBlock::decode(instance, number, &bytes) {
+    let mut read = || {
+        files.read_at(Name::Checksums, offset, &mut bytes)?;
+        Ok::<_, io::Error>(ChecksumBlock::decode(instance, number, &bytes))
+    };
+    let mut decoded = read()?;
+    if matches!(&decoded, Err(error) if !matches!(error, ChecksumsError::Blank { .. })) {
+        // Who verifies reads beside the job that writes, and may see one half as it was and one as it becomes.
+        decoded = read()?;
+    }
+    match decoded {
         Err(ChecksumsError::Blank { .. }) => Ok(ChecksumBlock::default()),
         decoded => decoded.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)),
     }

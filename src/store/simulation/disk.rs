@@ -123,6 +123,10 @@ impl Disk {
         self.state().keeps_space = false;
     }
 
+    pub fn keep_space(&self) {
+        self.state().keeps_space = true;
+    }
+
     pub fn read(&self, file: File, offset: u64, buffer: &mut [u8]) -> bool {
         self.state().read(Name::from(file), offset, buffer).is_ok()
     }
