@@ -206,7 +206,7 @@ impl Store {
             Some(&child) => {
                 let below = self.tree.layers.get(&child)?;
                 // Blocks must not slip into a layer while its checksums are being made or loaded.
-                let checking = self.background.checking.is_at(child);
+                let checking = self.background.checking.is_at(child) || self.awaits_checksums(id, layer);
                 (!checking).then(|| match merge_end(layer, below) {
                     Some(end) => Record::MergedPart { parent: id, child, end },
                     None => Record::Merged { parent: id, child },

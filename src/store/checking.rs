@@ -152,7 +152,7 @@ impl Store {
         }
         if let Some((layer, waiting)) = &mut checking.active {
             let Some(job) = waiting.take() else { return };
-            if self.tree.layers.get(layer).is_some_and(is_worth_checking) {
+            if self.tree.layers.get(layer).is_some_and(|layer| is_worth_checking(&self.tree, layer)) {
                 checking.next_at = now + JOB_EVERY;
                 return out.push(Action::Job(Job::Checksum(job)));
             }
@@ -173,11 +173,13 @@ impl Store {
         }
     }
 
+    /// Whether the checksums of a layer are to be made.
+    pub(super) fn awaits_checksums(&self, id: LayerId, layer: &Layer) -> bool {
+        !layer.checksummed && !self.background.checking.failed.contains(&id) && is_worth_checking(&self.tree, layer)
+    }
+
     fn checksum_job(&self) -> Option<ChecksumJob> {
-        let failed = &self.background.checking.failed;
-        let candidate =
-            |(id, layer): &(&LayerId, &Layer)| is_worth_checking(layer) && !layer.checksummed && !failed.contains(id);
-        let (id, layer) = self.tree.layers.iter().find(candidate)?;
+        let (id, layer) = self.tree.layers.iter().find(|(id, layer)| self.awaits_checksums(**id, layer))?;
         Some(ChecksumJob {
             files: FilesHandle(self.files.clone()),
             instance: self.superblock.instance,
@@ -225,7 +227,7 @@ impl Store {
             Ok(false) => checking.active = Some((job.layer, Some(job))),
             Ok(true) => {
                 let layer = job.layer;
-                let valid = self.tree.layers.get(&layer).is_some_and(is_worth_checking);
+                let valid = self.tree.layers.get(&layer).is_some_and(|layer| is_worth_checking(&self.tree, layer));
                 if valid && !self.pending.has_room(1) {
                     // The job is at its end: its next turn does nothing and brings us here again.
                     checking.active = Some((layer, Some(job)));
@@ -374,14 +376,19 @@ pub(super) fn read_block(files: &dyn Files, instance: InstanceId, number: u32) -
     }
 }
 
-/// Sealed for good, and here to stay.
-fn is_worth_checking(layer: &Layer) -> bool {
-    let stays = match layer.role {
-        Role::Snapshot(_) => true,
-        Role::Nameless => layer.children.len() > 1,
+/// Sealed for good, and here to stay; or about to be merged into a layer that has checksums. Those would have to be made anew
+/// otherwise, from what has rotted meanwhile, too. Such a layer was settled when all below it was.
+fn is_worth_checking(tree: &Tree, layer: &Layer) -> bool {
+    let has_checksums = |id: &LayerId| tree.layers.get(id).is_some_and(|layer| layer.checksummed);
+    match layer.role {
+        Role::Snapshot(_) => layer.settled,
+        Role::Nameless => match &layer.children[..] {
+            [] => false,
+            [child] => layer.map.data_blocks() > 0 && has_checksums(child),
+            [_, _, ..] => layer.settled,
+        },
         Role::Top(_) | Role::Base => false,
-    };
-    stays && layer.settled
+    }
 }
 
 fn data_run(entry: Entry, count: u32) -> Option<(u32, u32)> {

@@ -155,6 +155,11 @@ impl Commit {
         (2 * self.log_blocks - self.durable_blocks) * BLOCK_CHANGES
     }
 
+    /// Whether the half of the log is used.
+    pub fn is_half_full(&self) -> bool {
+        self.durable_blocks >= self.log_blocks / 2
+    }
+
     pub fn can_retry_checkpoint(&self) -> bool {
         self.retry.is_some()
     }
@@ -346,10 +351,9 @@ impl Store {
         }
         if self.commit.has_records {
             self.pending.committed();
-            let (half, before) = (self.commit.log_blocks / 2, self.commit.durable_blocks);
+            let was_half_full = self.commit.is_half_full();
             self.commit.durable_blocks = self.commit.writer.position().sequence;
-            if before < half && self.commit.durable_blocks >= half {
-                // Also where the checkpoint before found no space for the next one: there may be some by now.
+            if !was_half_full && self.commit.is_half_full() {
                 self.look_for_space();
             }
             self.commit.log_ended = self.commit.snapshot.is_some();

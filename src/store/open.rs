@@ -328,8 +328,7 @@ impl<'a> Opening<'a> {
         if self.ended {
             commit.end_log(&self.tree);
         }
-        let range = space::Range::of(&self.tree, commit.changes_left());
-        let space = Space::new(space::keep(&*files, range));
+        let space = Space::new(space::keep(&*files, space::Range::of(&self.tree, &commit)));
         let mut store = Store {
             files,
             superblock: self.superblock,

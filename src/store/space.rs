@@ -1,11 +1,13 @@
 //! Disk space that is kept for checkpoints: without one, logs that are full are never used again, nothing can be deleted any
 //! more, and a full pool stays full.
 //!
-//! Invariants: what is kept is kept for both files, since they exchange their names; it covers the tree, whatever the changes
-//! that still find room in both logs and the merges that wait make of it, or as much of that as the disk has; a merge, of which
-//! one small record may add hundreds of extents, waits as long as what it adds, and some changes beside it, is not covered.
+//! Invariants: what is kept is kept for both files, since they exchange their names; it covers the tree, whatever the merges
+//! that wait make of it, and from the half of a log on whatever the changes do that still find room in both logs, or as much of
+//! that as the disk has (a tree that nobody writes takes no more than it may need); a merge, of which one small record may add
+//! hundreds of extents, waits as long as what it adds, and some changes beside it, is not covered.
 
 use super::background::STEP_EXTENTS;
+use super::commit::Commit;
 use super::files::{Files, Name};
 use super::job::{FilesHandle, Job};
 use super::record::EXTENT_BYTES;
@@ -74,11 +76,13 @@ impl KeepJob {
 }
 
 impl Range {
-    /// For a tree to which `changes` are added, and whose layers may all be merged: an extent of the result begins or ends
-    /// where one does now, so there are at most twice as many.
-    pub fn of(tree: &Tree, changes: u64) -> Self {
+    /// For a tree whose layers may all be merged: an extent of the result begins or ends where one does now, so there are at
+    /// most twice as many.
+    pub fn of(tree: &Tree, commit: &Commit) -> Self {
         let pieces = pieces(tree);
-        Self { least: bytes(tree, pieces), most: bytes(tree, 2 * pieces + EXTENTS_OF_A_CHANGE * changes) }
+        let changes = if commit.is_half_full() { commit.changes_left() } else { 0 };
+        let beside = BESIDE_A_MERGE.max(EXTENTS_OF_A_CHANGE * changes);
+        Self { least: bytes(tree, pieces), most: bytes(tree, 2 * pieces + beside) }
     }
 }
 
@@ -106,12 +110,16 @@ fn most_extents(tree: &Tree) -> u64 {
 /// Keeps as much as there is; bytes of each file.
 pub(super) fn keep(files: &dyn Files, range: Range) -> u64 {
     let Range { least, most } = range;
-    let steps = (0..=STEPS).map(|step| least + (most - least) * step / STEPS);
-    // In steps: an attempt that fails may have taken all that there was for the first of the files.
-    let is_kept = |bytes: &u64| {
-        [Name::CheckpointNew, Name::Checkpoint].into_iter().all(|name| files.reserve(name, *bytes).is_ok())
-    };
-    steps.take_while(is_kept).last().unwrap_or(0)
+    let both = [Name::CheckpointNew, Name::Checkpoint];
+    for step in 0..=STEPS {
+        // In steps: an attempt that fails may have taken all that there was for the first of the files.
+        let bytes = least + (most - least) * step / STEPS;
+        if both.iter().any(|name| files.reserve(*name, bytes).is_err()) {
+            break;
+        }
+    }
+    // Also what was kept before, where that is more.
+    both.map(|name| files.reserved(name).unwrap_or(0)).into_iter().min().unwrap_or(0)
 }
 
 impl Space {
@@ -140,7 +148,7 @@ impl Space {
 impl Store {
     /// What should be kept now.
     pub(super) fn space_range(&self) -> Range {
-        let range = Range::of(&self.tree, self.commit.changes_left());
+        let range = Range::of(&self.tree, &self.commit);
         #[cfg(test)]
         if self.planted == Some(super::planted::Planted::SpaceForTheNextAlone) {
             return Range { most: range.least, ..range };

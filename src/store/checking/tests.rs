@@ -47,6 +47,9 @@ impl Files for Torn {
     fn reserve(&self, name: Name, bytes: u64) -> io::Result<()> {
         self.disk.reserve(name, bytes)
     }
+    fn reserved(&self, name: Name) -> io::Result<u64> {
+        self.disk.reserved(name)
+    }
 }
 
 fn disk() -> Arc<Disk> {

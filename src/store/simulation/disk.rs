@@ -421,4 +421,14 @@ impl Files for Disk {
         content.reserved = content.reserved.max(bytes);
         Ok(())
     }
+
+    fn reserved(&self, name: Name) -> io::Result<u64> {
+        if self.size(name)?.is_none() {
+            return Ok(0);
+        }
+        let mut state = self.state();
+        let is_kept = state.keeps_space || !state.full;
+        let content = state.content(name)?;
+        Ok(if is_kept { content.size.max(content.reserved) } else { 0 })
+    }
 }

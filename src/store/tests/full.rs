@@ -2,7 +2,7 @@
 
 use super::super::job::write_checkpoint;
 use super::super::planted::Planted;
-use super::super::space::Space;
+use super::super::space::{Range, Space, keep};
 use super::super::*;
 use super::*;
 
@@ -18,9 +18,14 @@ fn pending() -> Memory {
 
 /// A tree with small logs.
 fn small(disk: &Arc<Disk>) -> Bench {
-    Store::create_with(&**disk, &superblock(), LOG_BLOCKS * BLOCK_SIZE).expect("a tree");
-    let store = Store::open(disk.clone(), Pending::over(pending())).expect("opens");
-    let mut bench = Bench { directory: None, files: disk.clone(), store: Some(store), next: 0, now: Duration::ZERO };
+    let files: Arc<dyn Files> = disk.clone();
+    small_in(&files)
+}
+
+fn small_in(files: &Arc<dyn Files>) -> Bench {
+    Store::create_with(&**files, &superblock(), LOG_BLOCKS * BLOCK_SIZE).expect("a tree");
+    let store = Store::open(files.clone(), Pending::over(pending())).expect("opens");
+    let mut bench = Bench { directory: None, files: files.clone(), store: Some(store), next: 0, now: Duration::ZERO };
     let create = Control::CreateVolume { volume: volume(1), size: size(1024), verify_reads: false };
     assert_eq!(bench.control(create), Ok(()));
     bench
@@ -222,21 +227,43 @@ fn with_the_space_that_is_kept_for_checkpoints_a_full_disk_stops_nothing() {
     assert!(is_changed(&mut bench, 20 * LOG_BLOCKS - 1));
 }
 
+/// Before its log is half full, a tree takes little: there may be many that nobody writes.
 #[test]
 fn a_directory_keeps_the_space_of_two_checkpoints() {
-    use std::os::unix::fs::MetadataExt;
-    let mut bench = Bench::on_disk();
-    let create = Control::CreateVolume { volume: volume(1), size: size(1 << 18), verify_reads: false };
+    let directory = tempfile::Builder::new().prefix("tandem-store-").tempdir().expect("a directory");
+    let files: Arc<dyn Files> = Arc::new(Directory::new(directory.path()));
+    let mut bench = small_in(&files);
+    let create = Control::CreateVolume { volume: volume(2), size: size(1 << 18), verify_reads: false };
     assert_eq!(bench.control(create), Ok(()));
     bench.idle();
-    let path = bench.directory.as_ref().expect("a directory").path();
-    let kept = |name: &str| std::fs::metadata(path.join(name)).expect("it is there").blocks() * 512;
-    assert!(kept("checkpoint.new") >= 4 << 20 && kept("checkpoint") >= 4 << 20);
-    let before = std::fs::read(path.join("checkpoint")).expect("readable");
-    bench.files.write_at(Name::CheckpointNew, 0, &[7; 4096]).expect("written");
-    bench.files.exchange(Name::Checkpoint, Name::CheckpointNew).expect("exchanged");
-    assert_eq!(std::fs::read(path.join("checkpoint.new")).expect("readable"), before);
-    assert!(kept("checkpoint") >= 4 << 20);
+    let names = [Name::Checkpoint, Name::CheckpointNew];
+    let kept = || names.map(|name| files.reserved(name).expect("readable"));
+    let (little, before) = (90 << 10, kept());
+    assert!(before.iter().all(|bytes| (12 << 10..little).contains(bytes)), "{before:?}");
+    for number in 0..LOG_BLOCKS * 5 / 8 {
+        assert!(change(&mut bench, number));
+    }
+    bench.idle();
+    let after = kept();
+    assert!(after.iter().all(|bytes| *bytes > 2 * little), "{after:?}");
+    let content = std::fs::read(directory.path().join("checkpoint")).expect("readable");
+    files.write_at(Name::CheckpointNew, 0, &[7; 4096]).expect("written");
+    files.exchange(Name::Checkpoint, Name::CheckpointNew).expect("exchanged");
+    assert_eq!(std::fs::read(directory.path().join("checkpoint.new")).expect("readable"), content);
+    assert_eq!(kept(), [after[1], after[0]]);
+}
+
+/// An attempt that gets nothing gives nothing away, and what a tree has it need not ask for.
+#[test]
+fn what_is_kept_is_known_when_a_full_disk_has_no_more() {
+    let disk = Arc::new(Disk::new(0));
+    let mut bench = small(&disk);
+    let most = bench.store().space_range().most;
+    let kept = disk.reserved(Name::Checkpoint).and_then(|one| Ok(one.min(disk.reserved(Name::CheckpointNew)?)));
+    let kept = kept.expect("readable");
+    assert!(kept >= 12 << 10);
+    disk.set_full(true);
+    assert_eq!(keep(&*disk, Range { least: kept.max(most) + 1, most: 2 * kept.max(most) }), kept);
 }
 
 /// The directory could not be synced after an exchange; the next attempt wrote over what a power cut would still call the
