@@ -18,7 +18,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Extents that a step looks at or moves: some 100 microseconds. Few in the tests, so that much happens between two steps.
-const STEP_EXTENTS: usize = if cfg!(all(test, debug_assertions)) { 5 } else { 512 };
+pub(super) const STEP_EXTENTS: usize = if cfg!(all(test, debug_assertions)) { 5 } else { 512 };
 
 /// Blocks that a step changes: bounds the work on extents that are very long (4 GiB are 2,048 chunks of a map).
 pub(super) const STEP_BLOCKS: u64 = if cfg!(all(test, debug_assertions)) { 64 } else { 1 << 20 };
@@ -98,6 +98,7 @@ impl Store {
             out.push(Action::Job(Job::Free(std::mem::take(&mut self.tree.discarded))));
         }
         self.checkpoint_step(now, out);
+        self.space_step(now, out);
         self.commit_step(now);
         self.pump(out);
     }
@@ -115,7 +116,11 @@ impl Store {
         let reclaim = background.scan || !background.reclaim.is_empty() && !background.deferred;
         let punch = background.punchable && !background.punching;
         let free = !self.tree.discarded.is_empty();
-        if self.requests.is_zeroing() || background.building || free || healthy && (zero || reclaim || punch) {
+        if self.requests.is_zeroing()
+            || background.building
+            || free
+            || healthy && (zero || reclaim || punch || self.commit.can_rotate())
+        {
             return Some(Duration::ZERO);
         }
         let later = |at: Option<Duration>| at.map(|at| at.saturating_sub(background.now));
@@ -123,7 +128,8 @@ impl Store {
         let retry = later(background.retry_at).or(self.commit.can_retry_checkpoint().then_some(RETRY));
         let commit = later(background.commit_at).filter(|_| healthy);
         let checking = background.checking.next(background.now).filter(|_| healthy);
-        [again, retry, commit, checking].into_iter().flatten().min()
+        let space = self.space.next(background.now).filter(|_| healthy);
+        [again, retry, commit, checking, space].into_iter().flatten().min()
     }
 
     /// What waits to be done.
@@ -156,7 +162,9 @@ impl Store {
             self.background.reclaim = nameless.map(|(id, _)| *id).collect();
         }
         self.background.deferred = true;
-        let ready = self.background.reclaim.iter().copied().find_map(|id| Some((id, self.reclaim_record(id)?)));
+        let may_merge = !self.background.reclaim.is_empty() && self.may_merge();
+        let mut reclaim = self.background.reclaim.iter().copied();
+        let ready = reclaim.find_map(|id| Some((id, self.reclaim_record(id, may_merge)?)));
         if let Some((id, record)) = ready
             && self.pending.has_room(1)
         {
@@ -183,7 +191,7 @@ impl Store {
     }
 
     /// The next step for a nameless layer; `None` while it has to wait.
-    fn reclaim_record(&self, id: LayerId) -> Option<Record> {
+    fn reclaim_record(&self, id: LayerId, may_merge: bool) -> Option<Record> {
         let layer = self.tree.layers.get(&id).filter(|layer| self.is_reclaimable(layer))?;
         let durable = self.commit.is_durable(layer.nameless_by);
         #[cfg(test)]
@@ -194,10 +202,11 @@ impl Store {
         }
         match layer.children.first() {
             None => Some(free_record(id, layer)),
+            Some(_) if !may_merge => None,
             Some(&child) => {
                 let below = self.tree.layers.get(&child)?;
                 // Blocks must not slip into a layer while its checksums are being made or loaded.
-                let checking = self.background.checking.is_at(child);
+                let checking = self.background.checking.is_at(child) || self.awaits_checksums(id, layer);
                 (!checking).then(|| match merge_end(layer, below) {
                     Some(end) => Record::MergedPart { parent: id, child, end },
                     None => Record::Merged { parent: id, child },
@@ -253,6 +262,7 @@ impl Store {
     }
 
     fn checkpoint_step(&mut self, now: Duration, out: &mut Vec<Action<Job>>) {
+        self.rotate(out);
         if !self.commit.can_retry_checkpoint() {
             return;
         }

@@ -3,6 +3,9 @@
 //! Invariants: a layer counts as checksummed only after its checksums are synced and a record says so; while they are made
 //! the layer is held, so that none of its blocks moves; a torn write of a checksum block is mended from the redo file.
 
+#[cfg(test)]
+mod tests;
+
 use super::checksums::{ChecksumBlock, ChecksumsError, Place};
 use super::files::{Files, Name};
 use super::format::{BLOCK, LayerId};
@@ -26,6 +29,9 @@ const JOB_CHECKSUM_BLOCKS: usize = 64;
 
 /// Time a job's share of the disk takes at least: 16 MiB each 80 ms are 200 MiB/s, which leaves room for the volumes.
 const JOB_EVERY: Duration = Duration::from_millis(80);
+
+/// Stands where the number of an entry's block would be. Without it, as older versions wrote it, the redo file ends where it ends.
+const END_OF_REDO: u64 = u64::MAX;
 
 /// Bytes read at once.
 const READ_BYTES: usize = 1 << 20;
@@ -146,7 +152,7 @@ impl Store {
         }
         if let Some((layer, waiting)) = &mut checking.active {
             let Some(job) = waiting.take() else { return };
-            if self.tree.layers.get(layer).is_some_and(is_worth_checking) {
+            if self.tree.layers.get(layer).is_some_and(|layer| is_worth_checking(&self.tree, layer)) {
                 checking.next_at = now + JOB_EVERY;
                 return out.push(Action::Job(Job::Checksum(job)));
             }
@@ -167,11 +173,13 @@ impl Store {
         }
     }
 
+    /// Whether the checksums of a layer are to be made.
+    pub(super) fn awaits_checksums(&self, id: LayerId, layer: &Layer) -> bool {
+        !layer.checksummed && !self.background.checking.failed.contains(&id) && is_worth_checking(&self.tree, layer)
+    }
+
     fn checksum_job(&self) -> Option<ChecksumJob> {
-        let failed = &self.background.checking.failed;
-        let candidate =
-            |(id, layer): &(&LayerId, &Layer)| is_worth_checking(layer) && !layer.checksummed && !failed.contains(id);
-        let (id, layer) = self.tree.layers.iter().find(candidate)?;
+        let (id, layer) = self.tree.layers.iter().find(|(id, layer)| self.awaits_checksums(**id, layer))?;
         Some(ChecksumJob {
             files: FilesHandle(self.files.clone()),
             instance: self.superblock.instance,
@@ -219,7 +227,7 @@ impl Store {
             Ok(false) => checking.active = Some((job.layer, Some(job))),
             Ok(true) => {
                 let layer = job.layer;
-                let valid = self.tree.layers.get(&layer).is_some_and(is_worth_checking);
+                let valid = self.tree.layers.get(&layer).is_some_and(|layer| is_worth_checking(&self.tree, layer));
                 if valid && !self.pending.has_room(1) {
                     // The job is at its end: its next turn does nothing and brings us here again.
                     checking.active = Some((layer, Some(job)));
@@ -300,6 +308,9 @@ impl ChecksumJob {
             block.encode(self.instance, number, &mut bytes);
             redo.extend_from_slice(&bytes);
         }
+        // What is behind it is of an older step.
+        redo.extend_from_slice(&END_OF_REDO.to_le_bytes());
+        redo.resize(redo.len() + BLOCK - 8, 0);
         // Durable beside the file before the file is touched: a torn block there takes others' checksums along.
         files.write_at(Name::ChecksumsRedo, 0, &redo)?;
         files.sync(Name::ChecksumsRedo)?;
@@ -330,6 +341,9 @@ pub(super) fn redo(files: &dyn Files, instance: InstanceId) -> io::Result<()> {
         files.read_at(Name::ChecksumsRedo, entry * 2 * BLOCK_SIZE, &mut bytes)?;
         let (head, block) = bytes.split_at(BLOCK);
         let number = head.first_chunk().map_or(0, |number| u64::from_le_bytes(*number));
+        if number == END_OF_REDO {
+            break;
+        }
         let Ok(number) = u32::try_from(number) else { continue };
         let sound = ChecksumBlock::decode(instance, number, block).is_ok();
         if sound && read_block(files, instance, number).is_err_and(|error| error.kind() == io::ErrorKind::InvalidData) {
@@ -347,21 +361,34 @@ pub(super) fn read_block(files: &dyn Files, instance: InstanceId, number: u32) -
         return Ok(ChecksumBlock::default());
     }
     let mut bytes = vec![0; BLOCK];
-    files.read_at(Name::Checksums, offset, &mut bytes)?;
-    match ChecksumBlock::decode(instance, number, &bytes) {
+    let mut read = || {
+        files.read_at(Name::Checksums, offset, &mut bytes)?;
+        Ok::<_, io::Error>(ChecksumBlock::decode(instance, number, &bytes))
+    };
+    let mut decoded = read()?;
+    if matches!(&decoded, Err(error) if !matches!(error, ChecksumsError::Blank { .. })) {
+        // Who verifies reads beside the job that writes, and may see one half as it was and one as it becomes.
+        decoded = read()?;
+    }
+    match decoded {
         Err(ChecksumsError::Blank { .. }) => Ok(ChecksumBlock::default()),
         decoded => decoded.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)),
     }
 }
 
-/// Sealed for good, and here to stay.
-fn is_worth_checking(layer: &Layer) -> bool {
-    let stays = match layer.role {
-        Role::Snapshot(_) => true,
-        Role::Nameless => layer.children.len() > 1,
+/// Sealed for good, and here to stay; or about to be merged into a layer that has checksums. Those would have to be made anew
+/// otherwise, from what has rotted meanwhile, too. Such a layer was settled when all below it was.
+fn is_worth_checking(tree: &Tree, layer: &Layer) -> bool {
+    let has_checksums = |id: &LayerId| tree.layers.get(id).is_some_and(|layer| layer.checksummed);
+    match layer.role {
+        Role::Snapshot(_) => layer.settled,
+        Role::Nameless => match &layer.children[..] {
+            [] => false,
+            [child] => layer.map.data_blocks() > 0 && has_checksums(child),
+            [_, _, ..] => layer.settled,
+        },
         Role::Top(_) | Role::Base => false,
-    };
-    stays && layer.settled
+    }
 }
 
 fn data_run(entry: Entry, count: u32) -> Option<(u32, u32)> {

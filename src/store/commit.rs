@@ -11,7 +11,7 @@
 use super::allocator::Batch;
 use super::format::{BLOCK, LayerId};
 use super::job::{CheckpointJob, Job};
-use super::log::Writer;
+use super::log::{BLOCK_CHANGES, Writer};
 use super::requests::InFlight;
 use super::tree::Tree;
 use super::{Action, Buffer, ControlError, File, Io, LogSlot, Store};
@@ -150,13 +150,43 @@ impl Commit {
         self.witnessed < self.to_witness && !self.log_ended
     }
 
+    /// Changes of maps that find room in both logs, at most.
+    pub fn changes_left(&self) -> u64 {
+        (2 * self.log_blocks - self.durable_blocks) * BLOCK_CHANGES
+    }
+
+    /// Whether the half of the log is used.
+    pub fn is_half_full(&self) -> bool {
+        self.durable_blocks >= self.log_blocks / 2
+    }
+
     pub fn can_retry_checkpoint(&self) -> bool {
         self.retry.is_some()
     }
 
     #[cfg(test)]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    #[cfg(test)]
     pub fn owes_checkpoint(&self) -> bool {
         self.owes_checkpoint
+    }
+
+    /// No more commits go to the log, whose end is the tree: it was opened without room for one, and without space for a checkpoint.
+    pub fn end_log(&mut self, tree: &Tree) {
+        self.snapshot = Some(Box::new(tree.frozen()));
+        self.log_ended = true;
+    }
+
+    /// Whether the log has ended and a checkpoint of that can be begun: only right after opening.
+    pub fn can_rotate(&self) -> bool {
+        self.snapshot.is_some() && self.log_ended && (self.owes_checkpoint || self.is_other_free())
+    }
+
+    fn is_other_free(&self) -> bool {
+        self.generation == self.writer.position().epoch
     }
 
     /// Goes on in the other log, which nothing needs any more.
@@ -321,7 +351,11 @@ impl Store {
         }
         if self.commit.has_records {
             self.pending.committed();
+            let was_half_full = self.commit.is_half_full();
             self.commit.durable_blocks = self.commit.writer.position().sequence;
+            if !was_half_full && self.commit.is_half_full() {
+                self.look_for_space();
+            }
             self.commit.log_ended = self.commit.snapshot.is_some();
             self.background.committed();
             self.rotate(out);
@@ -345,27 +379,29 @@ impl Store {
     }
 
     /// Goes on in the other log, if it is not needed any more; if it is because a checkpoint is missing, that comes first.
-    fn rotate(&mut self, out: &mut Vec<Action<Job>>) {
+    pub(super) fn rotate(&mut self, out: &mut Vec<Action<Job>>) {
         let commit = &mut self.commit;
         let position = commit.writer.position().next_epoch();
-        let is_free = commit.generation + 1 == position.epoch;
-        let may_begin = commit.log_ended && (is_free || commit.owes_checkpoint);
-        if let Some(tree) = commit.snapshot.take_if(|_| may_begin) {
+        let (can_rotate, is_other_free) = (commit.can_rotate(), commit.is_other_free());
+        if let Some(tree) = commit.snapshot.take_if(|_| can_rotate) {
             commit.owes_checkpoint = false;
-            if is_free {
+            if is_other_free {
                 commit.begin_log();
             }
             // Before the checkpoint can appear: what is pending belongs to the new epoch, not into the checkpoint.
             self.pending.set_epoch(position.epoch);
-            let job = CheckpointJob::new(self.files.clone(), self.superblock.instance, position, *tree);
+            self.space.checkpoint_begins();
+            let (files, range) = (self.files.clone(), self.space_range());
+            let job = CheckpointJob::new(files, self.superblock.instance, position, *tree, range);
             out.push(Action::Job(Job::Checkpoint(job)));
         }
     }
 
     /// A checkpoint is on disk, or could not be written.
-    pub(super) fn checkpoint_done(&mut self, result: Result<u64, CheckpointJob>, out: &mut Vec<Action<Job>>) {
+    pub(super) fn checkpoint_done(&mut self, result: Result<(u64, u64), CheckpointJob>, out: &mut Vec<Action<Job>>) {
+        self.space.checkpoint_ends(result.as_ref().ok().map(|(_, kept)| *kept));
         match result {
-            Ok(generation) => {
+            Ok((generation, _)) => {
                 self.commit.generation = generation;
                 if generation == self.commit.writer.position().epoch + 1 {
                     // It was owed: the log that it is of has ended, and neither is needed.
@@ -379,7 +415,10 @@ impl Store {
     }
 
     pub(super) fn retry_checkpoint(&mut self, out: &mut Vec<Action<Job>>) {
-        out.extend(self.commit.retry.take().map(|job| Action::Job(Job::Checkpoint(job))));
+        if let Some(job) = self.commit.retry.take() {
+            self.space.checkpoint_begins();
+            out.push(Action::Job(Job::Checkpoint(job)));
+        }
     }
 
     fn fail_waiters(&mut self, out: &mut Vec<Action<Job>>) {

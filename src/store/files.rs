@@ -7,7 +7,7 @@ use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 use nix::libc;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// A file of a tree's directory.
@@ -83,7 +83,12 @@ pub trait Files: Send + Sync {
     fn sync_names(&self) -> io::Result<()>;
     /// Keeps disk space for the first `bytes` of a file, which is made if there is none; its size does not change.
     fn reserve(&self, name: Name, bytes: u64) -> io::Result<()>;
+    /// For how many bytes from its beginning a file has disk space, at least; 0 if there is no file.
+    fn reserved(&self, name: Name) -> io::Result<u64>;
 }
+
+/// Of the space of a file, so much may be the filesystem's own: where its pieces are.
+const BOOKKEEPING_BYTES: u64 = 64 << 10;
 
 /// Whether the disk, or what may be used of it, is full: then it had no effect, and can be repeated.
 pub fn is_full(error: &io::Error) -> bool {
@@ -171,6 +176,25 @@ impl Files for Directory {
 
     fn reserve(&self, name: Name, bytes: u64) -> io::Result<()> {
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(self.path_of(name))?;
-        Ok(fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, bytes.cast_signed())?)
+        let there = reserved(&file.metadata()?);
+        if there >= bytes {
+            return Ok(());
+        }
+        // XFS wants free space for all of the range, also for what has its own already.
+        let more = bytes + BOOKKEEPING_BYTES - there;
+        Ok(fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, there.cast_signed(), more.cast_signed())?)
     }
+
+    fn reserved(&self, name: Name) -> io::Result<u64> {
+        match fs::metadata(self.path_of(name)) {
+            Ok(metadata) => Ok(reserved(&metadata)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Files whose space is kept are written from front to back: what they have is at their beginning.
+fn reserved(metadata: &fs::Metadata) -> u64 {
+    (metadata.blocks() * 512).saturating_sub(BOOKKEEPING_BYTES)
 }

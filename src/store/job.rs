@@ -8,6 +8,7 @@ use super::files::{Files, Name};
 use super::log::Position;
 use super::map::Map;
 use super::record::Record;
+use super::space::{self, KeepJob};
 use super::tree::Tree;
 use super::{Action, Store};
 use crate::volume::InstanceId;
@@ -23,6 +24,8 @@ pub enum Job {
     Checksum(ChecksumJob),
     /// Loads the checksums of a layer for verified reads.
     Load(LoadJob),
+    /// Keeps space for checkpoints.
+    Keep(KeepJob),
     /// Frees memory, which takes long where there is much of it.
     Free(Vec<Map>),
     /// Gives up making checksums, and frees what that held.
@@ -35,9 +38,11 @@ pub struct JobOutcome(Outcome);
 
 #[derive(Debug)]
 enum Outcome {
-    Checkpoint(Result<u64, CheckpointJob>),
+    /// The generation, and the space that is kept for the next ones.
+    Checkpoint(Result<(u64, u64), CheckpointJob>),
     Checksum(ChecksumJob, io::Result<bool>),
     Load(LoadJob, io::Result<()>),
+    Kept(u64),
     Free,
 }
 
@@ -47,7 +52,7 @@ impl Job {
         JobOutcome(match self {
             Self::Checkpoint(job) => {
                 let written = job.write();
-                Outcome::Checkpoint(written.map(|()| job.position.epoch).map_err(|_| job))
+                Outcome::Checkpoint(written.map(|kept| (job.position.epoch, kept)).map_err(|_| job))
             }
             Self::Checksum(mut job) => {
                 let result = job.step();
@@ -57,6 +62,7 @@ impl Job {
                 let result = job.load();
                 Outcome::Load(job, result)
             }
+            Self::Keep(job) => Outcome::Kept(job.run()),
             Self::Free(maps) => {
                 drop(maps);
                 Outcome::Free
@@ -76,6 +82,7 @@ impl Store {
             Outcome::Checkpoint(result) => self.checkpoint_done(result, out),
             Outcome::Checksum(job, result) => self.checksum_done(job, result),
             Outcome::Load(job, result) => self.checksums_loaded(job, result),
+            Outcome::Kept(bytes) => self.space_kept(bytes),
             Outcome::Free => {}
         }
         self.pump(out);
@@ -89,6 +96,8 @@ pub struct CheckpointJob {
     instance: InstanceId,
     position: Position,
     tree: Tree,
+    /// What is to be kept for the next ones.
+    range: space::Range,
 }
 
 /// The files of a tree, in a form that can be shown.
@@ -102,19 +111,21 @@ impl std::fmt::Debug for FilesHandle {
 }
 
 impl CheckpointJob {
-    pub(super) fn new(files: Arc<dyn Files>, instance: InstanceId, position: Position, tree: Tree) -> Self {
-        Self { files: FilesHandle(files), instance, position, tree }
+    pub(super) fn new(
+        files: Arc<dyn Files>,
+        instance: InstanceId,
+        position: Position,
+        tree: Tree,
+        range: space::Range,
+    ) -> Self {
+        Self { files: FilesHandle(files), instance, position, tree, range }
     }
 
-    fn write(&self) -> io::Result<()> {
-        write_checkpoint(&*self.files.0, self.instance, self.position, &self.tree)
+    fn write(&self) -> io::Result<u64> {
+        write_checkpoint(&*self.files.0, self.instance, self.position, &self.tree)?;
+        Ok(space::keep(&*self.files.0, self.range))
     }
 }
-
-/// Disk space that is kept for the next checkpoint beyond what the last one has: without one, logs that are full are never
-/// used again, nothing can be deleted any more, and a full pool stays full. A checkpoint grows by this much when 65,536 writes
-/// went to as many new places.
-const BALLAST_BYTES: u64 = 1 << 20;
 
 /// Writes the tree as the checkpoint that the log at `position` follows. All data that the tree names must be durable.
 pub(super) fn write_checkpoint(
@@ -156,17 +167,7 @@ pub(super) fn name_checkpoint(files: &dyn Files) -> io::Result<()> {
         None => files.rename(Name::CheckpointNew, Name::Checkpoint)?,
     }
     // The name durable before the old logs are used again.
-    files.sync_names()?;
-    keep_ballast(files);
-    Ok(())
-}
-
-/// Keeps space for the next checkpoint, as far as there is any.
-pub(super) fn keep_ballast(files: &dyn Files) {
-    if let Ok(Some(bytes)) = files.size(Name::Checkpoint) {
-        // A disk that is full now may have space the next time.
-        let _ = files.reserve(Name::CheckpointNew, bytes + BALLAST_BYTES);
-    }
+    files.sync_names()
 }
 
 /// The records that make the layers and names of a tree.

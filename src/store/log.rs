@@ -18,13 +18,16 @@ pub(super) mod tests;
 use super::format::{
     BLOCK, HeaderError, Input, Kind, Output, PREFIX, check_instance, check_prefix, seal, stored_checksum, write_prefix,
 };
-use super::record::{MAX_RECORD, Record, RecordError};
+use super::record::{EXTENT_BYTES, MAX_RECORD, Record, RecordError};
 use crate::volume::InstanceId;
 
 const KIND: Kind = Kind { magic: *b"TandemLG", version: 1, incompatible: 0 };
 
 /// Bytes before the records of a block.
 const HEADER: usize = 80;
+
+/// Changes of a map that a block has room for: a tag, a layer and an extent each.
+pub(super) const BLOCK_CHANGES: u64 = ((BLOCK - HEADER) / (1 + 4 + EXTENT_BYTES)) as u64;
 
 /// Flag of the last block of a commit.
 const LAST: u16 = 1;

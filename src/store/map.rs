@@ -109,6 +109,7 @@ pub struct Map {
     leaves: Vec<Option<Arc<Leaf>>>,
     data_blocks: u64,
     zero_blocks: u64,
+    pieces: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -221,6 +222,11 @@ impl Map {
         self.zero_blocks
     }
 
+    /// Extents, where one that spans chunks counts in each of them: at least as many as there are.
+    pub fn pieces(&self) -> u64 {
+        self.pieces
+    }
+
     /// Whether every block is absent.
     pub fn is_empty(&self) -> bool {
         self.data_blocks == 0 && self.zero_blocks == 0
@@ -257,8 +263,9 @@ impl Map {
             .get_or_insert_with(|| Arc::new(Leaf { chunks: [const { Chunk::Empty }; LEAF_CHUNKS], used: 0 }));
         let leaf = Arc::make_mut(leaf);
         let chunk = &mut leaf.chunks[chunk_index];
-        let was_empty = chunk.is_empty();
+        let (was_empty, pieces) = (chunk.is_empty(), chunk.pieces());
         chunk.replace(piece, removed);
+        self.pieces = self.pieces + chunk.pieces() - pieces;
         match (was_empty, chunk.is_empty()) {
             (true, false) => leaf.used += 1,
             (false, true) => leaf.used -= 1,

@@ -50,6 +50,7 @@ mod requests;
 #[cfg(test)]
 mod simulation;
 mod slab;
+mod space;
 pub mod superblock;
 #[cfg(test)]
 mod tests;
@@ -342,6 +343,7 @@ pub struct Store {
     requests: requests::Requests,
     commit: commit::Commit,
     background: background::Background,
+    space: space::Space,
     mirrors: mirror::Mirrors,
     /// Internal volumes that are being filled, and the most blocks that each will have: as long as the process lives.
     fillings: BTreeMap<VolumeId, u64>,
@@ -420,6 +422,7 @@ impl Store {
     fn keep_budget(&mut self) {
         let promised = self.promised_blocks();
         self.allocator.set_budget(promised + spare_blocks(promised));
+        self.look_for_space();
     }
 
     /// Blocks of disk that the tree occupies now, free ones that are kept for new writes included.

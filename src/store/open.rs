@@ -8,12 +8,12 @@ use super::checkpoint::{self, CheckpointError, Item};
 use super::commit::{Commit, slot_of};
 use super::files::{Files, Name, is_full};
 use super::format::BLOCK;
-use super::job::{keep_ballast, name_checkpoint, prepare_checkpoint, write_checkpoint};
+use super::job::{name_checkpoint, prepare_checkpoint, write_checkpoint};
 use super::log::{LogError, Position, Reader, Writer};
 use super::map::{Entry, Extent, MAX_PHYSICAL_BLOCKS, PhysicalBlock};
 use super::mirror::{MirrorError, Mirrors};
 use super::pending::{Pending, PendingError, Remains};
-use super::record::Record;
+use super::space::{self, Space};
 use super::superblock::{Superblock, SuperblockError};
 use super::tree::{Inconsistent, Role, Tree};
 use super::{LogSlot, Store, checking};
@@ -24,8 +24,8 @@ use std::sync::Arc;
 /// Bytes of each map log: a thousand small commits between checkpoints; a new tree writes two of them, some milliseconds.
 pub const LOG_BYTES: u64 = 4 << 20;
 
-/// Commits that a log must have room for to be gone on with, without a new checkpoint: one for each half of the pending region that a
-/// killed process left, and the one that ends the log.
+/// Commits that a log should have room for when a tree is opened, else a checkpoint is made: one for each half of the pending region
+/// that a killed process left, and the one that ends the log.
 const COMMITS_LEFT: u64 = 3;
 
 /// Why a tree was not made.
@@ -134,9 +134,9 @@ struct Opening<'a> {
     log_blocks: u64,
     /// The last commit has nothing behind it that says that it was durable.
     unwitnessed: bool,
-    /// A layer was sealed since the checkpoint.
-    sealed: bool,
     remains: Vec<Remains>,
+    /// Without space for a checkpoint there is no room for another commit: it has to wait for one.
+    ended: bool,
     mirrors: Mirrors,
 }
 
@@ -174,8 +174,8 @@ impl<'a> Opening<'a> {
             end,
             log_blocks: 0,
             unwitnessed: false,
-            sealed: false,
             remains: Vec::new(),
+            ended: false,
             mirrors: Mirrors::default(),
         })
     }
@@ -214,7 +214,6 @@ impl<'a> Opening<'a> {
             for record in commit.records() {
                 self.unwitnessed = true;
                 let record = record?;
-                self.sealed |= matches!(record, Record::NameSnapshot { .. });
                 self.tree.apply(&record, &mut |_, _| {})?;
             }
         }
@@ -228,8 +227,9 @@ impl<'a> Opening<'a> {
         // The checkpoint may have got its name just before the process was killed; the log that it replaces is overwritten
         // from now on.
         self.files.sync_names().map_err(io_error("syncing the directory"))?;
-        // Nor may a snapshot be shown whose last writes were in flight when it was sealed, and are in a cache only.
-        let needs_data = !self.remains.is_empty() || self.sealed;
+        // Nor may a snapshot be shown whose last writes were in flight when it was sealed, and are in a cache only: also where the
+        // checkpoint has the seal already.
+        let needs_data = !self.remains.is_empty() || !self.tree.snapshots.is_empty();
         let room = self.log_blocks.saturating_sub(self.end.sequence);
         let largest = largest_commit(&self.pending);
         let needs_checkpoint = self.end.epoch != self.generation || room < COMMITS_LEFT * largest + self.log_blocks / 4;
@@ -237,19 +237,19 @@ impl<'a> Opening<'a> {
             // Data before map.
             self.files.sync(Name::Data).map_err(io_error("syncing the data"))?;
         }
-        let fits = |blocks| blocks >= COMMITS_LEFT * largest;
-        let is_other_free = self.end.epoch == self.generation;
-        let may_wait = fits(room) || is_other_free && fits(self.log_blocks);
-        if !needs_checkpoint || !self.checkpoint(may_wait)? {
+        let remains = self.blocks_of_remains();
+        let (fits, goes_on) = (room >= remains, room >= remains + largest);
+        let begins_other = !goes_on && self.end.epoch == self.generation && self.log_blocks >= remains + largest;
+        if !needs_checkpoint || !self.checkpoint(fits || begins_other)? {
             // What was replayed may be in a cache only. Blocks that it freed are used from now on, and the next commit says
             // of it that it is durable.
             let log = Name::Log(slot_of(self.end.epoch));
             self.files.sync(log).map_err(io_error("syncing a map log"))?;
-            if !fits(room) {
+            if begins_other {
                 (self.end, self.unwitnessed) = (self.end.next_epoch(), false);
             }
             self.append_remains()?;
-            keep_ballast(self.files);
+            self.ended = !goes_on && !begins_other;
         }
         self.pending.reset(self.superblock.instance, self.end.epoch);
         Ok(())
@@ -271,17 +271,23 @@ impl<'a> Opening<'a> {
         Ok(true)
     }
 
+    /// Blocks of the log that the remains take.
+    fn blocks_of_remains(&self) -> u64 {
+        let mut writer = Writer::new(self.superblock.instance, self.end, largest_commit(&self.pending) as usize);
+        let blocks = |remains: &Remains| {
+            encode(&mut writer, remains);
+            (writer.finish().1.len() / BLOCK) as u64
+        };
+        self.remains.iter().map(blocks).sum()
+    }
+
     fn append_remains(&mut self) -> Result<(), OpenError> {
         let log = Name::Log(slot_of(self.end.epoch));
         let mut writer = Writer::new(self.superblock.instance, self.end, largest_commit(&self.pending) as usize);
         for remains in &self.remains {
             // Killed from here on: the half says where its commit is, and the log whether it has it.
             self.pending.recommit(remains.half, writer.position());
-            writer.begin(writer.position().sequence);
-            for record in &remains.records {
-                let pushed = writer.push(record);
-                assert!(pushed.is_ok(), "a commit takes all that fits into a half of the pending region");
-            }
+            encode(&mut writer, remains);
             let (position, blocks) = writer.finish();
             self.files.write_at(log, position.offset(), blocks).map_err(io_error("writing a map log"))?;
             self.files.sync(log).map_err(io_error("syncing a map log"))?;
@@ -318,12 +324,18 @@ impl<'a> Opening<'a> {
         let largest = largest_commit(&self.pending);
         let writer = Writer::new(self.superblock.instance, self.end, largest as usize);
         let to_witness = if self.unwitnessed { self.end.sequence } else { 0 };
+        let mut commit = Commit::new(writer, self.generation, self.log_blocks, largest, to_witness);
+        if self.ended {
+            commit.end_log(&self.tree);
+        }
+        let space = Space::new(space::keep(&*files, space::Range::of(&self.tree, &commit)));
         let mut store = Store {
             files,
             superblock: self.superblock,
             tree: self.tree,
             allocator,
-            commit: Commit::new(writer, self.generation, self.log_blocks, largest, to_witness),
+            commit,
+            space,
             pending: self.pending,
             requests: Default::default(),
             background: Default::default(),
@@ -337,6 +349,15 @@ impl<'a> Opening<'a> {
         store.keep_budget();
         store.let_bases_go();
         Ok(store)
+    }
+}
+
+/// Makes one commit of what a half of the pending region had.
+fn encode(writer: &mut Writer, remains: &Remains) {
+    writer.begin(writer.position().sequence);
+    for record in &remains.records {
+        let pushed = writer.push(record);
+        assert!(pushed.is_ok(), "a commit takes all that fits into a half of the pending region");
     }
 }
 

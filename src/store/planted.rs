@@ -34,6 +34,8 @@ pub(crate) enum Planted {
     DifferenceOfOneBranch,
     /// What was hot when a copy left is not kept.
     MarksForgotten,
+    /// Only what the tree needs now is kept for the next checkpoint, and merges do not ask.
+    SpaceForTheNextAlone,
 }
 
 /// Whether the commit leaves the record out.

@@ -2,6 +2,7 @@
 
 mod full;
 mod mirror;
+mod reopen;
 mod rules;
 
 use super::simulation::Disk;

@@ -51,9 +51,9 @@ pub use standing::{CopyView, MirrorView};
 pub use status::{HealthEntry, HealthKind, VolumeView};
 pub use volumes::{NewVolume, Source};
 
-/// Space of a tree beside its blocks: two map logs of 4 MiB each, superblock, records, the checkpoint that is kept room for.
+/// Space of a tree beside its blocks: two map logs of 4 MiB each, superblock, records, 1 MiB for names in each of two checkpoints.
 const TREE_OVERHEAD_BYTES: u64 = 12 << 20;
-/// Map, room for the next one, and checksums of a block at rest: 16 + 16 + 4 bytes in the worst case, rounded up to a 112th.
+/// Map, the next one (src/store/space.rs), and checksums of a block at rest: 16 + 16 + 4 bytes in the worst case, rounded up to a 112th.
 const OVERHEAD_SHARE: u64 = 112;
 /// Part of the filesystem that is never promised (a 50th): its own metadata and the page of an unlucky neighbour.
 const HEADROOM_SHARE: u64 = 50;

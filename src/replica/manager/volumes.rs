@@ -9,7 +9,9 @@ use crate::replica::operations::OperationGuard;
 use crate::replica::pool::promises::NotEnough;
 use crate::replica::pool::{PoolName, Promise, sync_directory, trash};
 use crate::replica::records::Record;
-use crate::store::{Control, Directory, OpenError, PENDING_BYTES, Pending, Store, Superblock, VolumeInfo, is_full};
+use crate::store::{
+    Control, Directory, MirrorError, OpenError, PENDING_BYTES, Pending, Store, Superblock, VolumeInfo, is_full,
+};
 use crate::volume::{BLOCK_SIZE, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use std::collections::btree_map::Entry;
 use std::fs;
@@ -422,7 +424,9 @@ impl TreeFailure {
     /// There was no space for what opening it writes: it had no effect.
     pub fn is_full(&self) -> bool {
         match self {
-            Self::Io(error) | Self::Store(OpenError::Io { error, .. }) => is_full(error),
+            Self::Io(error) | Self::Store(OpenError::Io { error, .. } | OpenError::Mirror(MirrorError::Io(error))) => {
+                is_full(error)
+            }
             Self::Store(_) => false,
         }
     }
@@ -454,4 +458,22 @@ pub(super) fn open_tree(path: &Path, held: Option<std::os::fd::OwnedFd>) -> Resu
 /// Blocks that a snapshot of this volume would newly share.
 pub(super) fn shared_by_a_seal(info: &VolumeInfo) -> u64 {
     growth(info.allocated_blocks * BLOCK_SIZE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_that_finds_no_space_is_tried_again_whatever_it_was_about_to_write() {
+        let full = || io::Error::from(io::ErrorKind::StorageFull);
+        let failures = [
+            TreeFailure::Io(full()),
+            TreeFailure::Store(OpenError::Io { what: "writing a map log", error: full() }),
+            TreeFailure::Store(OpenError::Mirror(MirrorError::Io(full()))),
+        ];
+        assert!(failures.iter().all(TreeFailure::is_full));
+        let broken = io::Error::other("the disk is broken");
+        assert!(!TreeFailure::Store(OpenError::Mirror(MirrorError::Io(broken))).is_full());
+    }
 }

@@ -76,6 +76,16 @@ impl Chunk {
         matches!(self, Self::Empty)
     }
 
+    /// How many runs there are.
+    pub fn pieces(&self) -> u64 {
+        match self {
+            Self::Empty => 0,
+            Self::One(_) => 1,
+            Self::Sparse(pieces) => pieces.len() as u64,
+            Self::Table(table) => u64::from(table.pieces),
+        }
+    }
+
     /// The value of block `at` and how many blocks continue it, within the chunk.
     pub fn run(&self, at: u16) -> (u32, u16) {
         let pieces = match self {

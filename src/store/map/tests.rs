@@ -68,6 +68,17 @@ fn check(map: &Map, model: &Model) {
     let data = model.values().filter(|entry| matches!(entry, Entry::Data(_))).count() as u64;
     assert_eq!((map.data_blocks(), map.zero_blocks()), (data, model.len() as u64 - data));
     assert_eq!(map.is_empty(), model.is_empty());
+    let mut pieces = 0;
+    for chunk in map.leaves.iter().flatten().flat_map(|leaf| &leaf.chunks) {
+        let mut at = 0;
+        while at < CHUNK_BLOCKS {
+            let (value, count) = chunk.run(at);
+            pieces += u64::from(value != ABSENT);
+            at += count;
+        }
+    }
+    assert_eq!(map.pieces(), pieces);
+    assert!(map.extents().count() as u64 <= pieces);
     for leaf in map.leaves.iter().flatten() {
         assert_eq!(leaf.used as usize, leaf.chunks.iter().filter(|chunk| !chunk.is_empty()).count());
     }

@@ -82,10 +82,13 @@ impl World {
             self.disk.set_fuse(fuse);
             let full = self.fill_disk();
             let opened = self.open();
-            self.disk.set_full(false);
+            self.disk.set_full(self.stays_full);
             match opened {
                 Ok(()) if !self.disk.has_blown() => break,
                 // It stays as it is until there is space: the same as a kill.
+                Err(error) if self.stays_full && !self.disk.has_blown() => {
+                    return Err(format!("open, on a full disk: {error}"));
+                }
                 Err(error) if full && error.ends_with(&io::Error::from(io::ErrorKind::StorageFull).to_string()) => {
                     self.coverage.full_opens += 1;
                 }

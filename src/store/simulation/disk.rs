@@ -123,6 +123,10 @@ impl Disk {
         self.state().keeps_space = false;
     }
 
+    pub fn keep_space(&self) {
+        self.state().keeps_space = true;
+    }
+
     pub fn read(&self, file: File, offset: u64, buffer: &mut [u8]) -> bool {
         self.state().read(Name::from(file), offset, buffer).is_ok()
     }
@@ -416,5 +420,15 @@ impl Files for Disk {
         let content = state.content(name)?;
         content.reserved = content.reserved.max(bytes);
         Ok(())
+    }
+
+    fn reserved(&self, name: Name) -> io::Result<u64> {
+        if self.size(name)?.is_none() {
+            return Ok(0);
+        }
+        let mut state = self.state();
+        let is_kept = state.keeps_space || !state.full;
+        let content = state.content(name)?;
+        Ok(if is_kept { content.size.max(content.reserved) } else { 0 })
     }
 }

@@ -7,6 +7,7 @@ mod coverage;
 mod crash;
 mod disk;
 mod finish;
+mod full;
 mod images;
 mod mirror;
 mod oracle;
@@ -14,7 +15,7 @@ mod world;
 
 use super::planted::Planted;
 use coverage::Coverage;
-pub use disk::Disk;
+pub use disk::{Disk, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
 
@@ -23,6 +24,9 @@ const SEEDS: u64 = 10_000;
 
 /// Seeds with a mirrored volume; one takes longer.
 const MIRRORED_SEEDS: u64 = 500;
+
+/// Seeds with a disk that becomes full; one takes some hundred milliseconds.
+const FULL_SEEDS: u64 = 12;
 
 /// Makes the world of a seed.
 type Make = fn(u64, Option<Planted>) -> World;
@@ -67,9 +71,20 @@ fn whatever_changed_since_a_copy_left_is_in_its_plan() {
 }
 
 #[test]
+fn a_full_disk_stops_nothing_while_merges_make_the_map_larger() {
+    for seed in 0..FULL_SEEDS {
+        if let Err(error) = run(World::full, seed, None) {
+            panic!("seed {seed}: {error}\nFULL=1 SEED={seed} cargo test --lib one_seed");
+        }
+    }
+}
+
+#[test]
 fn one_seed() {
     let Some(seed) = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()) else { return };
-    let make: Make = if std::env::var("MIRRORED").is_ok() { World::mirrored } else { World::new };
+    let full = std::env::var("FULL").is_ok();
+    let make: Make = if full { World::full } else { World::new };
+    let make: Make = if std::env::var("MIRRORED").is_ok() { World::mirrored } else { make };
     println!("{:?}", make(seed, None).run().expect("nothing is lost"));
 }
 
@@ -157,4 +172,9 @@ fn marks_written_in_place_are_found() {
 #[test]
 fn marks_that_are_forgotten_when_a_copy_leaves_are_found() {
     caught_in(World::mirrored, Planted::MarksForgotten, 500);
+}
+
+#[test]
+fn too_little_space_for_the_next_checkpoints_is_found() {
+    caught_in(World::full, Planted::SpaceForTheNextAlone, FULL_SEEDS);
 }

@@ -71,6 +71,9 @@ pub struct World {
     pub job_errors: usize,
     /// For one blocking call of so many the disk is full; 0 for none.
     pub full: usize,
+    /// The disk becomes full in the end, and is from some time on.
+    pub fills_up: bool,
+    pub stays_full: bool,
     /// Decides that: by a sequence of its own, so that what a seed does otherwise stays the same.
     pub space: Random,
     pub had_errors: bool,
@@ -102,6 +105,8 @@ impl World {
         }
         let mut world = Self {
             full,
+            fills_up: false,
+            stays_full: false,
             space,
             errors: rate(&mut random, 6, 60),
             no_space: rate(&mut random, 8, 10),
@@ -136,6 +141,9 @@ impl World {
     }
 
     pub fn run(mut self) -> Result<Coverage, String> {
+        if self.fills_up {
+            return self.run_full();
+        }
         self.control(Control::CreateVolume {
             volume: VolumeId::from_bytes([1; 16]),
             size: size(if self.mirror.is_some() { mirror::BLOCKS } else { 256 }),
@@ -414,7 +422,7 @@ impl World {
 
     /// The next blocking call finds the disk full, or not.
     pub fn fill_disk(&mut self) -> bool {
-        let full = self.full > 0 && self.space.chance(1, self.full);
+        let full = self.stays_full || self.full > 0 && self.space.chance(1, self.full);
         self.disk.set_full(full);
         full
     }
@@ -432,7 +440,7 @@ impl World {
         self.fill_disk();
         let outcome = job.run();
         self.disk.set_write_errors(0);
-        self.disk.set_full(false);
+        self.disk.set_full(self.stays_full);
         if self.disk.has_blown() {
             self.coverage.crashes_in_jobs += 1;
             let cut = self.random.chance(1, 2);

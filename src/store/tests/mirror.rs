@@ -205,6 +205,36 @@ fn a_base_without_data_leaves_the_checksums_above_it() {
     assert_eq!((report.blocks, report.wrong), (3, 1));
 }
 
+/// The base has no checksums: the snapshot's were made anew when it was merged, from what had rotted meanwhile.
+#[test]
+fn what_has_rotted_in_a_snapshot_is_found_after_a_base_was_merged_into_it() {
+    for in_parts in [false, true] {
+        let (mut bench, id) = mirrored();
+        // A merge takes a few extents at a time.
+        let below = if in_parts { 30 } else { 1 };
+        (0..below).for_each(|block| bench.write(id, 5 + 2 * block, &[1]));
+        bench.persist(id, 2, &[(2, 2)]);
+        bench.write(id, 100, &[2; 3]);
+        assert_eq!(bench.control(Control::Seal { volume: id, snapshot: snapshot(1), created_ms: 5 }), Ok(()));
+        bench.idle();
+        assert!(bench.store().snapshots()[0].checksummed);
+        let (files, mut block, mut offset) = (bench.files.clone(), Memory::zeros(4096).expect("memory"), 0);
+        while block.bytes()[0] != 2 {
+            files.read_at(Name::Data, offset, block.bytes_mut()).expect("readable");
+            offset += BLOCK_SIZE;
+        }
+        block.bytes_mut()[77] ^= 4;
+        files.write_at(Name::Data, offset - BLOCK_SIZE, block.bytes()).expect("writable");
+        bench.persist(id, 3, &[]);
+        bench.idle();
+        assert_eq!(bench.store().volumes()[0].layers, 2, "the base is merged");
+        assert!(bench.store().snapshots()[0].checksummed);
+        let plan = bench.store().verify_plan(id).expect("a plan");
+        let report = verify::verify(&plan, &*files, &mut |_| std::ops::ControlFlow::Continue(())).expect("readable");
+        assert_eq!((report.blocks, report.wrong), (below + 3, 1));
+    }
+}
+
 #[test]
 fn a_base_without_a_record_goes_when_the_tree_is_opened() {
     for kill in [true, false] {
