@@ -161,7 +161,7 @@ impl Store {
             && self.pending.has_room(1)
         {
             self.background.deferred = false;
-            self.change(&[record]);
+            self.change_below(record);
             if let Record::Merged { parent, child } = record {
                 self.background.checking.merged(parent, child);
             }
@@ -171,6 +171,22 @@ impl Store {
                 self.background.changed();
                 self.keep_budget();
             }
+        }
+    }
+
+    /// What slips from below into a volume that is being filled comes on top of what is awaited there, and was promised below.
+    fn change_below(&mut self, record: Record) {
+        let into = match record {
+            Record::MergedPart { child, .. } | Record::Merged { child, .. } => Some(child),
+            _ => None,
+        };
+        let blocks = |tree: &Tree| Some((tree.layers.get(&into?)?.role, tree.layers.get(&into?)?.map.data_blocks()));
+        let before = blocks(&self.tree).map_or(0, |(_, blocks)| blocks);
+        self.change(&[record]);
+        if let Some((Role::Top(volume), now)) = blocks(&self.tree)
+            && let Some(most) = self.fillings.get_mut(&volume)
+        {
+            *most += now.saturating_sub(before);
         }
     }
 

@@ -145,6 +145,14 @@ impl ExtentsPlan {
         self.line == Line::BaseAbove
     }
 
+    /// No fewer blocks of data than the target has in its runs: known without a walk, however large the maps are.
+    pub fn most_data_blocks(&self) -> u64 {
+        let here = self.layers.iter().map(Map::data_blocks);
+        // Be it zeros: the target may have data there.
+        let beside = self.beside.iter().map(|map| map.data_blocks() + map.zero_blocks());
+        here.chain(beside).sum::<u64>().min(self.end)
+    }
+
     /// Only what is at or after block `start`; a run that spans it is cut.
     pub fn starting_at(mut self, start: u64) -> Self {
         self.next = start;
@@ -202,6 +210,11 @@ impl ReadPlan {
             }
         }
         (Entry::Absent, limit, false)
+    }
+
+    /// No fewer blocks of data than the snapshot has.
+    pub fn most_data_blocks(&self) -> u64 {
+        self.layers.iter().map(Map::data_blocks).sum::<u64>().min(self.blocks)
     }
 
     /// The tree that it is in.

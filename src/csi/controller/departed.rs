@@ -174,6 +174,13 @@ impl Controller {
                 gone.insert(*copy, place.node.clone());
             }
         }
+        let named = |copy: &InstanceId| stored.object.spec.mirror.iter().any(|mirror| mirror.copies.contains_key(copy));
+        if known && !stored.object.status.copies.iter().all(named) {
+            // One that was replaced, and whose node has not said since that it is gone. Nobody knows any more which node that is.
+            for Stored { object: node, .. } in self.all::<Node>().await? {
+                self.give_up_on(&node.name, |given_up| _ = given_up.volumes.insert(id)).await?;
+            }
+        }
         if !stored.object.status.copies.iter().any(|copy| gone.contains_key(copy)) {
             return Ok(());
         }
