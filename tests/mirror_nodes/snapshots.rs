@@ -311,7 +311,9 @@ impl Lacking {
         let Begun::Fill(fill) = begun else { panic!("it is not there") };
         manager.open_fill(&fill, 8 * 4096).await.expect("there is space");
         self.write(&fill, 0, 8).await.expect("written");
-        self.first.manager.ensure_snapshots(std::slice::from_ref(&late)).await.expect("sealed");
+        let items = std::slice::from_ref(&late);
+        manager.promise_snapshots(items).await.expect("there is space");
+        assert_eq!(self.first.manager.ensure_snapshots(items).await.expect("sealed")[&late.snapshot].len(), 2);
         let held = manager.hold_filled(&fill).await.expect("nobody deletes it");
         let sealed = manager.seal_filled(&fill, held, late.descriptor.clone()).await;
         assert!(matches!(sealed, Err(FillFailure::Control(_))), "{sealed:?}");
