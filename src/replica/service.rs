@@ -427,10 +427,10 @@ impl Replica for ReplicaService {
         &self,
         r: Request<rpc::DeleteSnapshotRequest>,
     ) -> Result<Response<rpc::DeleteSnapshotResponse>, Status> {
-        let rpc::DeleteSnapshotRequest { snapshot_id, pool } = r.into_inner();
+        let rpc::DeleteSnapshotRequest { snapshot_id, pool, mirrored } = r.into_inner();
         if let Ok(snapshot) = snapshot_id.parse() {
-            let (manager, is_cluster) = (self.manager.clone(), self.filler.is_some());
-            to_the_end(async move { manager.ensure_no_snapshot(snapshot, &pool, is_cluster).await }).await?;
+            let manager = self.manager.clone();
+            to_the_end(async move { manager.ensure_no_snapshot(snapshot, &pool, mirrored).await }).await?;
         }
         Ok(Response::new(rpc::DeleteSnapshotResponse {}))
     }

@@ -3,7 +3,7 @@
 //!
 //! Invariants: a step is short (below a millisecond, whatever the size of the volume), so that it can run between requests;
 //! whatever a step changes is a record like any other; a layer is merged or freed only when its namelessness is durable,
-//! nobody outside reads it, and it has one child or none.
+//! nobody outside reads it, and it has one child or none; into one with checksums only what has its own is merged.
 
 use super::format::LayerId;
 use super::map::{Entry, Extent, PhysicalBlock};
@@ -205,7 +205,7 @@ impl Store {
         #[cfg(test)]
         let durable = durable || self.planted == Some(super::planted::Planted::MergeWithoutBarrier);
         // The name must be gone for good: a snapshot that a power cut brings back must not have lost or shared a block.
-        if !durable || layer.in_use() {
+        if !durable || layer.in_use() || self.awaits_checksums(id, layer) {
             return None;
         }
         match layer.children.first() {

@@ -1,7 +1,9 @@
 //! Checksums of sealed layers: making them in the background, and having them at hand for verified reads.
 //!
 //! Invariants: a layer counts as checksummed only after its checksums are synced and a record says so; while they are made
-//! the layer is held, so that none of its blocks moves; a torn write of a checksum block is mended from the redo file.
+//! the layer is held, so that none of its blocks moves; a torn write of a checksum block is mended from the redo file. What is
+//! to be merged into a layer with checksums gets its own before: else all of that one's would be made again, of what may have
+//! rotted since.
 
 use super::checksums::{ChecksumBlock, ChecksumsError, Place};
 use super::files::{Files, Name};
@@ -146,7 +148,7 @@ impl Store {
         }
         if let Some((layer, waiting)) = &mut checking.active {
             let Some(job) = waiting.take() else { return };
-            if self.tree.layers.get(layer).is_some_and(is_worth_checking) {
+            if self.tree.layers.get(layer).is_some_and(|layer| is_worth_checking(&self.tree, layer)) {
                 checking.next_at = now + JOB_EVERY;
                 return out.push(Action::Job(Job::Checksum(job)));
             }
@@ -167,10 +169,16 @@ impl Store {
         }
     }
 
+    /// Whether a layer must not be merged now, because it is to have checksums before.
+    pub(super) fn awaits_checksums(&self, id: LayerId, layer: &Layer) -> bool {
+        !layer.checksummed && !self.background.checking.failed.contains(&id) && is_worth_checking(&self.tree, layer)
+    }
+
     fn checksum_job(&self) -> Option<ChecksumJob> {
         let failed = &self.background.checking.failed;
-        let candidate =
-            |(id, layer): &(&LayerId, &Layer)| is_worth_checking(layer) && !layer.checksummed && !failed.contains(id);
+        let candidate = |(id, layer): &(&LayerId, &Layer)| {
+            !layer.checksummed && !failed.contains(id) && is_worth_checking(&self.tree, layer)
+        };
         let (id, layer) = self.tree.layers.iter().find(candidate)?;
         Some(ChecksumJob {
             files: FilesHandle(self.files.clone()),
@@ -219,7 +227,7 @@ impl Store {
             Ok(false) => checking.active = Some((job.layer, Some(job))),
             Ok(true) => {
                 let layer = job.layer;
-                let valid = self.tree.layers.get(&layer).is_some_and(is_worth_checking);
+                let valid = self.tree.layers.get(&layer).is_some_and(|layer| is_worth_checking(&self.tree, layer));
                 if valid && !self.pending.has_room(1) {
                     // The job is at its end: its next turn does nothing and brings us here again.
                     checking.active = Some((layer, Some(job)));
@@ -354,14 +362,21 @@ pub(super) fn read_block(files: &dyn Files, instance: InstanceId, number: u32) -
     }
 }
 
-/// Sealed for good, and here to stay.
-fn is_worth_checking(layer: &Layer) -> bool {
-    let stays = match layer.role {
-        Role::Snapshot(_) => true,
-        Role::Nameless => layer.children.len() > 1,
+/// Sealed for good, and here to stay, or to be merged into one that has checksums.
+fn is_worth_checking(tree: &Tree, layer: &Layer) -> bool {
+    match layer.role {
+        Role::Snapshot(_) => layer.settled,
+        Role::Nameless => match layer.children[..] {
+            [] => false,
+            // A base is never settled: what was in flight when it was sealed are its writers.
+            [child] => {
+                let is_checked = tree.layers.get(&child).is_some_and(|child| child.checksummed);
+                is_checked && layer.writers == 0 && layer.map.data_blocks() > 0
+            }
+            _ => layer.settled,
+        },
         Role::Top(_) | Role::Base => false,
-    };
-    stays && layer.settled
+    }
 }
 
 fn data_run(entry: Entry, count: u32) -> Option<(u32, u32)> {

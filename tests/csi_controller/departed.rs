@@ -6,10 +6,11 @@ use crate::mirrors::{make_copies, object};
 use crate::nodes::{at, cluster};
 use crate::site::*;
 use std::time::{Duration, Instant};
-use tandem::catalog::{GivenUp, Node, UpdateError, Volume};
+use tandem::catalog::{CopySpec, GivenUp, Node, UpdateError, Volume};
 use tandem::csi::controller::OperatorService;
 use tandem::rpc::operator::operator_server::Operator as _;
 use tandem::rpc::operator::{self, ListNodesRequest, RemoveNodeRequest};
+use tandem::volume::SnapshotId;
 use tonic::{Code, Request, Status};
 
 async fn remove(driver: &Driver, name: &str, force: bool) -> Result<(), Status> {
@@ -89,6 +90,38 @@ async fn a_copy_that_was_replaced_goes_from_a_removed_node_if_that_comes_back() 
     drop(deletion.await.expect("it ends"));
     // It may have lost a race.
     driver.delete(&id).await.expect("deleted");
+}
+
+/// As much was deleted without it as its object can name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_list_refuses_what_would_be_forgotten_and_nothing_else() {
+    let (mut nodes, driver) = cluster(&[100, 50]).await;
+    let work = make_copies(&driver.catalog, &["node-1", "node-2"]);
+    let id = volume(&nodes, &driver, "pvc").await;
+    let named = driver.create(at("named", &[2])).await.expect("created").volume_id;
+    let unnamed = driver.create(at("unnamed", &[2])).await.expect("created").volume_id;
+    nodes.stop(2);
+    work.abort();
+    let _one = make_copies(&driver.catalog, &["node-1"]);
+    remove(&driver, "node-2", true).await.expect("a person says so");
+    let on_it = |copy: &CopySpec| copy.node.0 == "node-2";
+    change(&driver, &id, |volume| {
+        volume.spec.mirror.as_mut().expect("mirrored").copies.retain(|_, copy| !on_it(copy));
+    })
+    .await;
+    let mut stored = driver.catalog.get::<Node>("node-2").await.expect("readable").expect("there");
+    let list = &mut stored.object.given_up;
+    list.volumes.insert(named.parse().expect("an id"));
+    while !list.is_too_large() {
+        list.snapshots.insert(SnapshotId::random());
+    }
+    list.snapshots.pop_first();
+    let full = list.clone();
+    driver.catalog.update(stored).await.expect("full");
+    driver.delete(&named).await.expect("it is written down");
+    assert_eq!(refused(driver.delete(&unnamed).await), Code::Unavailable);
+    assert_eq!(refused(driver.delete(&id).await), Code::Aborted, "its copy is waited for, and not the list");
+    assert_eq!(given_up(&driver, "node-2").await, full);
 }
 
 /// Changes the volume, if it is there, and again if it lost a race to the nodes that [`make_copies`] plays.

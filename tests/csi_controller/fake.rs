@@ -318,8 +318,10 @@ impl Replica for Fake {
 
     async fn delete_snapshot(&self, request: Request<DeleteSnapshotRequest>) -> Answer<DeleteSnapshotResponse> {
         self.call("DeleteSnapshot", |state| {
-            state.snapshots.remove(&request.into_inner().snapshot_id);
-            Ok(DeleteSnapshotResponse {})
+            let DeleteSnapshotRequest { snapshot_id, mirrored, .. } = request.into_inner();
+            let is_known = state.snapshots.remove(&snapshot_id).is_some();
+            let closed = || Status::unavailable("it may be in a copy that cannot be opened");
+            if state.closed && mirrored && !is_known { Err(closed()) } else { Ok(DeleteSnapshotResponse {}) }
         })
         .await
     }

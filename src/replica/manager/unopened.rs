@@ -27,17 +27,17 @@ impl Manager {
         if unwritten { self.delete_unwritten(volume).await } else { self.delete_volume(volume).await }
     }
 
-    /// As [`Self::delete_snapshot`]; `pool` is where it is said to be, or empty; `followed`: copies here may have followed its
+    /// As [`Self::delete_snapshot`]; `pool` is where it is said to be, or empty; `mirrored`: copies here may have followed its
     /// seal.
     pub async fn ensure_no_snapshot(
         &self,
         snapshot: SnapshotId,
         pool: &str,
-        followed: bool,
+        mirrored: bool,
     ) -> Result<(), SnapshotFailure> {
         if self.snapshot_place(snapshot).is_none() {
             self.all_open_for(&snapshot.to_string(), Some(pool)).await?;
-            let closed = if followed { self.closed_tree(pool).await } else { None };
+            let closed = if mirrored { self.closed_tree(pool).await } else { None };
             closed.map_or(Ok(()), Err)?;
         }
         self.delete_snapshot(snapshot).await

@@ -16,6 +16,7 @@ impl Mirrors {
         let stored = catalog.get::<Node>(&self.settings.node.0).await?;
         let given_up = |stored: &Stored<Node>| !stored.object.removed && !stored.object.given_up.is_empty();
         let Some(mut stored) = stored.filter(given_up) else { return Ok(()) };
+        let before = stored.object.given_up.clone();
         let GivenUp { volumes, snapshots } = std::mem::take(&mut stored.object.given_up);
         let mut failed = None;
         for volume in volumes {
@@ -30,7 +31,10 @@ impl Mirrors {
                 failed = Some(error);
             }
         }
-        catalog.update(stored).await?;
+        // A change wakes whoever watches the nodes, and this node again.
+        if stored.object.given_up != before {
+            catalog.update(stored).await?;
+        }
         failed.map_or(Ok(()), Err)
     }
 

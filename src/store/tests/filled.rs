@@ -49,6 +49,14 @@ fn the_difference_of_two_branches_is_what_either_has_above_their_ancestor() {
     assert_eq!((most(&mut bench, 3, 1), most(&mut bench, 3, 2)), (1, 2));
     assert_eq!(most(&mut bench, 2, 3), 3, "what the base alone has as zeros may be data here");
     assert_eq!((most(&mut bench, 4, 2), bench.store().reader(snapshot(2)).expect("a plan").most_data_blocks()), (4, 3));
+    let counted = |bench: &mut Bench, target, base| {
+        let plan = bench.store().reader(snapshot(target)).expect("a plan");
+        let extents = bench.store().extents(snapshot(target), Some(snapshot(base))).expect("a plan");
+        assert_eq!(extents.clone().data_blocks(&plan, 1024, || false), None);
+        (extents.clone().data_blocks(&plan, 10, || true), extents.data_blocks(&plan, 1024, || true))
+    };
+    assert_eq!((counted(&mut bench, 3, 1), counted(&mut bench, 3, 2)), ((Some(0), Some(1)), (Some(0), Some(1))));
+    assert_eq!((counted(&mut bench, 2, 3), counted(&mut bench, 4, 2)), ((Some(1), Some(2)), (Some(0), Some(1))));
     let mut apart = |target, base| {
         let mut maps = |number| bench.store().layer_maps(snapshot(number)).expect("maps");
         ExtentsPlan::apart(maps(target), maps(base)).map(|run| (run.start, run.count)).collect::<Vec<_>>()
