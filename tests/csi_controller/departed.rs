@@ -120,7 +120,11 @@ async fn a_full_list_refuses_what_would_be_forgotten_and_nothing_else() {
     driver.catalog.update(stored).await.expect("full");
     driver.delete(&named).await.expect("it is written down");
     assert_eq!(refused(driver.delete(&unnamed).await), Code::Unavailable);
-    assert_eq!(refused(driver.delete(&id).await), Code::Aborted, "its copy is waited for, and not the list");
+    let until = Instant::now() + Duration::from_secs(60);
+    while let Err(status) = driver.delete(&id).await {
+        // It may have lost a race.
+        assert!(status.code() == Code::Aborted && Instant::now() < until, "the list is waited for: {status:?}");
+    }
     assert_eq!(given_up(&driver, "node-2").await, full);
 }
 

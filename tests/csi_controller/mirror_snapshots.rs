@@ -394,7 +394,7 @@ async fn a_copy_that_cannot_be_opened_keeps_what_it_may_have_followed_and_nothin
     }
     driver.delete_snapshot(&single).await.expect("deleted");
     driver.delete_snapshot(&mirrored).await.expect("deleted, but for what may be there");
-    driver.controller.sweep_given_up().await.expect_err("it may be there");
+    driver.controller.sweep_given_up().await.expect("it goes on with the others");
     assert_eq!(snapshots(&driver).await.len(), 1);
     nodes.fakes[1].state().closed = false;
     driver.controller.sweep_given_up().await.expect("swept");
