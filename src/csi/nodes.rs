@@ -11,6 +11,7 @@ use crate::placement;
 use crate::rpc::control::ensure_snapshots_request::Item;
 use crate::rpc::control::{
     self, EnsureSnapshotsRequest, GetStatusRequest, ListPoolsRequest, ListSnapshotsRequest, ListVolumesRequest,
+    LookForRequest,
 };
 use crate::tls::Credentials;
 use std::collections::{BTreeMap, BTreeSet};
@@ -267,6 +268,12 @@ impl Node {
     /// Its copies have followed: it knows these snapshots.
     pub async fn adopt(&self, items: Vec<Item>) -> Result<(), ControlError> {
         let answer = self.control.client().adopt_snapshots(EnsureSnapshotsRequest { items }).await;
+        answer.map(drop).map_err(|status| self.control.refusal(status))
+    }
+
+    /// Whether it can say that it has no such volume or snapshot; `pool` is where it would be, or empty. To be asked before.
+    pub async fn look_for(&self, id: String, pool: String) -> Result<(), ControlError> {
+        let answer = self.control.client().look_for(LookForRequest { id, pool }).await;
         answer.map(drop).map_err(|status| self.control.refusal(status))
     }
 

@@ -40,7 +40,7 @@ const BURST: u32 = 16;
 const LONGEST_REST: Duration = Duration::from_secs(1);
 /// How long the connection to the source may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// How long its next message may take: a piece from a disk that is busy. The first one looks through the maps.
+/// How long its next message may take: a piece from a disk that is busy.
 const MESSAGE_LIMIT: Duration = Duration::from_secs(60);
 /// How long the catalogue may be away when everything is there, and how often it is asked.
 const CATALOGUE_LIMIT: Duration = Duration::from_secs(15 * 60);
@@ -224,9 +224,8 @@ impl Shared {
         progress: &Progress,
     ) -> Result<(), Trouble> {
         let mut source = self.open(wanted, fill.base(), size).await?;
-        let Part::Begin(Begin { data_bytes, descriptor }) = source.next().await? else {
-            return Err(source.senseless("no beginning"));
-        };
+        let first = source.next().await?;
+        let Begin { data_bytes, descriptor } = beginning(&source.node, first, size)?;
         progress.total.store(data_bytes, Relaxed);
         self.manager.open_fill(fill, data_bytes).await?;
         let mut way = Way { size, next: 0, left: data_bytes };
@@ -307,6 +306,17 @@ impl Source {
     }
 }
 
+/// What the source says before its pieces.
+fn beginning(node: &NodeName, part: Part, size: VolumeSize) -> Result<Begin, Trouble> {
+    let senseless = |what| Err(Trouble::Senseless { node: node.clone(), what });
+    match part {
+        // Space is promised for that, whoever says it.
+        Part::Begin(begin) if begin.data_bytes > size.bytes() => senseless("more data than the snapshot is large"),
+        Part::Begin(begin) => Ok(begin),
+        Part::Piece(_) | Part::End(_) => senseless("no beginning"),
+    }
+}
+
 /// What may still come.
 struct Way {
     size: VolumeSize,
@@ -371,6 +381,17 @@ mod tests {
     fn piece(offset: u64, length: u64, data: Vec<u8>) -> Piece {
         let checksums = data.chunks(BLOCK_SIZE as usize).map(crc32c::crc32c).collect();
         Piece { offset, length, data, checksums }
+    }
+
+    #[test]
+    fn no_space_is_promised_for_more_than_there_can_be() {
+        let (node, size) = (NodeName("n2".into()), VolumeSize::try_from(1 << 20).expect("a size"));
+        let begin = |data_bytes| Part::Begin(Begin { data_bytes, ..Default::default() });
+        assert_eq!(beginning(&node, begin(1 << 20), size).expect("good").data_bytes, 1 << 20);
+        for part in [begin((1 << 20) + 1), begin(u64::MAX), Part::Piece(piece(0, 4096, Vec::new()))] {
+            let refused = beginning(&node, part, size).expect_err("senseless");
+            assert!(matches!(refused, Trouble::Senseless { .. }), "{refused}");
+        }
     }
 
     #[test]

@@ -427,10 +427,10 @@ impl Replica for ReplicaService {
         &self,
         r: Request<rpc::DeleteSnapshotRequest>,
     ) -> Result<Response<rpc::DeleteSnapshotResponse>, Status> {
-        let rpc::DeleteSnapshotRequest { snapshot_id, pool } = r.into_inner();
+        let rpc::DeleteSnapshotRequest { snapshot_id, pool, mirrored } = r.into_inner();
         if let Ok(snapshot) = snapshot_id.parse() {
             let manager = self.manager.clone();
-            to_the_end(async move { manager.ensure_no_snapshot(snapshot, &pool).await }).await?;
+            to_the_end(async move { manager.ensure_no_snapshot(snapshot, &pool, mirrored).await }).await?;
         }
         Ok(Response::new(rpc::DeleteSnapshotResponse {}))
     }
@@ -442,6 +442,12 @@ impl Replica for ReplicaService {
         let listed = self.manager.list_snapshots().await;
         let snapshots = listed.into_iter().map(Into::into).collect();
         Ok(Response::new(rpc::ListSnapshotsResponse { snapshots }))
+    }
+
+    async fn look_for(&self, r: Request<rpc::LookForRequest>) -> Result<Response<rpc::LookForResponse>, Status> {
+        let rpc::LookForRequest { id, pool } = r.into_inner();
+        self.manager.look_for(&id, &pool).await.map_err(VolumeFailure::from)?;
+        Ok(Response::new(rpc::LookForResponse {}))
     }
 
     async fn get_extents(

@@ -20,6 +20,7 @@ use crate::tls::{Caller, Role};
 use crate::volume::{BLOCK_SIZE, MAX_REQUEST_BLOCKS, SnapshotId, VolumeSize};
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -30,6 +31,9 @@ const MAX_READERS: usize = 8;
 const UNREAD: usize = 2;
 /// Blocks of one piece that is all zeros (1 GiB): a reader looks up whether it shall go on between two.
 const MAX_ZEROS: u64 = 1 << 18;
+
+/// How long counting what will be sent may take: whoever asks waits for the first message, and not for a minute.
+const COUNTING_LIMIT: Duration = Duration::from_secs(20);
 
 /// Serves the snapshots of this node.
 #[derive(Clone)]
@@ -131,7 +135,7 @@ impl ReadJob {
 
     fn walk(&self, send: &Sender) -> Result<(), Ended> {
         let Reading { path, extents, plan, descriptor } = &self.reading;
-        let data_bytes = self.data_blocks() * BLOCK_SIZE;
+        let data_bytes = self.data_blocks(COUNTING_LIMIT) * BLOCK_SIZE;
         tell(send, Part::Begin(Begin { data_bytes, descriptor: descriptor.clone() }))?;
         let mut way = Way {
             files: Directory::new(path),
@@ -148,18 +152,12 @@ impl ReadJob {
         Ok(())
     }
 
-    /// The most that is sent.
-    fn data_blocks(&self) -> u64 {
-        let mut blocks = 0;
-        for run in self.reading.extents.clone() {
-            let (mut block, end) = (run.start, (run.start + run.count).min(self.blocks));
-            while block < end {
-                let (entry, count, _) = self.run_at(block, end);
-                blocks += if matches!(entry, Entry::Data(_)) { count } else { 0 };
-                block += count;
-            }
-        }
-        blocks
+    /// What is sent; where the maps are so large that counting takes longer than this, the most that it can be.
+    fn data_blocks(&self, limit: Duration) -> u64 {
+        let Reading { extents, plan, .. } = &self.reading;
+        let until = Instant::now() + limit;
+        let counted = extents.clone().data_blocks(plan, self.blocks, || Instant::now() < until);
+        counted.unwrap_or_else(|| extents.most_data_blocks().min(plan.most_data_blocks()).min(self.blocks))
     }
 
     /// What the snapshot has at a block, for how many, and whether these have checksums.

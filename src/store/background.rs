@@ -3,7 +3,7 @@
 //!
 //! Invariants: a step is short (below a millisecond, whatever the size of the volume), so that it can run between requests;
 //! whatever a step changes is a record like any other; a layer is merged or freed only when its namelessness is durable,
-//! nobody outside reads it, and it has one child or none.
+//! nobody outside reads it, and it has one child or none; into one with checksums only what has its own is merged.
 
 use super::format::LayerId;
 use super::map::{Entry, Extent, PhysicalBlock};
@@ -169,7 +169,7 @@ impl Store {
             && self.pending.has_room(1)
         {
             self.background.deferred = false;
-            self.change(&[record]);
+            self.change_below(record);
             if let Record::Merged { parent, child } = record {
                 self.background.checking.merged(parent, child);
             }
@@ -179,6 +179,22 @@ impl Store {
                 self.background.changed();
                 self.keep_budget();
             }
+        }
+    }
+
+    /// What slips from below into a volume that is being filled comes on top of what is awaited there, and was promised below.
+    fn change_below(&mut self, record: Record) {
+        let into = match record {
+            Record::MergedPart { child, .. } | Record::Merged { child, .. } => Some(child),
+            _ => None,
+        };
+        let blocks = |tree: &Tree| Some((tree.layers.get(&into?)?.role, tree.layers.get(&into?)?.map.data_blocks()));
+        let before = blocks(&self.tree).map_or(0, |(_, blocks)| blocks);
+        self.change(&[record]);
+        if let Some((Role::Top(volume), now)) = blocks(&self.tree)
+            && let Some(most) = self.fillings.get_mut(&volume)
+        {
+            *most += now.saturating_sub(before);
         }
     }
 
@@ -197,7 +213,7 @@ impl Store {
         #[cfg(test)]
         let durable = durable || self.planted == Some(super::planted::Planted::MergeWithoutBarrier);
         // The name must be gone for good: a snapshot that a power cut brings back must not have lost or shared a block.
-        if !durable || layer.in_use() {
+        if !durable || layer.in_use() || self.awaits_checksums(id, layer) {
             return None;
         }
         match layer.children.first() {
@@ -206,7 +222,7 @@ impl Store {
             Some(&child) => {
                 let below = self.tree.layers.get(&child)?;
                 // Blocks must not slip into a layer while its checksums are being made or loaded.
-                let checking = self.background.checking.is_at(child) || self.awaits_checksums(id, layer);
+                let checking = self.background.checking.is_at(child);
                 (!checking).then(|| match merge_end(layer, below) {
                     Some(end) => Record::MergedPart { parent: id, child, end },
                     None => Record::Merged { parent: id, child },

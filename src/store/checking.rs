@@ -1,7 +1,9 @@
 //! Checksums of sealed layers: making them in the background, and having them at hand for verified reads.
 //!
 //! Invariants: a layer counts as checksummed only after its checksums are synced and a record says so; while they are made
-//! the layer is held, so that none of its blocks moves; a torn write of a checksum block is mended from the redo file.
+//! the layer is held, so that none of its blocks moves; a torn write of a checksum block is mended from the redo file. What is
+//! to be merged into a layer with checksums gets its own before: else all of that one's would be made again, of what may have
+//! rotted since.
 
 #[cfg(test)]
 mod tests;
@@ -173,7 +175,7 @@ impl Store {
         }
     }
 
-    /// Whether the checksums of a layer are to be made.
+    /// Whether a layer is to have checksums and has none: it is not merged before.
     pub(super) fn awaits_checksums(&self, id: LayerId, layer: &Layer) -> bool {
         !layer.checksummed && !self.background.checking.failed.contains(&id) && is_worth_checking(&self.tree, layer)
     }
@@ -243,6 +245,12 @@ impl Store {
             Err(_) => {
                 checking.active = None;
                 checking.failed.insert(job.layer);
+                // What is merged all the same takes those of the layer above with each step: they are not made anew each time.
+                if let Some(Layer { role: Role::Nameless, children, .. }) = self.tree.layers.get(&job.layer)
+                    && let [child] = children[..]
+                {
+                    checking.failed.insert(child);
+                }
             }
         }
     }

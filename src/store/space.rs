@@ -167,7 +167,7 @@ impl Store {
         if self.planted == Some(super::planted::Planted::SpaceForTheNextAlone) {
             return true;
         }
-        let extents = pieces(&self.tree) + STEP_EXTENTS as u64 + 1 + BESIDE_A_MERGE;
+        let extents = pieces(&self.tree) + STEP_EXTENTS as u64 + 1 + BESIDE_A_MERGE / 4;
         let is_covered = bytes(&self.tree, extents) <= self.space.kept + SPARE_BYTES / 2;
         self.space.wanted |= !is_covered;
         is_covered

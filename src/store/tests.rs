@@ -1,5 +1,6 @@
 //! The store over real files: every action is executed at once, in order.
 
+mod filled;
 mod full;
 mod mirror;
 mod reopen;

@@ -31,6 +31,8 @@ pub struct State {
     pub fail: Option<(usize, When, Code)>,
     /// Volumes with a source stay incomplete.
     pub copying: bool,
+    /// A pool that cannot be opened has what is not known here.
+    pub closed: bool,
     /// Every call takes this long.
     pub delay: Duration,
     /// What the extent stream answers.
@@ -316,8 +318,10 @@ impl Replica for Fake {
 
     async fn delete_snapshot(&self, request: Request<DeleteSnapshotRequest>) -> Answer<DeleteSnapshotResponse> {
         self.call("DeleteSnapshot", |state| {
-            state.snapshots.remove(&request.into_inner().snapshot_id);
-            Ok(DeleteSnapshotResponse {})
+            let DeleteSnapshotRequest { snapshot_id, mirrored, .. } = request.into_inner();
+            let is_known = state.snapshots.remove(&snapshot_id).is_some();
+            let closed = || Status::unavailable("it may be in a copy that cannot be opened");
+            if state.closed && mirrored && !is_known { Err(closed()) } else { Ok(DeleteSnapshotResponse {}) }
         })
         .await
     }
@@ -325,6 +329,16 @@ impl Replica for Fake {
     async fn list_snapshots(&self, _: Request<ListSnapshotsRequest>) -> Answer<ListSnapshotsResponse> {
         self.call("ListSnapshots", |state| {
             Ok(ListSnapshotsResponse { snapshots: state.snapshots.values().cloned().collect() })
+        })
+        .await
+    }
+
+    async fn look_for(&self, request: Request<LookForRequest>) -> Answer<LookForResponse> {
+        self.call("LookFor", |state| {
+            let id = request.into_inner().id;
+            let is_known = state.volumes.contains_key(&id) || state.snapshots.contains_key(&id);
+            let closed = || Status::unavailable("it may be in a pool that cannot be opened");
+            if state.closed && !is_known { Err(closed()) } else { Ok(LookForResponse {}) }
         })
         .await
     }

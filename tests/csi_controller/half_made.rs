@@ -103,6 +103,50 @@ async fn a_snapshot_that_was_taken_is_there_and_one_that_was_not_goes() {
     assert!(driver.catalog.list::<SnapshotObject>().await.expect("readable").is_empty());
 }
 
+/// What a node does not list may be in a pool that it cannot open now.
+#[tokio::test]
+async fn a_snapshot_in_a_pool_that_cannot_be_opened_is_not_taken_away() {
+    let site = Site::new();
+    let driver = site.driver();
+    let id = driver.create(wanted("data", GIB)).await.expect("created").volume_id;
+    let taken = driver.snapshot("snap", &id).await.expect("taken");
+    creating_snapshot(&driver, &taken.snapshot_id).await;
+    let there = std::mem::take(&mut site.fake.state().snapshots);
+    site.fake.state().closed = true;
+    driver.controller.sweep().await.expect_err("nobody can say whether it was taken");
+    let kept = driver.catalog.get::<SnapshotObject>(&taken.snapshot_id).await.expect("readable").expect("there");
+    assert!(!kept.object.deleted, "{kept:?}");
+    (site.fake.state().snapshots, site.fake.state().closed) = (there, false);
+    swept(&driver).await;
+    assert_eq!(driver.snapshots().await, slice::from_ref(&taken));
+}
+
+/// The process has died after it had given up the members of an attempt, and before it wrote down those of the next one.
+#[tokio::test]
+async fn a_group_whose_members_were_given_up_goes_with_them() {
+    let site = Site::new();
+    let driver = site.driver();
+    let mut source_volume_ids = Vec::new();
+    for name in ["one", "two"] {
+        source_volume_ids.push(driver.create(wanted(name, GIB)).await.expect("created").volume_id);
+    }
+    let request = CreateVolumeGroupSnapshotRequest { name: "group".into(), source_volume_ids, ..Default::default() };
+    let groups = GroupService(driver.controller.clone());
+    accepted(groups.create_volume_group_snapshot(Request::new(request)).await);
+    let mut stored = driver.catalog.list::<GroupSnapshot>().await.expect("readable").remove(0);
+    stored.object.status = GroupStatus::Creating;
+    driver.catalog.update(stored).await.expect("as it was");
+    for mut stored in driver.catalog.list::<SnapshotObject>().await.expect("readable") {
+        let member = &mut stored.object;
+        (member.status, member.deleted, member.group) = (SnapshotStatus::Creating, true, None);
+        driver.catalog.update(stored).await.expect("given up");
+    }
+    swept(&driver).await;
+    assert!(driver.catalog.list::<GroupSnapshot>().await.expect("readable").is_empty(), "it has no snapshots");
+    assert!(driver.catalog.list::<SnapshotObject>().await.expect("readable").is_empty());
+    assert!(site.fake.state().snapshots.is_empty());
+}
+
 #[tokio::test]
 async fn a_group_that_was_taken_is_there_and_a_part_of_one_stays() {
     let site = Site::new();
@@ -171,6 +215,11 @@ async fn a_mirrored_volume_goes_only_when_every_node_says_that_it_is_empty() {
 
     let silent = volume(&nodes, &driver, "silent").await;
     creating(&driver, &silent).await;
+    let there = std::mem::take(&mut nodes.fakes[1].state().volumes);
+    nodes.fakes[1].state().closed = true;
+    driver.controller.sweep().await.expect_err("its copy may be in a pool that is not open");
+    assert!(!object(&driver, &silent).await.spec.deleted);
+    (nodes.fakes[1].state().volumes, nodes.fakes[1].state().closed) = (there, false);
     nodes.stop(2);
     driver.controller.sweep().await.expect_err("node 2 may have what nobody else has");
     assert!(!object(&driver, &silent).await.spec.deleted);

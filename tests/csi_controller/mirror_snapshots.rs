@@ -377,3 +377,26 @@ async fn a_volume_with_one_copy_is_made_at_a_holder_of_its_source_that_answers()
     assert_eq!(status.code(), Code::Unavailable);
     assert!(driver.catalog.list::<catalog::Volume>().await.expect("readable").len() == 2, "nothing was begun");
 }
+
+/// A copy may have followed its seal without being told. Of a volume with one copy nobody follows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_cannot_be_opened_keeps_what_it_may_have_followed_and_nothing_else() {
+    let (nodes, driver) = cluster(&[100, 50]).await;
+    let _work = make_copies(&driver.catalog, &ALL);
+    let id = volume(&nodes, &driver, "pvc").await;
+    let mirrored = driver.snapshot("mirrored", &id).await.expect("taken").snapshot_id;
+    let sole = driver.create(at("sole", &[2])).await.expect("created").volume_id;
+    let single = driver.snapshot("single", &sole).await.expect("taken").snapshot_id;
+    {
+        let mut state = nodes.fakes[1].state();
+        state.closed = true;
+        state.snapshots.clear();
+    }
+    driver.delete_snapshot(&single).await.expect("deleted");
+    driver.delete_snapshot(&mirrored).await.expect("deleted, but for what may be there");
+    driver.controller.sweep_given_up().await.expect("it goes on with the others");
+    assert_eq!(snapshots(&driver).await.len(), 1);
+    nodes.fakes[1].state().closed = false;
+    driver.controller.sweep_given_up().await.expect("swept");
+    assert!(snapshots(&driver).await.is_empty());
+}

@@ -258,6 +258,7 @@ not_asked! {
     fill_snapshot: FillSnapshotRequest => FillSnapshotResponse,
     delete_snapshot: DeleteSnapshotRequest => DeleteSnapshotResponse,
     list_snapshots: ListSnapshotsRequest => ListSnapshotsResponse,
+    look_for: LookForRequest => LookForResponse,
     get_extents: GetExtentsRequest => Self::GetExtentsStream,
     verify_volume: VerifyVolumeRequest => Self::VerifyVolumeStream,
     digest_snapshot: DigestSnapshotRequest => Self::DigestSnapshotStream,

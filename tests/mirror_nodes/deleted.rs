@@ -3,6 +3,7 @@
 use crate::site::{Site, eventually, write};
 use crate::until_all_is_seen;
 use tandem::catalog::{Descriptor, Node, RebuildAfter, Volume, VolumeConfiguration, VolumePhase};
+use tandem::volume::SnapshotId;
 
 /// A person has taken the node for gone, and what was on it was deleted without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -34,6 +35,44 @@ async fn a_node_that_comes_back_gives_up_what_was_deleted_without_it() {
     eventually("its list is empty", async || own().await.object.given_up.is_empty().then_some(())).await;
     assert!(second.manager.copy_here(volume.id).is_none() && second.manager.volume(sole.id).await.is_none());
     assert!(first.manager.copy_here(volume.id).is_some(), "nobody has said so to this one");
+    first.kill().await;
+    second.kill().await;
+}
+
+/// What cannot be opened when its node comes back goes when it can be. What the catalogue has again stays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_deleted_without_a_node_is_remembered_until_its_copy_can_be_opened() {
+    let mut site = Site::new(&["n1", "n2"]);
+    let (first, second) = (site.start("n1", site.catalog()).await, site.start("n2", site.catalog()).await);
+    site.announce("n1").await;
+    site.announce("n2").await;
+    let (gone, back) = (site.create_sole("n2", &second).await, site.create_sole("n2", &second).await);
+    second.kill().await;
+    let superblock = site.path("n2").join("pool/trees").join(gone.copies["n2"].to_string()).join("superblock");
+    let away = site.path("n2").join("superblock");
+    std::fs::rename(&superblock, &away).expect("it cannot be opened now");
+    let stored = site.volume(gone.id).await;
+    site.file.delete(&stored).await.expect("deleted");
+    let file = site.file.clone();
+    let own = async || file.get::<Node>("n2").await.expect("reads").expect("is there");
+    let mut stored = own().await;
+    stored.object.given_up.volumes = [gone.id, back.id].into();
+    site.file.update(stored).await.expect("removed, and back");
+    let second = site.start("n2", site.catalog()).await;
+    until_all_is_seen(&mut site).await;
+    let left = async || (own().await.object.given_up.volumes == [gone.id].into()).then_some(());
+    eventually("what may be in what is not open to be all that is left", left).await;
+    let version = own().await.version;
+    let (manager, id) = (&second.manager, SnapshotId::random());
+    manager.ensure_no_snapshot(id, "", true).await.expect_err("a copy that is not open may have followed its seal");
+    manager.ensure_no_snapshot(id, "", false).await.expect("it has no copies that follow");
+    until_all_is_seen(&mut site).await;
+    assert_eq!(own().await.version, version, "what stays as it is is not written again");
+    second.kill().await;
+    std::fs::rename(&away, &superblock).expect("it can be opened again");
+    let second = site.start("n2", site.catalog()).await;
+    eventually("its list is empty", async || own().await.object.given_up.is_empty().then_some(())).await;
+    assert!(second.manager.volume(gone.id).await.is_none() && second.manager.volume(back.id).await.is_some());
     first.kill().await;
     second.kill().await;
 }

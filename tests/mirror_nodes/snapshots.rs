@@ -1,16 +1,23 @@
 //! Snapshots of mirrored volumes, and volumes made from snapshots: what is read from them on each node.
 
-use crate::site::{SIZE, Site, Up, Wanted, eventually, has, write};
+use crate::site::{SIZE, Site, Up, Wanted, at, eventually, has, write};
 use std::collections::{BTreeMap, BTreeSet};
-use tandem::catalog::Base;
+use tandem::catalog::{Base, Descriptor};
 use tandem::protocol::Request;
 use tandem::replica::manager::{Begun, Fill, FillFailure, NewFill, NewSnapshot, NewVolume, Source};
 use tandem::replica::peer::Blocks;
-use tandem::store::Store;
+use tandem::replica::records::Record;
+use tandem::store::{Control, Store};
 use tandem::volume::{BlockRange, InstanceId, SnapshotId, VolumeId, VolumeSize};
 
 fn wanted(volume: VolumeId) -> NewSnapshot {
     NewSnapshot { snapshot: SnapshotId::random(), volume, descriptor: "of the test".into() }
+}
+
+/// As a controller asks for it.
+fn described(volume: VolumeId) -> NewSnapshot {
+    let descriptor = Descriptor::Snapshot { name: Some("snap".into()), group: None, made_for: None }.encode();
+    NewSnapshot { descriptor, ..wanted(volume) }
 }
 
 fn single(source: Source) -> NewVolume {
@@ -286,6 +293,39 @@ impl Lacking {
         fill
     }
 
+    /// Takes away the copy on n2, whose tree stays for its snapshots.
+    async fn take_away(&self) {
+        let copy = self.new.copy;
+        let remove = |volume: &mut tandem::catalog::Volume| {
+            drop(volume.spec.mirror.as_mut().expect("mirrored").copies.remove(&copy));
+        };
+        self.site.change(self.volume, remove).await;
+        eventually("the copy to go", async || self.second.manager.copies().is_empty().then_some(())).await;
+        assert_eq!(self.known().await, (0, 2), "its snapshots are there");
+    }
+
+    /// One that is filled, and cannot be sealed because its id is taken.
+    async fn sealed_late(&self) -> (Fill, NewSnapshot) {
+        let (manager, late) = (&self.second.manager, described(self.volume));
+        let begun = manager.begin_fill(NewFill { snapshot: late.snapshot, ..self.new.clone() }).await.expect("begun");
+        let Begun::Fill(fill) = begun else { panic!("it is not there") };
+        manager.open_fill(&fill, 8 * 4096).await.expect("there is space");
+        self.write(&fill, 0, 8).await.expect("written");
+        let items = std::slice::from_ref(&late);
+        manager.promise_snapshots(items).await.expect("there is space");
+        assert_eq!(self.first.manager.ensure_snapshots(items).await.expect("sealed")[&late.snapshot].len(), 2);
+        let held = manager.hold_filled(&fill).await.expect("nobody deletes it");
+        let sealed = manager.seal_filled(&fill, held, late.descriptor.clone()).await;
+        assert!(matches!(sealed, Err(FillFailure::Control(_))), "{sealed:?}");
+        assert!(self.record(late.snapshot).is_some(), "it comes first");
+        (fill, late)
+    }
+
+    fn record(&self, snapshot: SnapshotId) -> Option<Record> {
+        let tree = self.site.path("n2").join("pool/trees").join(self.new.copy.to_string());
+        Record::read(&tree, &snapshot.to_string()).expect("readable")
+    }
+
     async fn write(&self, fill: &Fill, start: u64, count: u32) -> Result<(), FillFailure> {
         let mut blocks = Blocks::new(count as usize * 4096);
         blocks.bytes_mut().fill(8);
@@ -362,5 +402,99 @@ async fn what_is_filled_is_the_snapshot_and_stays_it_after_a_kill() {
     assert!(has(&clone, 0..8, 8).await && has(&clone, 8..64, 7).await && has(&clone, 64..96, 0).await);
     lacking.second.manager.detach(restored.volume).await.expect("detached");
     lacking.second.manager.delete_volume(restored.volume).await.expect("deleted");
+    lacking.end().await;
+}
+
+/// A copy has followed a seal without being told, and has gone since. Its tree is there for another snapshot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_copy_has_followed_is_found_when_the_copy_is_gone() {
+    let lacking = Lacking::new().await;
+    let (manager, pool) = (lacking.second.manager.clone(), lacking.site.path("n2").join("pool"));
+    lacking.take_away().await;
+    let another = InstanceId::random();
+    let add = |volume: &mut tandem::catalog::Volume| {
+        drop(volume.spec.mirror.as_mut().expect("mirrored").copies.insert(another, at("n2")));
+    };
+    lacking.site.change(lacking.volume, add).await;
+    lacking.first.until_up_to_date(lacking.volume, another).await;
+    let new = NewFill { copy: another, base: None, ..lacking.new.clone() };
+    let Begun::Fill(fill) = manager.begin_fill(new).await.expect("begun") else { panic!("it is not there") };
+    assert_eq!(lacking.known().await, (0, 1), "what was sealed in the middle of a resync is not it");
+    manager.give_up_fill(fill).await;
+    manager.delete_snapshot(lacking.new.base.expect("there is one")).await.expect("deleted");
+    eventually("the old tree to go", async || (lacking.second.trees(&pool) == 1).then_some(())).await;
+    drop(manager);
+    lacking.end().await;
+
+    let lacking = Lacking::new().await;
+    let (manager, pool) = (lacking.second.manager.clone(), lacking.site.path("n2").join("pool"));
+    lacking.take_away().await;
+    manager.delete_snapshot(lacking.new.base.expect("there is one")).await.expect("deleted");
+    manager.delete_snapshot(lacking.new.snapshot).await.expect("deleted");
+    eventually("the tree to go", async || (lacking.second.trees(&pool) == 0).then_some(())).await;
+    drop(manager);
+    lacking.end().await;
+}
+
+/// What lies beside a snapshot tells it from what another tree of the node has under its id.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_trees_with_a_snapshot_the_one_with_its_record_is_used() {
+    let mut lacking = Lacking::new().await;
+    let mut others = BTreeSet::new();
+    let base = lacking.new.base.expect("there is one");
+    // In whichever order the trees are opened, one of these would be the last.
+    for _ in 0..4 {
+        let other = lacking.site.create_sole("n2", &lacking.second).await;
+        let seal = Control::Seal { volume: other.id, snapshot: base, created_ms: 1 };
+        lacking.second.manager.engine_handle().control(other.copies["n2"], seal).await.expect("sealed");
+        others.insert(other.copies["n2"]);
+    }
+    let lacking = lacking.restart().await;
+    let manager = lacking.second.manager.clone();
+    let found = manager.list_snapshots().await.into_iter().find(|view| view.info.snapshot == base).expect("listed");
+    assert_eq!((found.tree, found.descriptor.as_str()), (lacking.new.copy, "of the test"));
+    manager.delete_snapshot(base).await.expect("deleted");
+    for tree in others {
+        let has = manager.engine_handle().inspect(tree, move |store| store.has_snapshot(base)).await.expect("open");
+        assert!(!has, "wherever it is");
+    }
+    drop(manager);
+    lacking.end().await;
+}
+
+/// A catalogue that does not list a copy among those that have a snapshot may be an old one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_was_adopted_is_never_erased_for_another() {
+    let lacking = Lacking::new().await;
+    let snapshot = described(lacking.volume);
+    take(&lacking.first, &lacking.second, &snapshot).await;
+    let new = NewFill { snapshot: snapshot.snapshot, ..lacking.new.clone() };
+    for _ in 0..2 {
+        let begun = lacking.second.manager.begin_fill(new.clone()).await.expect("looked at");
+        assert!(matches!(begun, Begun::There(tree) if tree == new.copy), "it was acknowledged");
+    }
+    let lacking = lacking.restart().await;
+    let begun = lacking.second.manager.begin_fill(new.clone()).await.expect("looked at");
+    assert!(matches!(begun, Begun::There(tree) if tree == new.copy), "also after a start");
+    lacking.end().await;
+}
+
+/// The seal of an attempt that was given up reaches the copy while the snapshot is being filled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_late_seal_leaves_is_never_taken_for_what_was_to_be_filled() {
+    let lacking = Lacking::new().await;
+    let (fill, late) = lacking.sealed_late().await;
+    lacking.second.manager.give_up_fill(fill).await;
+    assert!(lacking.record(late.snapshot).is_none(), "what is under its id is not it");
+    let begun = lacking.second.manager.begin_fill(NewFill { snapshot: late.snapshot, ..lacking.new.clone() }).await;
+    assert!(matches!(begun.expect("begun"), Begun::Fill(_)));
+
+    // Killed in this moment, it finds everything at its next start.
+    let (fill, late) = lacking.sealed_late().await;
+    drop(fill);
+    let lacking = lacking.restart().await;
+    assert!(lacking.record(late.snapshot).is_none(), "what is under its id is not it");
+    let begun = lacking.second.manager.begin_fill(NewFill { snapshot: late.snapshot, ..lacking.new.clone() }).await;
+    assert!(matches!(begun.expect("begun"), Begun::Fill(_)));
     lacking.end().await;
 }

@@ -45,9 +45,9 @@ impl GivenUp {
     pub fn is_empty(&self) -> bool {
         self.volumes.is_empty() && self.snapshots.is_empty()
     }
-    /// There is no room for another one.
-    pub fn is_full(&self) -> bool {
-        self.volumes.len() + self.snapshots.len() >= MAX_GIVEN_UP
+    /// These are more than can be written down.
+    pub fn is_too_large(&self) -> bool {
+        self.volumes.len() + self.snapshots.len() > MAX_GIVEN_UP
     }
 }
 

@@ -6,7 +6,7 @@
 //! nobody has named is deleted only if nothing was ever written to it: the catalogue that calls it half made may be an old one.
 
 use super::Controller;
-use super::seal::{Erased, forget};
+use super::seal::{Erased, Place, forget};
 use crate::catalog::{Snapshot, Stored, Volume, VolumePhase};
 use crate::csi::control::{Control, ControlError};
 use crate::csi::errors::{DeleteSnapshotError, DeleteVolumeError, Transient};
@@ -159,7 +159,7 @@ impl Controller {
     /// As [`Controller::erase_unknown`].
     async fn erase_unknown_snapshot(&self, id: SnapshotId) -> Result<(), DeleteSnapshotError> {
         for node in self.nodes.all().await? {
-            match forget(&node.control, id, "").await {
+            match forget(&node.control, id, &Place::default()).await {
                 Err(DeleteSnapshotError::Transient(error)) if !self.nodes.is_alone() => {
                     tracing::warn!(snapshot = %id, node = %node.name, %error, "a snapshot that nobody knows may stay behind");
                 }

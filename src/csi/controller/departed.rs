@@ -130,12 +130,16 @@ impl Controller {
             let Some(mut stored) = self.get::<Node>(&node.0).await?.filter(|stored| stored.object.removed) else {
                 return Ok(false);
             };
-            if stored.object.given_up.is_full() {
+            let before = stored.object.given_up.clone();
+            write(&mut stored.object.given_up);
+            if stored.object.given_up == before {
+                return Ok(true);
+            }
+            if stored.object.given_up.is_too_large() {
                 let text =
                     format!("node {node} was removed, and as much was deleted without it as can be written down");
                 return Err(ControlError::Unknown(text).into());
             }
-            write(&mut stored.object.given_up);
             match self.update(stored).await {
                 Err(Transient::Conflict(_)) => {}
                 done => return done.map(|_| true),
@@ -172,6 +176,19 @@ impl Controller {
             };
             if removed {
                 gone.insert(*copy, place.node.clone());
+            }
+        }
+        let named = |copy: &InstanceId| stored.object.spec.mirror.iter().any(|mirror| mirror.copies.contains_key(copy));
+        if known && !stored.object.status.copies.iter().all(named) {
+            // One that was replaced, and whose node has not said since that it is gone. Nobody knows any more which node that is.
+            for Stored { object: node, .. } in self.all::<Node>().await? {
+                match self.give_up_on(&node.name, |given_up| _ = given_up.volumes.insert(id)).await {
+                    // Most likely it has nothing of it: nobody waits for that.
+                    Err(error @ Transient::Replica(_)) => {
+                        tracing::warn!(volume = %id, %error, "a copy that was replaced may stay there");
+                    }
+                    written => _ = written?,
+                }
             }
         }
         if !stored.object.status.copies.iter().any(|copy| gone.contains_key(copy)) {

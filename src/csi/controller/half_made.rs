@@ -1,8 +1,9 @@
 //! What the catalogue calls half made, and somebody may have been told of: then it was restored from a backup.
 //!
 //! Invariants: nothing that may hold somebody's data is deleted for being half made. A volume goes if each node that may have
-//! it answers, and has none, or one that was made empty and never used. A snapshot or a group that a node has taken is what
-//! it is, whoever has heard of it: it is ready, and the answer to the repeated call. A volume that was used waits for
+//! it answers, and has none, or one that was made empty and never used; a node whose pool cannot be opened has not answered. A
+//! snapshot or a group that a node has taken is what it is, whoever has heard of it: it is ready, and the answer to the repeated
+//! call, unless it was given up before. A volume that was used waits for
 //! `tandem recover`, which asks all nodes. A clone has something from the beginning: once it is there, it stays.
 
 use super::Controller;
@@ -31,7 +32,12 @@ impl Controller {
         let known = self.committed(volume.id).await?.map(|known| known.stamp);
         let mut silent = None;
         for place in mirror.copies.values() {
-            match self.copy_at(volume, Some(&place.node)).await {
+            let asked = async {
+                let node = self.nodes.holder(Some(&place.node)).await?;
+                node.look_for(volume.id.to_string(), place.pool.clone()).await?;
+                self.copy_at(volume, Some(&place.node)).await
+            };
+            match asked.await {
                 Ok(Some(copy)) if may_be_used(volume, &copy, known) => return Ok(true),
                 Ok(_) => {}
                 Err(error) => silent = Some(error),
@@ -76,10 +82,13 @@ impl Controller {
     /// The snapshot as it was taken, if it was: asked of each node that may have something of it.
     async fn taken(&self, snapshot: &Snapshot) -> Result<Option<Sealed>, Transient> {
         let (text, mut answers, mut silent) = (snapshot.id.to_string(), Vec::new(), None);
+        let pool =
+            self.get::<Volume>(snapshot.volume).await?.map(|stored| stored.object.request.pool).unwrap_or_default();
         let strays = snapshot.strays.iter().map(Some).filter(|stray| *stray != snapshot.node.as_ref());
         for place in std::iter::once(snapshot.node.as_ref()).chain(strays) {
             let asked = async {
                 let node = self.nodes.holder(place).await?;
+                node.look_for(text.clone(), pool.clone()).await?;
                 Ok::<_, Transient>((node.snapshots().await?, node.name))
             };
             match asked.await {
@@ -111,7 +120,9 @@ impl Controller {
         let (mut members, mut missing, mut moment) = (Vec::new(), 0, 0);
         for member in &stored.object.members {
             let wanted = self.member(&stored.object, *member).await?;
-            match self.taken(&wanted).await? {
+            // One of an attempt that was given up: its snapshot goes.
+            let taken = if wanted.deleted { None } else { self.taken(&wanted).await? };
+            match taken {
                 Some(taken) => members.push(ready(wanted, taken)),
                 None => missing += 1,
             }

@@ -175,10 +175,12 @@ impl Controller {
         others: &BTreeSet<NodeName>,
     ) -> Result<Erased, DeleteSnapshotError> {
         let others = others.iter().map(Some).filter(|other| *other != node);
-        let pool = self.pool_of(id).await?;
+        let mut place = self.place_of(id).await?;
+        // A member of a group that was never written down.
+        place.mirrored |= others.clone().next().is_some();
         let (mut erased, mut left) = (false, None);
         for holder in std::iter::once(node).chain(others) {
-            match self.erase_on(id, holder, &pool).await {
+            match self.erase_on(id, holder, &place).await {
                 Ok(()) => erased = true,
                 Err(error @ DeleteSnapshotError::InUse { .. }) if !erased && left.is_none() => return Err(error),
                 // A node that is away, or refuses, does not keep the others from freeing their space.
@@ -192,24 +194,41 @@ impl Controller {
         }
     }
 
-    async fn erase_on(&self, id: SnapshotId, node: Option<&NodeName>, pool: &str) -> Result<(), DeleteSnapshotError> {
+    async fn erase_on(
+        &self,
+        id: SnapshotId,
+        node: Option<&NodeName>,
+        place: &Place,
+    ) -> Result<(), DeleteSnapshotError> {
         if self.gives_up_snapshot(node, id).await? {
             return Ok(());
         }
-        forget(&self.nodes.holder(node).await?.control, id, pool).await
+        forget(&self.nodes.holder(node).await?.control, id, place).await
     }
 
-    /// The pool of the snapshot's volume; empty when the catalogue does not know it any more.
-    async fn pool_of(&self, id: SnapshotId) -> Result<String, Transient> {
-        let Some(snapshot) = self.get::<Snapshot>(id).await? else { return Ok(String::new()) };
-        let volume = self.get::<Volume>(snapshot.object.volume).await?;
-        Ok(volume.map(|stored| stored.object.request.pool).unwrap_or_default())
+    /// As far as the catalogue still knows the snapshot and its volume.
+    async fn place_of(&self, id: SnapshotId) -> Result<Place, Transient> {
+        let Some(Stored { object: snapshot, .. }) = self.get::<Snapshot>(id).await? else {
+            return Ok(Place::default());
+        };
+        let pool = self.get::<Volume>(snapshot.volume).await?.map(|stored| stored.object.request.pool);
+        Ok(Place { pool: pool.unwrap_or_default(), mirrored: snapshot.is_mirrored() })
     }
 }
 
-/// The replica forgets the snapshot, which is in `pool`; empty: that is not known.
-pub(super) async fn forget(control: &Control, id: SnapshotId, pool: &str) -> Result<(), DeleteSnapshotError> {
-    let request = DeleteSnapshotRequest { snapshot_id: id.to_string(), pool: pool.to_owned() };
+/// Where a node may have something of a snapshot.
+#[derive(Default)]
+pub(super) struct Place {
+    /// Empty: that is not known.
+    pool: String,
+    /// Copies may have followed its seal without being told.
+    mirrored: bool,
+}
+
+/// The replica forgets the snapshot.
+pub(super) async fn forget(control: &Control, id: SnapshotId, place: &Place) -> Result<(), DeleteSnapshotError> {
+    let Place { pool, mirrored } = place;
+    let request = DeleteSnapshotRequest { snapshot_id: id.to_string(), pool: pool.clone(), mirrored: *mirrored };
     match control.client().delete_snapshot(request).await.map_err(|status| control.refusal(status)) {
         Ok(_) | Err(ControlError::NotFound(_)) => Ok(()),
         Err(ControlError::InUse(by)) => Err(DeleteSnapshotError::InUse { id, by }),

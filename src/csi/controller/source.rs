@@ -26,6 +26,8 @@ pub(super) struct Found {
     pub size: VolumeSize,
     /// Who holds it.
     pub holders: BTreeSet<NodeName>,
+    /// In which trees, if its volume is mirrored: another one of the same node may have something else under its id.
+    trees: BTreeSet<InstanceId>,
     /// The snapshot, also one that was taken for this volume alone.
     pub snapshot: Option<SnapshotId>,
     /// Of that: nobody sweeps it away before there is a volume that names it.
@@ -36,7 +38,8 @@ impl Found {
     fn at(source: Source, snapshot: &Snapshot, taken: Option<Operation>) -> Option<Self> {
         match snapshot.status {
             SnapshotStatus::Ready { size, .. } => {
-                Some(Self { source, size, holders: snapshot.holders(), snapshot: Some(snapshot.id), taken })
+                let (holders, trees) = (snapshot.holders(), snapshot.copies.keys().copied().collect());
+                Some(Self { source, size, holders, trees, snapshot: Some(snapshot.id), taken })
             }
             SnapshotStatus::Creating => None,
         }
@@ -82,7 +85,8 @@ impl Controller {
                     return Found::at(Source::Volume(source), &snapshot, Some(taken)).ok_or_else(missing);
                 }
                 let (size, holders) = (volume.status.size, self.holders(&volume).into_iter().collect());
-                Ok(Found { source: Source::Volume(source), size, holders, snapshot: None, taken: None })
+                let (source, trees) = (Source::Volume(source), BTreeSet::new());
+                Ok(Found { source, size, holders, trees, snapshot: None, taken: None })
             }
         }
     }
@@ -161,7 +165,7 @@ impl Controller {
         found: &Found,
         snapshot: SnapshotId,
     ) -> Result<Placed, CreateVolumeError> {
-        let there = self.trees_with(snapshot, &found.holders, &wanted.parameters.pool, size).await?;
+        let there = self.trees_with(snapshot, found, &wanted.parameters.pool, size).await?;
         // The caller's order among those that hold it, then all of those, then the caller's order.
         let mut preferred: Vec<_> = wanted.places.preferred.clone();
         preferred.retain(|place| there.keys().any(|node| place.includes(node)));
@@ -188,12 +192,12 @@ impl Controller {
     async fn trees_with(
         &self,
         snapshot: SnapshotId,
-        holders: &BTreeSet<NodeName>,
+        found: &Found,
         pool: &str,
         size: VolumeSize,
     ) -> Result<BTreeMap<NodeName, InstanceId>, CreateVolumeError> {
         let (text, mut there, mut elsewhere, mut silent) = (snapshot.to_string(), BTreeMap::new(), None, None);
-        for node in holders {
+        for node in &found.holders {
             let snapshots = match self.nodes.holder(Some(node)).await?.snapshots().await {
                 Ok(snapshots) => snapshots,
                 Err(error) => {
@@ -204,6 +208,7 @@ impl Controller {
             let fits = |held: &control::Snapshot| held.snapshot_id == text && held.size_bytes <= size.bytes();
             let Some(held) = snapshots.into_iter().find(fits) else { continue };
             match held.copy_id.parse() {
+                Ok(tree) if !found.trees.is_empty() && !found.trees.contains(&tree) => {}
                 Ok(tree) if held.pool == pool => _ = there.insert(node.clone(), tree),
                 Ok(_) | Err(_) => elsewhere = Some(held.pool),
             }

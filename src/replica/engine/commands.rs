@@ -16,7 +16,7 @@ use crate::replica::device::FuseLoop;
 use crate::replica::device::loop_device::LoopDevice;
 use crate::replica::device::slots::RESERVED_SLOTS;
 use crate::store::{Control, ControlError as Refusal, MAX_SNAPSHOTS, Store};
-use crate::volume::{BlockRange, InstanceId, VolumeId, VolumeSize};
+use crate::volume::{BlockRange, InstanceId, SnapshotId, VolumeId, VolumeSize};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -66,6 +66,10 @@ pub(super) enum Command {
     Inspect {
         tree: InstanceId,
         look: Box<dyn FnOnce(&mut Store) + Send>,
+    },
+    TreeWith {
+        snapshot: SnapshotId,
+        reply: Reply<Option<InstanceId>>,
     },
     Find {
         volume: VolumeId,
@@ -142,6 +146,10 @@ impl Engine {
                     }
                     self.collect_actions(key);
                 }
+            }
+            Command::TreeWith { snapshot, reply } => {
+                let with = self.trees.iter().flatten().find(|tree| tree.store.has_snapshot(snapshot));
+                let _ = reply.send(with.map(|tree| tree.id));
             }
             Command::Find { volume, reply } => drop(reply.send(self.find_device(volume))),
             Command::AddDevice { tree, device, reply } => {

@@ -322,6 +322,14 @@ impl EngineHandle {
         answer.await.map_err(|_| EngineError::UnknownTree(tree))
     }
 
+    /// An open tree that has the snapshot, its seal done or not, whoever knows of it.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub async fn tree_with(&self, snapshot: SnapshotId) -> Result<Option<InstanceId>, EngineError> {
+        self.ask(|reply| Command::TreeWith { snapshot, reply }).await
+    }
+
     /// Goes on with the devices that a killed engine left and whose trees are open. Those of trees that are opened later go
     /// on then. Returns the devices that are served.
     pub async fn reattach(&self, recovered: Recovered) -> Vec<(VolumeId, PathBuf)> {

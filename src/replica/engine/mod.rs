@@ -381,8 +381,7 @@ fn launch(
     let (bell, statistics) = (Arc::new(jobs::Bell::new()?), Arc::new(Statistics::default()));
     let (commands, receiver) = mpsc::channel(handle::COMMANDS);
     let (started, starts) = std::sync::mpsc::channel();
-    let (thread_bell, thread_statistics) = (bell.clone(), statistics.clone());
-    let (choice, spin) = (config.io, config.spin);
+    let (thread_bell, thread_statistics, choice, spin) = (bell.clone(), statistics.clone(), config.io, config.spin);
     let run = move || {
         protect_from_reclaim();
         // The ring belongs to the thread that makes it.

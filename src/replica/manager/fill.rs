@@ -9,13 +9,14 @@
 //!   tells it from a volume; a start deletes it, since what is half filled is begun again.
 //! * It becomes the snapshot in one step of the map's log: there is never both, and never neither. The layers are a branch of
 //!   their own, beside those of the volume, which nothing here changes.
-//! * What a copy may have under the snapshot's id from a seal that was not acknowledged is in the volume's own line of layers. It is
-//!   erased before, and never taken for the snapshot.
+//! * What a copy may have under the snapshot's id from a seal that was not acknowledged is in the volume's own line of layers, or
+//!   those of a copy that was here before, and nobody has adopted it. It is erased before, and never taken for the snapshot.
 //! * A deletion of the snapshot ends the filling first, and waits until it has.
 
 use super::errors::FillFailure as Failure;
 use super::snapshots::NewSnapshot;
 use super::{Manager, PoolState, SnapshotPlace, growth};
+use crate::catalog::Descriptor;
 use crate::crash::crash_point;
 use crate::protocol::Request;
 use crate::replica::operations::OperationGuard;
@@ -67,6 +68,7 @@ pub enum Begun {
 pub(in crate::replica) struct FillPlace {
     pool: PoolName,
     tree: InstanceId,
+    volume: VolumeId,
     ends: bool,
 }
 
@@ -83,7 +85,7 @@ pub struct Reading {
 }
 
 /// The internal volume that becomes the snapshot.
-fn filled(snapshot: SnapshotId) -> VolumeId {
+pub(super) fn filled(snapshot: SnapshotId) -> VolumeId {
     VolumeId::from_bytes(snapshot.to_bytes().map(|byte| !byte))
 }
 
@@ -137,13 +139,13 @@ impl Manager {
         if let Some(there) = self.what_is_there(&new).await? {
             return Ok(Begun::There(there));
         }
-        self.erase_filled(snapshot, &pool, tree).await?;
+        let place = FillPlace { pool: pool.clone(), tree, volume: new.volume, ends: false };
+        self.erase_filled(snapshot, &place).await?;
         if let Some(base) = new.base {
             let info = self.snapshot_info(tree, base).await;
             // A copy that had grown before the others has larger snapshots.
             new.base = info.filter(|info| info.size <= new.size).map(|_| base);
         }
-        let place = FillPlace { pool: pool.clone(), tree, ends: false };
         self.index().fills.insert(snapshot, place);
         Ok(Begun::Fill(Fill { new, pool, _filling: filling }))
     }
@@ -205,10 +207,11 @@ impl Manager {
 
     /// Leaves nothing of it. What cannot be taken away now goes with the next attempt, the snapshot's deletion, or a start.
     pub async fn give_up_fill(&self, fill: Fill) {
-        let (snapshot, tree) = (fill.new.snapshot, fill.new.copy);
+        let NewFill { snapshot, volume, copy: tree, .. } = fill.new;
         let done = async {
             let _tree = self.inner.operations.begin(vec![tree.to_bytes()]).await?;
-            self.erase_filled(snapshot, &fill.pool, tree).await?;
+            let place = FillPlace { pool: fill.pool.clone(), tree, volume, ends: true };
+            self.erase_filled(snapshot, &place).await?;
             self.tidy_tree(&fill.pool, tree).await;
             Ok::<_, Failure>(())
         };
@@ -225,10 +228,10 @@ impl Manager {
         }
         let guard = self.inner.operations.begin(vec![snapshot.to_bytes(), fill_key(snapshot)]).await?;
         let left = self.index().fills.get(&snapshot).cloned();
-        if let Some(FillPlace { pool, tree, .. }) = left {
-            let _tree = self.inner.operations.begin(vec![tree.to_bytes()]).await?;
-            self.erase_filled(snapshot, &pool, tree).await?;
-            self.tidy_tree(&pool, tree).await;
+        if let Some(place) = left {
+            let _tree = self.inner.operations.begin(vec![place.tree.to_bytes()]).await?;
+            self.erase_filled(snapshot, &place).await?;
+            self.tidy_tree(&place.pool, place.tree).await;
         }
         Ok(guard)
     }
@@ -279,27 +282,26 @@ impl Manager {
     /// The tree that has it. What has something else under its id has it no more.
     async fn what_is_there(&self, new: &NewFill) -> Result<Option<InstanceId>, Failure> {
         let NewFill { snapshot, volume, copy, created_ms, .. } = *new;
-        if self.snapshot_place(snapshot).is_none() {
-            self.find_unnoted(snapshot).await;
+        while let Some(place) = self.find_anywhere(snapshot).await? {
+            // What was adopted was acknowledged before, whether the catalogue says so or not.
+            if new.said_in.contains(&place.tree) || place.tree == copy && is_described(&place) {
+                return Ok(Some(place.tree));
+            }
+            let beside = self.engine().inspect(place.tree, move |store| store.is_beside(snapshot, volume)).await?;
+            if place.tree == copy && beside == Some(true) {
+                // It may not be durable yet.
+                let seal = Control::SealAs { filled: filled(snapshot), snapshot, volume, created_ms };
+                self.engine().control(copy, seal).await?;
+                self.note_again(snapshot, place).await;
+                return Ok(Some(copy));
+            }
+            let other = (place.tree != copy).then(|| vec![place.tree.to_bytes()]);
+            let _other = self.inner.operations.begin(other.unwrap_or_default()).await?;
+            tracing::info!(%snapshot, copy = %place.tree, "what a seal without an answer has left under its id is erased");
+            self.forget(snapshot).await?;
+            self.remove_record(&place.pool, place.tree, snapshot.to_string()).await;
+            self.tidy_tree(&place.pool, place.tree).await;
         }
-        let Some(place) = self.snapshot_place(snapshot) else { return Ok(None) };
-        if new.said_in.contains(&place.tree) {
-            return Ok(Some(place.tree));
-        }
-        let beside = self.engine().inspect(place.tree, move |store| store.is_beside(snapshot, volume)).await?;
-        if place.tree == copy && beside == Some(true) {
-            // It may not be durable yet.
-            let seal = Control::SealAs { filled: filled(snapshot), snapshot, volume, created_ms };
-            self.engine().control(copy, seal).await?;
-            self.note_again(snapshot, place).await;
-            return Ok(Some(copy));
-        }
-        let other = (place.tree != copy).then(|| vec![place.tree.to_bytes()]);
-        let _other = self.inner.operations.begin(other.unwrap_or_default()).await?;
-        tracing::info!(%snapshot, copy = %place.tree, "what a seal without an answer has left under its id is erased");
-        self.forget(snapshot).await?;
-        self.remove_record(&place.pool, place.tree, snapshot.to_string()).await;
-        self.tidy_tree(&place.pool, place.tree).await;
         Ok(None)
     }
 
@@ -313,16 +315,22 @@ impl Manager {
         }
     }
 
-    async fn erase_filled(&self, snapshot: SnapshotId, pool: &PoolName, tree: InstanceId) -> Result<(), Failure> {
-        let volume = filled(snapshot);
-        self.control(volume, tree, Control::DeleteVolume(volume)).await?;
-        self.remove_record(pool, tree, fill_record(volume)).await;
+    async fn erase_filled(&self, snapshot: SnapshotId, place: &FillPlace) -> Result<(), Failure> {
+        let (FillPlace { pool, tree, volume, .. }, internal) = (place, filled(snapshot));
+        let (tree, volume) = (*tree, *volume);
+        self.control(internal, tree, Control::DeleteVolume(internal)).await?;
+        self.remove_record(pool, tree, fill_record(internal)).await;
         self.index().fills.remove(&snapshot);
-        let named = self.engine().inspect(tree, move |store| store.has_snapshot(snapshot)).await?;
-        if !named {
-            // Written before it was sealed, which has failed.
+        let beside = self.engine().inspect(tree, move |store| store.is_beside(snapshot, volume)).await?;
+        if beside != Some(true) {
+            // Written before it was sealed, which has failed: a late seal of the volume may have put something under its id.
             self.remove_record(pool, tree, snapshot.to_string()).await;
         }
         Ok(())
     }
+}
+
+/// Whether what lies beside it says that it is a snapshot that was acknowledged.
+fn is_described(place: &SnapshotPlace) -> bool {
+    matches!(Descriptor::decode(&place.descriptor), Some(Descriptor::Snapshot { .. }))
 }

@@ -14,7 +14,6 @@ use crate::replica::operations::{Busy, OperationGuard};
 use crate::replica::pool::Promise;
 use crate::store::{ControlError as Refusal, MAX_SNAPSHOTS};
 use crate::volume::SnapshotId;
-use std::collections::BTreeMap;
 
 impl Manager {
     /// The copies here can take these snapshots.
@@ -69,20 +68,18 @@ impl Manager {
         reserves.find_map(|reserve| reserve.release(snapshot))
     }
 
-    /// A copy may have followed a seal that nobody has adopted: then the snapshot is noted, so that it can be deleted.
-    pub(super) async fn find_unnoted(&self, snapshot: SnapshotId) {
-        let trees: BTreeMap<_, _> = {
-            let index = self.index();
-            let of_volumes = index.volumes.values().filter(|place| place.mirror.is_some());
-            let of_volumes = of_volumes.map(|place| (place.tree, place.pool.clone()));
-            of_volumes.chain(index.snapshots.values().map(|place| (place.tree, place.pool.clone()))).collect()
-        };
-        for (tree, pool) in trees {
-            let has = self.engine().inspect(tree, move |store| store.has_snapshot(snapshot)).await;
-            if has.is_ok_and(|has| has) {
-                let place = SnapshotPlace { pool, tree, descriptor: String::new(), base: false };
-                self.index().snapshots.insert(snapshot, place);
-            }
+    /// Where the snapshot is, noted or not: a copy may have followed a seal that nobody has adopted, and be gone since, and its
+    /// tree is there for what else it has. So what is not noted is looked for in every open tree, and noted.
+    pub(super) async fn find_anywhere(&self, snapshot: SnapshotId) -> Result<Option<SnapshotPlace>, Failure> {
+        if let Some(place) = self.snapshot_place(snapshot) {
+            return Ok(Some(place));
         }
+        let Some(tree) = self.engine().tree_with(snapshot).await? else { return Ok(None) };
+        let pools: Vec<_> = self.index().pools.values().cloned().collect();
+        let has_it = tokio::task::spawn_blocking(move || pools.into_iter().find(|pool| pool.pool.tree(tree).exists()));
+        // Otherwise its pool is being opened now.
+        let pool = has_it.await.ok().flatten().ok_or(Busy)?.pool.name.clone();
+        let place = SnapshotPlace { pool, tree, descriptor: String::new(), base: false };
+        Ok(Some(self.index().snapshots.entry(snapshot).or_insert(place).clone()))
     }
 }

@@ -6,7 +6,7 @@
 //! * What the holder kept of a copy is kept here until that copy is open.
 
 use super::copy::copying;
-use super::fill::{fill_record, is_filling};
+use super::fill::{fill_record, filled, is_filling};
 use super::mirror::{MirrorPlace, copy_record};
 use super::pools::PoolList;
 use super::volumes::{Opened, TreeFailure, base_of, base_record, open_tree};
@@ -202,8 +202,10 @@ impl Manager {
                 match self.engine().open_tree(tree, opened.store, opened.files, opened.pending).await {
                     Ok(()) => {
                         self.held().remove(&tree);
-                        self.index().broken_trees.remove(&tree);
-                        self.read_names(state, tree, &volumes, &snapshots).await;
+                        // Until its names are read, nobody may take what is in it for what is not here.
+                        if self.read_names(state, tree, &volumes, &snapshots).await {
+                            self.index().broken_trees.remove(&tree);
+                        }
                         self.erase_half_filled(state, tree, &volumes).await;
                         state.promises.settle(tree, self.promised_bytes(tree).await);
                         return;
@@ -220,17 +222,19 @@ impl Manager {
         }
     }
 
+    /// What the copy has is known from now on; whether it is not left alone.
     async fn read_names(
         &self,
         state: &PoolState,
         tree: InstanceId,
         volumes: &[VolumeInfo],
         snapshots: &[SnapshotInfo],
-    ) {
+    ) -> bool {
         let path = state.pool.tree(tree);
-        let pool = &state.pool.name;
+        let (pool, mut is_used) = (&state.pool.name, true);
         for info in volumes.iter().filter(|info| !is_filling(&path, info.volume)) {
             if !self.may_claim(state, tree, info).await {
+                is_used = false;
                 continue;
             }
             let copy = copying(&path, info.volume).map(|_| CopyState::new(info.size));
@@ -243,8 +247,16 @@ impl Manager {
         for info in snapshots {
             let base = path.join("records").join(base_record(info.snapshot)).exists();
             let descriptor = descriptor(&path, &info.snapshot.to_string());
-            self.index().snapshots.insert(info.snapshot, SnapshotPlace { pool: pool.clone(), tree, descriptor, base });
+            let place = SnapshotPlace { pool: pool.clone(), tree, descriptor, base };
+            let mut index = self.index();
+            // A copy that was replaced may have followed the seal in the middle of its resync: what has no record is not it.
+            let known =
+                index.snapshots.get(&info.snapshot).filter(|known| known.tree != tree && place.descriptor.is_empty());
+            if known.is_none_or(|known| known.descriptor.is_empty()) {
+                index.snapshots.insert(info.snapshot, place);
+            }
         }
+        is_used
     }
 
     /// Whether the volume is this copy's: a creation that was cut off may have left an empty one beside the one that was made
@@ -334,12 +346,14 @@ impl Manager {
     }
 }
 
-/// The records that a copy may have.
+/// The records that a copy may have. That of a snapshot which was still being filled, and was to be sealed, says nothing of what a
+/// late seal has put under its id.
 fn names_of(store: &Store) -> BTreeSet<String> {
-    let volumes = store.volumes().into_iter().map(|info| info.volume);
-    let volumes = volumes.flat_map(|id| [id.to_string(), copy_record(id), fill_record(id)]);
+    let volumes: BTreeSet<_> = store.volumes().into_iter().map(|info| info.volume).collect();
     let snapshots = store.snapshots().into_iter().map(|info| info.snapshot);
+    let snapshots = snapshots.filter(|id| !volumes.contains(&filled(*id)));
     let snapshots = snapshots.flat_map(|id| [id.to_string(), base_record(id)]);
+    let volumes = volumes.iter().flat_map(|id| [id.to_string(), copy_record(*id), fill_record(*id)]);
     volumes.chain(snapshots).collect()
 }
 

@@ -226,14 +226,13 @@ impl Manager {
         // Behind whoever takes it or fills it now: what is not there must not be there a moment later.
         let _snapshot = self.end_fill(snapshot).await?;
         let _set_aside = self.release(snapshot);
-        if self.snapshot_place(snapshot).is_none() {
-            self.find_unnoted(snapshot).await;
+        // Each time in one tree less: a copy that was replaced may have something under its id, too.
+        while let Some(place) = self.find_anywhere(snapshot).await? {
+            let _tree = self.inner.operations.begin(vec![place.tree.to_bytes()]).await?;
+            self.forget(snapshot).await?;
+            self.remove_record(&place.pool, place.tree, snapshot.to_string()).await;
+            self.tidy_tree(&place.pool, place.tree).await;
         }
-        let Some(place) = self.snapshot_place(snapshot) else { return Ok(()) };
-        let _tree = self.inner.operations.begin(vec![place.tree.to_bytes()]).await?;
-        self.forget(snapshot).await?;
-        self.remove_record(&place.pool, place.tree, snapshot.to_string()).await;
-        self.tidy_tree(&place.pool, place.tree).await;
         Ok(())
     }
 
@@ -252,13 +251,13 @@ impl Manager {
         let mut infos = std::collections::BTreeMap::new();
         for tree in trees {
             if let Ok(all) = self.engine().inspect(tree, |store| store.snapshots()).await {
-                infos.extend(all.into_iter().map(|info| (info.snapshot, info)));
+                infos.extend(all.into_iter().map(|info| ((tree, info.snapshot), info)));
             }
         }
         let listed = places.into_iter().filter(|(_, place)| !place.base);
         let view = |(id, place): (SnapshotId, SnapshotPlace)| {
             let SnapshotPlace { pool, tree, descriptor, .. } = place;
-            infos.remove(&id).map(|info| SnapshotView { info, pool, tree, descriptor })
+            infos.remove(&(tree, id)).map(|info| SnapshotView { info, pool, tree, descriptor })
         };
         listed.filter_map(view).collect()
     }

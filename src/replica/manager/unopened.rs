@@ -1,7 +1,8 @@
 //! What is not known here because it may be in a pool or a copy that could not be opened.
 //!
 //! Invariant: an object is said not to be here only when no record beside a copy that is not open names it, and, where something
-//! is to be deleted, no pool that is not open may have it.
+//! is to be deleted, no pool that is not open may have it. What a copy has followed without being told has no record: it may be in
+//! every copy that is not open.
 
 use super::{Manager, SnapshotFailure, VolumeFailure};
 use crate::replica::pool::PoolName;
@@ -26,12 +27,40 @@ impl Manager {
         if unwritten { self.delete_unwritten(volume).await } else { self.delete_volume(volume).await }
     }
 
-    /// As [`Self::delete_snapshot`]; `pool` is where it is said to be, or empty.
-    pub async fn ensure_no_snapshot(&self, snapshot: SnapshotId, pool: &str) -> Result<(), SnapshotFailure> {
+    /// As [`Self::delete_snapshot`]; `pool` is where it is said to be, or empty; `mirrored`: copies here may have followed its
+    /// seal.
+    pub async fn ensure_no_snapshot(
+        &self,
+        snapshot: SnapshotId,
+        pool: &str,
+        mirrored: bool,
+    ) -> Result<(), SnapshotFailure> {
         if self.snapshot_place(snapshot).is_none() {
             self.all_open_for(&snapshot.to_string(), Some(pool)).await?;
+            let closed = if mirrored { self.closed_tree(pool).await } else { None };
+            closed.map_or(Ok(()), Err)?;
         }
         self.delete_snapshot(snapshot).await
+    }
+
+    /// A volume or snapshot with this id is known here, or all is open in which it could be; `pool` is where it is said to be, or
+    /// empty.
+    pub async fn look_for(&self, id: &str, pool: &str) -> Result<(), Unopened> {
+        let is_volume = id.parse::<VolumeId>().is_ok_and(|volume| self.place(volume).is_some());
+        let is_known = is_volume || id.parse::<SnapshotId>().is_ok_and(|id| self.snapshot_place(id).is_some());
+        if is_known { Ok(()) } else { self.all_open_for(id, Some(pool)).await }
+    }
+
+    /// A copy in this pool, or in any, into which nobody can look.
+    async fn closed_tree(&self, pool: &str) -> Option<Unopened> {
+        let trees = self.index().broken_trees.clone();
+        for (tree, broken) in trees.into_iter().filter(|(_, tree)| pool.is_empty() || tree.pool.as_str() == pool) {
+            // One that is left alone is open.
+            if self.engine().inspect(tree, |_| ()).await.is_err() {
+                return Some(Unopened { pool: broken.pool, problem: broken.problem });
+            }
+        }
+        None
     }
 
     /// All is open in which something that is not known here could be; `record` is the name of its record, and `pool`, if that

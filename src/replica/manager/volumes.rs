@@ -93,10 +93,13 @@ impl Manager {
     pub async fn ensure_volume(&self, new: NewVolume) -> Result<(), Failure> {
         let volume = new.volume;
         let _guard = self.begin(volume, &[volume.to_bytes()]).await?;
+        if self.place(volume).is_none() {
+            self.all_open_for(&volume.to_string(), None).await?;
+        }
+        // Looked up again: its copy may have been opened meanwhile.
         if let Some(place) = self.place(volume) {
             return self.check_same(&new, &place).await;
         }
-        self.all_open_for(&volume.to_string(), None).await?;
         let pool = self.pool(&new.pool).ok_or_else(|| Failure::NoPool(new.pool.clone()))?;
         match new.source {
             Source::Blank => self.create_blank(&new, &pool, Blank::new()).await,

@@ -1,13 +1,13 @@
 //! What was deleted while a person took this node for gone: it goes now.
 //!
 //! Invariants: the list is in the node's own object, so that a copy goes because the catalogue says so; a name leaves it when
-//! nothing of it is here any more.
+//! nothing of it is here any more, nor where this node cannot look now. What the catalogue has again, and wants, stays.
 
 use super::Mirrors;
 use super::reconcile::Trouble;
-use crate::catalog::{GivenUp, Node, Stored};
+use crate::catalog::{GivenUp, Node, Snapshot, Stored, Volume};
 use crate::replica::manager::Manager;
-use crate::volume::VolumeId;
+use crate::volume::{SnapshotId, VolumeId};
 
 impl Mirrors {
     /// Removes what this node has given up, as far as it can.
@@ -16,6 +16,7 @@ impl Mirrors {
         let stored = catalog.get::<Node>(&self.settings.node.0).await?;
         let given_up = |stored: &Stored<Node>| !stored.object.removed && !stored.object.given_up.is_empty();
         let Some(mut stored) = stored.filter(given_up) else { return Ok(()) };
+        let before = stored.object.given_up.clone();
         let GivenUp { volumes, snapshots } = std::mem::take(&mut stored.object.given_up);
         let mut failed = None;
         for volume in volumes {
@@ -25,19 +26,35 @@ impl Mirrors {
             }
         }
         for snapshot in snapshots {
-            if let Err(error) = manager.delete_snapshot(snapshot).await {
+            if let Err(error) = self.forget_snapshot(manager, snapshot).await {
                 stored.object.given_up.snapshots.insert(snapshot);
-                failed = Some(error.into());
+                failed = Some(error);
             }
         }
-        catalog.update(stored).await?;
+        // A change wakes whoever watches the nodes, and this node again.
+        if stored.object.given_up != before {
+            catalog.update(stored).await?;
+        }
         failed.map_or(Ok(()), Err)
     }
 
+    async fn forget_snapshot(&self, manager: &Manager, id: SnapshotId) -> Result<(), Trouble> {
+        let stored = self.settings.catalog.get::<Snapshot>(&id.to_string()).await?;
+        if stored.is_some_and(|stored| !stored.object.deleted) {
+            return Ok(());
+        }
+        Ok(manager.ensure_no_snapshot(id, "", true).await?)
+    }
+
     async fn forget_volume(&mut self, manager: &Manager, volume: VolumeId) -> Result<(), Trouble> {
+        let stored = self.settings.catalog.get::<Volume>(&volume.to_string()).await?;
+        if stored.is_some_and(|stored| !stored.object.spec.deleted) {
+            tracing::warn!(%volume, "it was deleted while this node was taken for gone, and has come back since: it stays");
+            return Ok(());
+        }
         match manager.copy_here(volume) {
             Some(here) => self.take_away(manager, &here).await?,
-            None => manager.delete_volume(volume).await?,
+            None => manager.ensure_no_volume(volume, "", false).await?,
         }
         tracing::info!(%volume, "it was deleted while this node was taken for gone");
         Ok(())

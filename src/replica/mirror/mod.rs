@@ -35,6 +35,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 
 pub use courier::{Refresh, Refresher};
 pub use record::{is_going, nodes_of};
@@ -106,7 +107,15 @@ struct Work {
     everything: bool,
     nodes: bool,
     volumes: BTreeSet<VolumeId>,
+    /// There is something that this node has given up, and when it is tried to forget that: what is in a pool that is missing may stay
+    /// for ever.
+    gives_up: bool,
+    forget_at: Instant,
+    rest: Duration,
 }
+
+/// How long at most what cannot be forgotten rests, if nothing comes meanwhile in which it may be: each try asks for every name.
+const LONGEST_REST: Duration = Duration::from_secs(60);
 
 impl Work {
     fn is_empty(&self) -> bool {
@@ -158,7 +167,8 @@ impl Mirrors {
     /// Follows the catalogue until it is dropped. The copies' tasks end with it.
     pub async fn run(mut self, manager: Manager) {
         let mut watch = self.settings.catalog.watch();
-        let mut work = Work { everything: true, nodes: true, volumes: BTreeSet::new() };
+        let (gives_up, forget_at, rest) = (false, Instant::now(), FIRST_PAUSE);
+        let mut work = Work { everything: true, nodes: true, volumes: BTreeSet::new(), gives_up, forget_at, rest };
         let mut pause = FIRST_PAUSE;
         loop {
             self.do_all(&manager, &mut work).await;
@@ -171,7 +181,8 @@ impl Mirrors {
                     // The catalogue of a process that is ending.
                     None => return,
                 },
-                () = manager.clients_changed() => work.everything = true,
+                () = manager.clients_changed() => (work.everything, work.forget_at) = (true, Instant::now()),
+                () = tokio::time::sleep_until(work.forget_at), if work.gives_up => {}
                 () = tokio::time::sleep(pause), if !work.is_empty() => pause = (pause * 2).min(LAST_PAUSE),
             }
         }
@@ -195,12 +206,11 @@ impl Mirrors {
 
     /// What cannot be done stays to be done.
     async fn do_all(&mut self, manager: &Manager, work: &mut Work) {
-        let mut gives_up = false;
         if work.nodes {
             match self.settings.catalog.list::<Node>().await {
                 Ok(nodes) => {
                     let own = nodes.iter().find(|stored| stored.object.name == self.settings.node);
-                    gives_up = own.is_some_and(|own| !own.object.given_up.is_empty());
+                    work.gives_up = own.is_some_and(|own| !own.object.given_up.is_empty());
                     let nodes = nodes.into_iter().map(|stored| (stored.object.name, stored.object.mirror));
                     let addresses = nodes.collect();
                     // Whoever has a copy beside one of ours may have moved.
@@ -221,15 +231,6 @@ impl Mirrors {
                 Err(error) => return self.say(None, error.to_string()),
             }
         }
-        let forgotten = if gives_up { self.forget_given_up(manager).await } else { Ok(()) };
-        match forgotten {
-            Ok(()) => drop(self.said.remove(&None)),
-            Err(error) => {
-                // Everything else goes on.
-                self.say(None, error.to_string());
-                work.nodes = true;
-            }
-        }
         let mut failed = BTreeSet::new();
         for volume in std::mem::take(&mut work.volumes) {
             match self.reconcile(manager, volume).await {
@@ -241,6 +242,26 @@ impl Mirrors {
             }
         }
         work.volumes = failed;
+        self.forget_in_time(manager, work).await;
+    }
+
+    /// After what somebody may wait for.
+    async fn forget_in_time(&mut self, manager: &Manager, work: &mut Work) {
+        if work.gives_up && Instant::now() < work.forget_at {
+            return;
+        }
+        let forgotten = if work.gives_up { self.forget_given_up(manager).await } else { Ok(()) };
+        match forgotten {
+            Ok(()) => {
+                self.said.remove(&None);
+                (work.gives_up, work.rest) = (false, FIRST_PAUSE);
+            }
+            Err(error) => {
+                self.say(None, error.to_string());
+                work.forget_at = Instant::now() + work.rest;
+                work.rest = (work.rest * 2).min(LONGEST_REST);
+            }
+        }
     }
 
     /// Logs what is tried again, once as long as it stays the same.

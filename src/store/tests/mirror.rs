@@ -456,3 +456,38 @@ fn what_a_candidate_saw_leave_lacks_the_whole_volume() {
     assert_eq!(bench.plan(id, Some(Lacks::Since(stamp(3))), &[]), whole);
     assert_eq!(bench.plan(id, Some(Lacks::Since(stamp(4))), &[]), []);
 }
+
+/// A base has no checksums. Were those of the snapshot above it made again when it is merged, they would be of what has rotted.
+#[test]
+fn what_rots_in_a_snapshot_is_named_when_a_base_was_merged_into_it() {
+    let (mut bench, id) = mirrored();
+    bench.write(id, 0, &[1, 2, 3]);
+    bench.persist(id, 2, &[(2, 2)]);
+    bench.write(id, 2, &[7, 8]);
+    let seal = Control::Seal { volume: id, snapshot: snapshot(1), created_ms: 0 };
+    assert_eq!(bench.control(seal), Ok(()));
+    bench.idle();
+    let is_checked = |bench: &mut Bench| bench.store().snapshots()[0].checksummed;
+    assert_eq!((is_checked(&mut bench), bench.store().volumes()[0].layers), (true, 3));
+    let (files, mut block) = (bench.files.clone(), [0; 4096]);
+    let blocks = files.size(Name::Data).expect("readable").expect("there") / BLOCK_SIZE;
+    let is_it = |at: &u64| files.read_at(Name::Data, at * BLOCK_SIZE, &mut block).is_ok() && block == [8; 4096];
+    let at = (0..blocks).find(is_it).expect("it is there");
+    files.write_at(Name::Data, at * BLOCK_SIZE, &[9; 4096]).expect("it rots");
+    // The copy is back. A step at a time: it is a snapshot with checksums all the time.
+    bench.persist(id, 3, &[]);
+    while let Some(delay) = bench.store().next_tick() {
+        bench.now += delay;
+        let (mut out, now) = (Vec::new(), bench.now);
+        bench.store().tick(now, &mut out);
+        assert!(is_checked(&mut bench));
+        bench.run(out, &mut Memory::zeros(4096).expect("memory"));
+    }
+    assert_eq!(bench.store().volumes()[0].layers, 2, "merged");
+    bench.kill();
+    let plan = bench.store().verify_plan(id).expect("a plan");
+    let report = verify::verify(&plan, &*files, &mut |_| std::ops::ControlFlow::Continue(())).expect("readable");
+    assert_eq!((report.blocks, plan.unchecked_blocks), (4, 0));
+    let found: Vec<_> = report.findings.iter().map(|finding| finding.block).collect();
+    assert_eq!((found, report.wrong), (vec![3], 1));
+}
