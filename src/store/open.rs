@@ -235,7 +235,7 @@ impl<'a> Opening<'a> {
         let needs_checkpoint = self.end.epoch != self.generation || room < COMMITS_LEFT * largest + self.log_blocks / 4;
         if needs_data || needs_checkpoint {
             // Data before map.
-            self.files.sync(Name::Data).map_err(io_error("syncing the data"))?;
+            self.sync(Name::Data, "syncing the data")?;
         }
         let remains = self.blocks_of_remains();
         let (fits, goes_on) = (room >= remains, room >= remains + largest);
@@ -244,7 +244,7 @@ impl<'a> Opening<'a> {
             // What was replayed may be in a cache only. Blocks that it freed are used from now on, and the next commit says
             // of it that it is durable.
             let log = Name::Log(slot_of(self.end.epoch));
-            self.files.sync(log).map_err(io_error("syncing a map log"))?;
+            self.sync(log, "syncing a map log")?;
             if begins_other {
                 (self.end, self.unwitnessed) = (self.end.next_epoch(), false);
             }
@@ -271,6 +271,11 @@ impl<'a> Opening<'a> {
         Ok(true)
     }
 
+    /// What was in a cache before this process may be lost if it fails, and devices of a killed engine do not know.
+    fn sync(&self, name: Name, doing: &'static str) -> Result<(), OpenError> {
+        self.files.sync(name).inspect_err(|_| self.pending.sync_failed()).map_err(io_error(doing))
+    }
+
     /// Blocks of the log that the remains take.
     fn blocks_of_remains(&self) -> u64 {
         let mut writer = Writer::new(self.superblock.instance, self.end, largest_commit(&self.pending) as usize);
@@ -290,7 +295,7 @@ impl<'a> Opening<'a> {
             encode(&mut writer, remains);
             let (position, blocks) = writer.finish();
             self.files.write_at(log, position.offset(), blocks).map_err(io_error("writing a map log"))?;
-            self.files.sync(log).map_err(io_error("syncing a map log"))?;
+            self.sync(log, "syncing a map log")?;
         }
         self.unwitnessed |= !self.remains.is_empty();
         self.end = writer.position();

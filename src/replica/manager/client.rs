@@ -82,11 +82,14 @@ impl Manager {
     /// Whether what a device here asks is answered, or there is one already.
     pub(super) async fn is_client_served(&self, volume: VolumeId) -> Result<bool, AttachFailure> {
         let until = Instant::now() + RENEWED_LIMIT;
+        let mut is_asked = false;
         loop {
             if let Some(status) = self.client_status(volume).await.filter(|status| !status.ended) {
                 return Ok(status.device.is_some() || status.answers);
             }
-            self.inner.clients_changed.notify_one();
+            if !std::mem::replace(&mut is_asked, true) {
+                self.inner.clients_changed.notify_one();
+            }
             if Instant::now() >= until {
                 return Err(AttachFailure::NotWished(volume));
             }

@@ -132,7 +132,7 @@ impl Mirrors {
         let wanted = manager.held_publication(id).filter(|held| !is_copy(held)).or(named);
         if let Some(publication) = wanted.filter(|_| manager.publication(id).is_none()) {
             if manager.copy_here(id).is_some() {
-                return Ok(());
+                return Ok(manager.close_client(id).await?);
             }
             self.open_client(manager, volume, publication).await?;
             if named != wanted {

@@ -182,7 +182,7 @@ impl Mirrors {
                     None => return,
                 },
                 () = manager.clients_changed() => (work.everything, work.forget_at) = (true, Instant::now()),
-                () = tokio::time::sleep_until(work.forget_at), if work.gives_up => {}
+                () = tokio::time::sleep_until(work.forget_at), if work.gives_up && work.is_empty() => {}
                 () = tokio::time::sleep(pause), if !work.is_empty() => pause = (pause * 2).min(LAST_PAUSE),
             }
         }

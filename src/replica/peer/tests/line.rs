@@ -107,6 +107,25 @@ fn whoever_waits_for_the_socket_hears_each_frame() {
     writer.join().expect("ends");
 }
 
+/// What has come of it wakes nobody, and is no sign of life for ever.
+#[test]
+fn whoever_stops_in_the_middle_of_a_frame_is_silent() {
+    let (line, mut there) = line();
+    let (_, bytes) = frame(1, 255);
+    there.write_all(&bytes[..bytes.len() / 2]).expect("written");
+    let began = Instant::now();
+    while !line.is_silent(Duration::from_millis(100)) {
+        let mut fds = [PollFd::new(line.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::ZERO) == Ok(1) {
+            assert!(matches!(line.receive(), Heard::Nothing | Heard::Later));
+        }
+        assert!(began.elapsed() < super::loopback::LONG, "it is waited for");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    there.write_all(&bytes[bytes.len() / 2..]).expect("written");
+    assert!(matches!(hear(&line), Event::Received { .. }));
+}
+
 #[test]
 fn who_has_bytes_to_be_read_is_not_silent_and_who_is_gone_is() {
     let (line, mut there) = line();
