@@ -2,6 +2,9 @@
 
 #[path = "cluster/copies.rs"]
 mod copies;
+#[allow(dead_code, reason = "other test programs use the rest")]
+#[path = "support/leash.rs"]
+mod leash;
 #[path = "cluster/rig.rs"]
 mod rig;
 

@@ -13,6 +13,9 @@ mod clocks;
 mod discards;
 #[path = "faults/kills.rs"]
 mod kills;
+#[allow(dead_code, reason = "other test programs use the rest")]
+#[path = "support/leash.rs"]
+mod leash;
 #[path = "faults/load.rs"]
 mod load;
 #[path = "support/points.rs"]

@@ -1,5 +1,9 @@
 //! The holder as a process: what it keeps outlives whoever put it there, and the holder's own upgrade.
 
+#[path = "support/leash.rs"]
+mod leash;
+
+use leash::Leash;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::File;
@@ -20,13 +24,14 @@ fn command(socket: &Path) -> Command {
 
 /// A directory for the socket; ends the holder on every path.
 struct Place {
+    _leash: Leash,
     directory: tempfile::TempDir,
 }
 
 impl Place {
     fn new() -> Self {
         let directory = tempfile::Builder::new().prefix("tandem-holder-").tempdir().expect("a directory");
-        Self { directory }
+        Self { _leash: Leash::new(directory.path()), directory }
     }
     fn socket(&self) -> PathBuf {
         self.directory.path().join("holder.sock")

@@ -3,6 +3,7 @@
 mod support;
 
 use std::fs::OpenOptions;
+use std::io::BufRead;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use support::installation::{Installation, pids};
@@ -385,4 +386,34 @@ async fn an_empty_copy_never_takes_the_place_of_one_with_data() {
         assert!(problem.contains("2 copies") && problem.contains(&volume), "{problem}");
         tandem.terminate();
     }
+}
+
+/// Tells the child below that it is one.
+const LEASHED: &str = "TANDEM_TEST_LEASHED";
+
+/// Of the tests: whatever ends them, they leave nothing behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_test_that_is_killed_leaves_no_process_device_or_directory() {
+    if std::env::var_os(LEASHED).is_some() {
+        let tandem = Installation::start(&[]).await;
+        let volume = tandem.create("pvc-leashed", 64 << 20, &[]).await;
+        tandem.attach(&volume).await;
+        println!("leashed {volume} {}", tandem.dir().display());
+        return std::future::pending().await;
+    }
+    let mut command = std::process::Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", "a_test_that_is_killed_leaves_no_process_device_or_directory", "--nocapture"]);
+    let mut child = command.env(LEASHED, "1").stdout(std::process::Stdio::piped()).spawn().expect("this program");
+    let lines = std::io::BufReader::new(child.stdout.take().expect("piped"));
+    let said = lines.lines().map_while(Result::ok).find_map(|line| Some(line.split_once("leashed ")?.1.to_owned()));
+    child.kill().expect("our own child");
+    child.wait().expect("our own child");
+    let said = said.expect("what it made");
+    let (volume, dir) = said.split_once(' ').expect("two words");
+    let dir = std::path::Path::new(dir);
+    until("the end of what it left", async || {
+        let roles = ["replica", "csi", "holder"];
+        !dir.exists() && devices_of(volume) == 0 && roles.iter().all(|role| pids(dir, role).is_empty())
+    })
+    .await;
 }

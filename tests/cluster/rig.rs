@@ -1,5 +1,6 @@
 //! A cluster made by `hack/cluster` in a temporary directory, with clients for its sockets. Dropped, nothing is left.
 
+use crate::leash::Leash;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -15,6 +16,8 @@ use tonic::{Code, Status};
 pub const MIB: i64 = 1 << 20;
 
 pub struct Cluster {
+    /// For whoever kills the test.
+    _leash: Leash,
     top: TempDir,
     /// For every command: more flags of its processes.
     environment: Vec<(&'static str, String)>,
@@ -53,7 +56,8 @@ impl Cluster {
     /// The same with variables that `hack/cluster` knows.
     pub fn up_with(nodes: usize, environment: Vec<(&'static str, String)>) -> Self {
         let top = tempfile::Builder::new().prefix("tandem-cluster-").tempdir().expect("a directory");
-        let cluster = Self { top, environment, up: true };
+        let _leash = Leash::after("hack/cluster --dir \"$DIR/c\" down", top.path());
+        let cluster = Self { _leash, top, environment, up: true };
         cluster.run(&["up", &nodes.to_string()]);
         cluster
     }

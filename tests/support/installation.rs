@@ -1,5 +1,6 @@
 //! A `tandem standalone` of the test's own in a temporary directory, with clients for its sockets. Leaves nothing behind.
 
+use super::leash::Leash;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,6 +21,8 @@ pub struct Installation {
     parent: Option<Child>,
     arguments: Vec<String>,
     environment: Vec<(String, PathBuf)>,
+    /// For whoever kills the test.
+    _leash: Leash,
     dir: TempDir,
 }
 
@@ -34,7 +37,7 @@ impl Installation {
     pub async fn start_in(dir: TempDir, arguments: &[&str], environment: &[(&str, &Path)]) -> Self {
         let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
         let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), value.to_path_buf())).collect();
-        let mut installation = Self { parent: None, arguments, environment, dir };
+        let mut installation = Self { parent: None, arguments, environment, _leash: Leash::new(dir.path()), dir };
         installation.start_again().await;
         installation
     }

@@ -3,6 +3,7 @@
 
 pub mod diagnosis;
 pub mod installation;
+pub mod leash;
 pub mod mounted;
 pub mod points;
 pub mod small_pool;

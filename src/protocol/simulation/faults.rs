@@ -2,9 +2,8 @@
 
 use super::cluster::{Cluster, Event};
 use super::disk::Disk;
-use super::oracle::Oracle;
 use crate::protocol::*;
-use crate::volume::InstanceId;
+use crate::volume::{BlockRange, InstanceId};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -188,17 +187,19 @@ impl Cluster {
         self.admit_losses();
     }
 
+    /// No member has everything that was ever acknowledged.
+    fn is_nothing_kept(&self) -> bool {
+        !self.members().into_iter().any(|member| self.nodes[member].is_kept())
+    }
+
     /// If no member kept its caches, what was not flushed may be gone.
     fn admit_losses(&mut self) {
-        let members = self.members();
-        if members.iter().any(|member| self.nodes[*member].is_kept()) {
+        if !self.is_nothing_kept() {
             return;
         }
         self.tally.lost_caches += 1;
         for block in self.oracle.blocks() {
-            for member in &members {
-                Oracle::lose(&mut self.oracle, block, self.nodes[*member].disk.get(block));
-            }
+            self.lose(block);
         }
         // What is gone is covered by no flush that comes after; a client is never told that it is (`client.rs`).
         let now: BTreeMap<_, _> = self.oracle.covered().into_iter().collect();
@@ -210,13 +211,28 @@ impl Cluster {
         }
     }
 
+    /// What the members have of a block is all there is.
+    fn lose(&mut self, block: u64) {
+        for member in self.members() {
+            self.oracle.lose(block, self.nodes[member].disk.get(block));
+        }
+    }
+
+    /// A flush may fail between the writing of something and its acknowledgement: it is gone, then, like what was acknowledged
+    /// before. No flush can cover it any more, and the device ends.
+    pub fn admit_late_losses(&mut self, range: BlockRange) {
+        if self.is_nothing_kept() {
+            (range.start()..range.end()).for_each(|block| self.lose(block));
+        }
+    }
+
     /// A proposal may land when the only members that it leaves have lost their caches. They had flushed what was
     /// acknowledged, but what was under way may be torn.
     pub fn admit_tears(&mut self) {
-        let members = self.members();
-        if members.iter().any(|member| self.nodes[*member].is_kept()) {
+        if !self.is_nothing_kept() {
             return;
         }
+        let members = self.members();
         for block in self.oracle.blocks() {
             for member in &members {
                 self.oracle.leave(block, self.nodes[*member].disk.get(block));
@@ -315,7 +331,7 @@ impl Cluster {
     /// A member's disk is gone, and no other member is known to have everything: a person decides (`promote --force`).
     pub fn needs_a_person(&self) -> bool {
         let gone = self.catalogue.members().any(|copy| self.node_of(copy).is_none());
-        gone && !self.members().into_iter().any(|member| self.nodes[member].is_kept())
+        gone && self.is_nothing_kept()
     }
 
     /// A primary waits with a copy that was slow.
