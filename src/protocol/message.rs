@@ -75,7 +75,7 @@ pub enum Message {
         frame: Frame,
         /// Its place.
         serial: SerialNumber,
-        /// Everything below was answered by everybody.
+        /// Everything below was answered by every other copy.
         floor: SerialNumber,
         /// What.
         request: Request,
@@ -95,7 +95,7 @@ pub enum Message {
         frame: Frame,
         /// Its place.
         serial: SerialNumber,
-        /// Everything below was answered by everybody.
+        /// Everything below was answered by every other copy.
         floor: SerialNumber,
         /// Which blocks.
         piece: Piece,
@@ -106,7 +106,7 @@ pub enum Message {
         frame: Frame,
         /// Its place.
         serial: SerialNumber,
-        /// Everything below was answered by everybody.
+        /// Everything below was answered by every other copy.
         floor: SerialNumber,
         /// Of at most [`COMPARED_BLOCKS`](super::COMPARED_BLOCKS).
         range: BlockRange,

@@ -110,6 +110,16 @@ impl Record {
             _ => Ok(()),
         }
     }
+
+    /// The same; after a power cut it is not back. Blocking.
+    pub fn remove_durably(tree: &Path, id: &str) -> Result<(), RecordError> {
+        let directory = tree.join("records");
+        if !directory.join(id).exists() {
+            return Ok(());
+        }
+        Self::remove(tree, id)?;
+        sync_directory(&directory).map_err(|source| RecordError::Io { path: directory.clone(), source })
+    }
 }
 
 #[cfg(test)]

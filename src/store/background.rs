@@ -3,7 +3,8 @@
 //!
 //! Invariants: a step is short (below a millisecond, whatever the size of the volume), so that it can run between requests;
 //! whatever a step changes is a record like any other; a layer is merged or freed only when its namelessness is durable,
-//! nobody outside reads it, and it has one child or none; into one with checksums only what has its own is merged.
+//! nobody outside reads it, and it has one child or none; into one with checksums only what has its own is merged,
+//! has no data, or could not get any.
 
 use super::format::LayerId;
 use super::map::{Entry, Extent, PhysicalBlock};
@@ -170,6 +171,11 @@ impl Store {
         {
             self.background.deferred = false;
             self.change_below(record);
+            if let Record::MergedPart { parent, child, .. } | Record::Merged { parent, child } = record
+                && self.tree.layers.get(&child).is_some_and(|child| !child.checksummed)
+            {
+                self.background.checking.taken(parent, child);
+            }
             if let Record::Merged { parent, child } = record {
                 self.background.checking.merged(parent, child);
             }

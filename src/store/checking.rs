@@ -92,6 +92,13 @@ impl Checking {
         self.loading == Some(layer) || self.active.as_ref().is_some_and(|(active, _)| *active == layer)
     }
 
+    /// A part of a layer whose checksums could not be made has taken those of the layer above: they are not made anew with each step.
+    pub fn taken(&mut self, parent: LayerId, child: LayerId) {
+        if self.failed.contains(&parent) {
+            self.failed.insert(child);
+        }
+    }
+
     /// A layer was merged into another one: what is loaded of that one's checksums may not be all any more.
     pub fn merged(&mut self, parent: LayerId, child: LayerId) {
         let is_whole = self.loaded.contains(&parent) && !self.incomplete.contains(&parent);
@@ -245,12 +252,6 @@ impl Store {
             Err(_) => {
                 checking.active = None;
                 checking.failed.insert(job.layer);
-                // What is merged all the same takes those of the layer above with each step: they are not made anew each time.
-                if let Some(Layer { role: Role::Nameless, children, .. }) = self.tree.layers.get(&job.layer)
-                    && let [child] = children[..]
-                {
-                    checking.failed.insert(child);
-                }
             }
         }
     }

@@ -152,7 +152,7 @@ impl Commit {
 
     /// Changes of maps that find room in both logs, at most.
     pub fn changes_left(&self) -> u64 {
-        (2 * self.log_blocks - self.durable_blocks) * BLOCK_CHANGES
+        (2 * self.log_blocks).saturating_sub(self.durable_blocks) * BLOCK_CHANGES
     }
 
     /// Whether the half of the log is used.

@@ -223,6 +223,8 @@ impl<'a> Opening<'a> {
     /// Makes all of it durable.
     fn settle(&mut self) -> Result<(), OpenError> {
         self.check_data()?;
+        // Whoever reads it makes it durable, too; if that fails it is remembered here only.
+        self.sync(Name::Mirror, "syncing the file mirror")?;
         self.mirrors = Mirrors::load(self.files, self.superblock.instance, &self.tree)?;
         // The checkpoint may have got its name just before the process was killed; the log that it replaces is overwritten
         // from now on.

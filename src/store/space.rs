@@ -35,7 +35,7 @@ const BESIDE_A_MERGE: u64 = if cfg!(all(test, debug_assertions)) { 256 } else { 
 /// A disk that has not enough is asked for more in so many steps, each for both files.
 const STEPS: u64 = 8;
 
-/// How long after an attempt that got too little the next one is made.
+/// At least so long between two attempts; who still wants more asks again.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// What is known of the space that is kept.

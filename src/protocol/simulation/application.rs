@@ -97,7 +97,7 @@ impl Cluster {
         match (slot.request, result) {
             (Request::Write(range) | Request::Discard(range) | Request::WriteZeroes(range), Ok(())) => {
                 self.oracle.acknowledge(slot.write)?;
-                self.admit_late_losses(range);
+                self.admit_late_losses(range, slot.write);
                 self.everywhere(range, slot.write)?;
             }
             (request, Err(_)) if request.is_mutation() => self.oracle.fail(slot.write),

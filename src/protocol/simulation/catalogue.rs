@@ -67,7 +67,7 @@ impl Cluster {
             self.note(|| format!("committed by node {node}: {next:?}"));
             self.tally.reconfigurations += 1;
             self.catalogue = next;
-            self.admit_tears();
+            self.admit_tears(node);
             for other in 0..self.nodes.len() {
                 let delay = self.random.millis(1, 100);
                 if let Some(process) = &self.nodes[other].process {

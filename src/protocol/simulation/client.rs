@@ -28,7 +28,7 @@ pub enum GuestEvent {
         guest: usize,
         life: u64,
         node: usize,
-        boot: u64,
+        caches: u64,
         connection: u64,
         message: Message,
         payload: Payload,
@@ -144,8 +144,12 @@ impl Cluster {
                 }
                 self.at_host(guest, node, message, write, payload)
             }
-            // What is heard of a write after its node has lost power says nothing about what is left of it.
-            GuestEvent::ToGuest { node, boot, .. } if self.nodes[node].boot != boot => Ok(()),
+            // What is heard after its node has lost its caches says nothing about what is left of them: it is as if the connection
+            // had ended before.
+            GuestEvent::ToGuest { guest, node, caches, .. } if self.nodes[node].caches != caches => {
+                self.guests[guest].links[node].stale = true;
+                Ok(())
+            }
             GuestEvent::ToGuest { guest, life, node, connection, message, payload, .. } => {
                 let number = self.guests[guest].links[node].number;
                 if number != connection && !self.random.percent(30) {

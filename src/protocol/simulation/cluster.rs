@@ -474,8 +474,11 @@ impl Cluster {
     /// A copy's engine ends (power cut or not); the disk may or may not have done what it was doing.
     pub fn kill(&mut self, node: usize) {
         let Some(process) = self.nodes[node].process.take() else { return };
+        let flush_failed = process.flush_failed;
+        let is_of_former_life = |operation: &Operation| flush_failed && matches!(operation, Operation::Persist(_));
         for operation in process.operations.into_values() {
-            if self.random.percent(50) {
+            // The life that a record names is the one in which it was begun.
+            if self.random.percent(50) && !is_of_former_life(&operation) {
                 self.nodes[node].effect(operation);
             }
         }

@@ -2,6 +2,7 @@
 
 use super::cluster::{Cluster, Event};
 use super::disk::Disk;
+use super::oracle::WriteId;
 use crate::protocol::*;
 use crate::volume::{BlockRange, InstanceId};
 use std::collections::BTreeMap;
@@ -165,7 +166,6 @@ impl Cluster {
             oracle.fail(slot.write);
         }
         (n.powered, n.depth) = (false, 0);
-        n.boot += 1;
         n.caches += 1;
         n.booted_with = n.caches;
         n.disk.lose_caches(random, |block| oracle.tear(block));
@@ -198,6 +198,7 @@ impl Cluster {
             return;
         }
         self.tally.lost_caches += 1;
+        self.oracle.endanger();
         for block in self.oracle.blocks() {
             self.lose(block);
         }
@@ -220,22 +221,24 @@ impl Cluster {
 
     /// A flush may fail between the writing of something and its acknowledgement: it is gone, then, like what was acknowledged
     /// before. No flush can cover it any more, and the device ends.
-    pub fn admit_late_losses(&mut self, range: BlockRange) {
-        if self.is_nothing_kept() {
+    pub fn admit_late_losses(&mut self, range: BlockRange, write: WriteId) {
+        if self.oracle.is_endangered(write) && self.is_nothing_kept() {
             (range.start()..range.end()).for_each(|block| self.lose(block));
         }
     }
 
-    /// A proposal may land when the only members that it leaves have lost their caches. They had flushed what was
-    /// acknowledged, but what was under way may be torn.
-    pub fn admit_tears(&mut self) {
+    /// A proposal may land when the only members that it leaves have lost their caches. Its proposer had flushed what was
+    /// acknowledged, but what was under way may be torn there. The others may have lost power before, unheard.
+    pub fn admit_tears(&mut self, proposer: usize) {
         if !self.is_nothing_kept() {
             return;
         }
+        self.oracle.endanger();
         let members = self.members();
         for block in self.oracle.blocks() {
             for member in &members {
-                self.oracle.leave(block, self.nodes[*member].disk.get(block));
+                let left = self.nodes[*member].disk.get(block);
+                if *member == proposer { self.oracle.leave(block, left) } else { self.oracle.lose(block, left) }
             }
         }
     }

@@ -101,8 +101,8 @@ impl Cluster {
         self.guests[guest].links[node].stale |= link.cut;
         let delay = self.frame_delay();
         if !link.cut {
-            let (connection, boot) = (link.number, self.nodes[node].boot);
-            let event = GuestEvent::ToGuest { guest, life, node, boot, connection, message, payload };
+            let (connection, caches) = (link.number, self.nodes[node].caches);
+            let event = GuestEvent::ToGuest { guest, life, node, caches, connection, message, payload };
             self.at(delay, Event::Guest(event));
         }
     }

@@ -46,7 +46,7 @@ impl Operation {
         matches!(self, Self::Write { .. } | Self::WritePiece { .. } | Self::Zero(_))
     }
 
-    /// As in the engine: nothing becomes durable, and nothing is read for another copy.
+    /// Nothing becomes durable, and nothing is read for another copy. The engine refuses all parts of pieces, also what is written.
     pub fn is_refused_after_failed_flush(&self) -> bool {
         match self {
             Self::Flush(_) | Self::Persist(_) | Self::Seal { .. } | Self::NextRange | Self::Read { tag: None, .. } => {
@@ -131,12 +131,11 @@ impl Process {
 pub struct Node {
     pub disk: Disk,
     pub process: Option<Process>,
-    /// Of the node and of its engines.
-    pub boot: u64,
     /// Lives of its caches: a boot ends one, and so does a flush that fails.
     pub caches: u64,
     /// Which of them began with the boot.
     pub booted_with: u64,
+    /// Of its engines.
     pub lives: u64,
     pub booted: Duration,
     /// Parts in a million by which its clock is fast.
@@ -164,7 +163,6 @@ impl Node {
         Self {
             disk,
             process: None,
-            boot: 1,
             caches: 1,
             booted_with: 1,
             lives: 0,

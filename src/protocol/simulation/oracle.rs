@@ -24,6 +24,8 @@ struct Write {
     fate: Fate,
     /// Place in the order of starting; `NEVER` before.
     order: u32,
+    /// It was under way when no member had kept its caches.
+    endangered: bool,
 }
 
 /// Not started: it may take effect after everything else.
@@ -46,7 +48,7 @@ pub struct Oracle {
 impl Oracle {
     /// A write (or discard) is submitted.
     pub fn submit(&mut self, range: BlockRange, zeros: bool) -> WriteId {
-        self.writes.push(Write { range, zeros, fate: Fate::Unknown, order: NEVER });
+        self.writes.push(Write { range, zeros, fate: Fate::Unknown, order: NEVER, endangered: false });
         let id = self.writes.len() as WriteId;
         for block in range.start()..range.end() {
             self.of.entry(block).or_default().push(id);
@@ -59,7 +61,7 @@ impl Oracle {
     pub fn tear(&mut self, block: u64) -> Content {
         let Some(range) = BlockRange::new(block, 1) else { return 0 };
         self.started += 1;
-        self.writes.push(Write { range, zeros: false, fate: Fate::Failed, order: self.started });
+        self.writes.push(Write { range, zeros: false, fate: Fate::Failed, order: self.started, endangered: false });
         let id = self.writes.len() as WriteId;
         self.of.entry(block).or_default().push(id);
         id
@@ -88,6 +90,16 @@ impl Oracle {
 
     pub fn is_acknowledged(&self, id: WriteId) -> bool {
         self.write(id).is_some_and(|write| write.fate == Fate::Acknowledged)
+    }
+
+    /// No member has its caches any more: what is under way may be gone, also if it is acknowledged later.
+    pub fn endanger(&mut self) {
+        let under_way = |write: &&mut Write| write.fate == Fate::Unknown && write.order != NEVER;
+        self.writes.iter_mut().filter(under_way).for_each(|write| write.endangered = true);
+    }
+
+    pub fn is_endangered(&self, id: WriteId) -> bool {
+        self.write(id).is_some_and(|write| write.endangered)
     }
 
     pub fn acknowledge(&mut self, id: WriteId) -> Result<(), String> {

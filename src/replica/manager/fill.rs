@@ -15,10 +15,11 @@
 
 use super::errors::FillFailure as Failure;
 use super::snapshots::NewSnapshot;
-use super::{Manager, PoolState, SnapshotPlace, growth};
+use super::{Manager, PoolState, SnapshotFailure, SnapshotPlace, growth};
 use crate::catalog::Descriptor;
 use crate::crash::crash_point;
 use crate::protocol::Request;
+use crate::replica::engine::EngineError;
 use crate::replica::operations::OperationGuard;
 use crate::replica::pool::PoolName;
 use crate::replica::records::Record;
@@ -284,7 +285,7 @@ impl Manager {
         let NewFill { snapshot, volume, copy, created_ms, .. } = *new;
         while let Some(place) = self.find_anywhere(snapshot).await? {
             // What was adopted was acknowledged before, whether the catalogue says so or not.
-            if new.said_in.contains(&place.tree) || place.tree == copy && is_described(&place) {
+            if new.said_in.contains(&place.tree) || is_described(&place) {
                 return Ok(Some(place.tree));
             }
             let beside = self.engine().inspect(place.tree, move |store| store.is_beside(snapshot, volume)).await?;
@@ -318,14 +319,18 @@ impl Manager {
     async fn erase_filled(&self, snapshot: SnapshotId, place: &FillPlace) -> Result<(), Failure> {
         let (FillPlace { pool, tree, volume, .. }, internal) = (place, filled(snapshot));
         let (tree, volume) = (*tree, *volume);
+        let beside = self.engine().inspect(tree, move |store| store.is_beside(snapshot, volume)).await?;
+        if beside != Some(true) {
+            // Written before it was sealed, which has failed: a late seal of the volume may have put something under its id. Durably,
+            // before the internal volume goes, which says that this record is of no snapshot.
+            let path = self.open_pool(pool)?.pool.tree(tree);
+            let removed =
+                tokio::task::spawn_blocking(move || Record::remove_durably(&path, &snapshot.to_string())).await;
+            removed.map_err(|_| Failure::Engine(EngineError::Stopped))?.map_err(SnapshotFailure::Record)?;
+        }
         self.control(internal, tree, Control::DeleteVolume(internal)).await?;
         self.remove_record(pool, tree, fill_record(internal)).await;
         self.index().fills.remove(&snapshot);
-        let beside = self.engine().inspect(tree, move |store| store.is_beside(snapshot, volume)).await?;
-        if beside != Some(true) {
-            // Written before it was sealed, which has failed: a late seal of the volume may have put something under its id.
-            self.remove_record(pool, tree, snapshot.to_string()).await;
-        }
         Ok(())
     }
 }

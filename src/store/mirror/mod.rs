@@ -261,6 +261,11 @@ impl Store {
                 return self.update_failed(volume, part, DiskError::Failed, out);
             }
             Err(error) => return self.update_failed(volume, part, error, out),
+            // What this one is told may leave out what another fdatasync was that has failed meanwhile, as for a commit. Marks are
+            // also on the copies that have the write.
+            Ok(()) if part == Part::Record && self.commit.failure().is_some() => {
+                return self.finish_update(volume, part, Err(DiskError::Failed), out);
+            }
             Ok(()) => {}
         }
         match mirror.and_then(|mirror| mirror.updates[part as usize].as_mut()) {

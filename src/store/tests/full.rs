@@ -296,3 +296,35 @@ fn a_checkpoint_is_not_written_over_before_the_exchange_of_its_name_is_durable()
         assert_eq!(store.volumes().len(), 60);
     }
 }
+
+/// They took those of the next snapshot with each step of a merge, and all of that was read again each time.
+#[test]
+fn what_is_merged_without_checksums_has_none_made_anew_with_each_step() {
+    let disk = Arc::new(Disk::new(0));
+    let mut bench = small(&disk);
+    let seal = |number| Control::Seal { volume: volume(1), snapshot: snapshot(number), created_ms: 0 };
+    // A merge takes a few extents at a time.
+    (0..30).for_each(|block| bench.write(volume(1), 2 * block, &[1]));
+    disk.set_full(true);
+    assert_eq!(bench.control(seal(1)), Ok(()));
+    bench.idle();
+    disk.set_full(false);
+    (0..30).for_each(|block| bench.write(volume(1), 2 * block + 1, &[2]));
+    assert_eq!(bench.control(seal(2)), Ok(()));
+    bench.idle();
+    let checked: Vec<_> = bench.store().snapshots().iter().map(|info| info.checksummed).collect();
+    assert_eq!(checked, [false, true]);
+    assert_eq!(bench.control(Control::DeleteSnapshot(snapshot(1))), Ok(()));
+    let mut made = 0;
+    while let Some(delay) = bench.store().next_tick() {
+        bench.now += delay;
+        let (mut out, now) = (Vec::new(), bench.now);
+        bench.store().tick(now, &mut out);
+        made += out.iter().filter(|action| matches!(action, Action::Job(Job::Checksum(_)))).count();
+        bench.run(out, &mut Memory::zeros(4096).expect("memory"));
+    }
+    assert_eq!((bench.store().volumes()[0].layers, made), (2, 0));
+    bench.kill();
+    bench.idle();
+    assert!(bench.store().snapshots()[0].checksummed, "after the next start");
+}
