@@ -269,7 +269,7 @@ async fn a_volume_that_moves_to_and_fro_loses_nothing_on_the_way() {
         let (here, there) = (1 + round % 2, 2 - round % 2);
         // Wishes that are taken back before, while or after they come true.
         for node in [&[][..], &[there], &[here, there], &[there, here, there]][round % 4] {
-            site.publish(*node).await.expect("published");
+            site.published(*node).await;
             site.unpublish(*node).await;
         }
         let device = site.attach(here).await;

@@ -42,7 +42,7 @@ async fn delete(cluster: &Cluster, id: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_copy_is_made_anew_without_a_person_also_that_of_the_primary() {
     let cluster = Cluster::up(3);
-    let parameters = [("replication", "sync"), ("rebuildAfter", "2s")];
+    let parameters = [("replication", "sync"), ("rebuildAfter", "10s")];
     let id = cluster.create_with("mirrored", &[1, 2], &parameters).await.expect("created").volume_id;
     let staging = cluster.stage(&id, 1).await;
     write(&staging);

@@ -14,6 +14,8 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 pub const MIB: i64 = 1 << 20;
+/// How long anything may take on a machine that is busy with other tests. A copy that was slow is left alone for a minute.
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 pub struct Cluster {
     /// For whoever kills the test.
@@ -140,7 +142,7 @@ impl Cluster {
 
     /// Publishes and stages it on the node; returns where.
     pub async fn stage(&self, volume_id: &str, number: usize) -> PathBuf {
-        repeat("publish", async || self.attach(volume_id, number).await).await;
+        repeat("publish", is_later, async || self.attach(volume_id, number).await).await;
         let staging = self.dir().join(format!("node-{number}/staging-{volume_id}"));
         std::fs::create_dir_all(&staging).expect("a directory");
         let request = NodeStageVolumeRequest {
@@ -149,31 +151,33 @@ impl Cluster {
             volume_capability: Some(filesystem()),
             ..Default::default()
         };
-        repeat("stage", async || self.node(number).node_stage_volume(request.clone()).await).await;
+        repeat("stage", is_later, async || self.node(number).node_stage_volume(request.clone()).await).await;
         staging
     }
 
     pub async fn unstage(&self, volume_id: &str, number: usize, staging: &Path) {
         let staging_target_path = staging.display().to_string();
         let request = NodeUnstageVolumeRequest { volume_id: volume_id.into(), staging_target_path };
-        repeat("unstage", async || self.node(number).node_unstage_volume(request.clone()).await).await;
+        repeat("unstage", is_later, async || self.node(number).node_unstage_volume(request.clone()).await).await;
         let node_id = format!("node-{number}");
         let request = ControllerUnpublishVolumeRequest { volume_id: volume_id.into(), node_id, ..Default::default() };
         let ask = async || self.controller().controller_unpublish_volume(request.clone()).await;
-        repeat("unpublish", ask).await;
+        repeat("unpublish", is_later, ask).await;
     }
 }
 
+/// Whether the answer asks for the call to be repeated.
+pub fn is_later(status: &Status) -> bool {
+    matches!(status.code(), Code::Aborted | Code::Unavailable)
+}
+
 /// As the sidecars and kubelet do.
-async fn repeat<T>(what: &str, ask: impl AsyncFn() -> Result<T, Status>) -> T {
+pub async fn repeat<T>(what: &str, again: impl Fn(&Status) -> bool, ask: impl AsyncFn() -> Result<T, Status>) -> T {
     let began = Instant::now();
     loop {
         match ask().await {
             Ok(answer) => return answer,
-            Err(status) => {
-                let is_later = matches!(status.code(), Code::Aborted | Code::Unavailable);
-                assert!(is_later && began.elapsed() < Duration::from_secs(240), "{what}: {status:?}");
-            }
+            Err(status) => assert!(again(&status) && began.elapsed() < PATIENCE, "{what}: {status:?}"),
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

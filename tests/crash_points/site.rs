@@ -173,12 +173,15 @@ impl Site {
 
     /// The state when nothing changes any more.
     pub async fn quiet(&mut self) -> State {
+        let began = Instant::now();
         let mut state = self.state().await;
         let mut same = 0;
         while same < 20 {
             tokio::time::sleep(PAUSE * 2).await;
             let now = self.state().await;
-            same = if now == state { same + 1 } else { 0 };
+            // A disk may take its time for what is to be removed.
+            let is_over = now == state && (now.trash == 0 || began.elapsed() > PATIENCE);
+            same = if is_over { same + 1 } else { 0 };
             state = now;
         }
         state

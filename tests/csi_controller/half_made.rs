@@ -121,16 +121,21 @@ async fn a_snapshot_in_a_pool_that_cannot_be_opened_is_not_taken_away() {
     assert_eq!(driver.snapshots().await, slice::from_ref(&taken));
 }
 
+/// Of two new volumes.
+async fn group_of_two(driver: &Driver) -> CreateVolumeGroupSnapshotRequest {
+    let mut source_volume_ids = Vec::new();
+    for name in ["one", "two"] {
+        source_volume_ids.push(driver.create(wanted(name, GIB)).await.expect("created").volume_id);
+    }
+    CreateVolumeGroupSnapshotRequest { name: "group".into(), source_volume_ids, ..Default::default() }
+}
+
 /// The process has died after it had given up the members of an attempt, and before it wrote down those of the next one.
 #[tokio::test]
 async fn a_group_whose_members_were_given_up_goes_with_them() {
     let site = Site::new();
     let driver = site.driver();
-    let mut source_volume_ids = Vec::new();
-    for name in ["one", "two"] {
-        source_volume_ids.push(driver.create(wanted(name, GIB)).await.expect("created").volume_id);
-    }
-    let request = CreateVolumeGroupSnapshotRequest { name: "group".into(), source_volume_ids, ..Default::default() };
+    let request = group_of_two(&driver).await;
     let groups = GroupService(driver.controller.clone());
     accepted(groups.create_volume_group_snapshot(Request::new(request)).await);
     let mut stored = driver.catalog.list::<GroupSnapshot>().await.expect("readable").remove(0);
@@ -151,11 +156,7 @@ async fn a_group_whose_members_were_given_up_goes_with_them() {
 async fn a_group_that_was_taken_is_there_and_a_part_of_one_stays() {
     let site = Site::new();
     let driver = site.driver();
-    let mut source_volume_ids = Vec::new();
-    for name in ["one", "two"] {
-        source_volume_ids.push(driver.create(wanted(name, GIB)).await.expect("created").volume_id);
-    }
-    let request = CreateVolumeGroupSnapshotRequest { name: "group".into(), source_volume_ids, ..Default::default() };
+    let request = group_of_two(&driver).await;
     let groups = GroupService(driver.controller.clone());
     let taken = accepted(groups.create_volume_group_snapshot(Request::new(request.clone())).await);
     let status = async || driver.catalog.list::<GroupSnapshot>().await.expect("readable").remove(0).object.status;

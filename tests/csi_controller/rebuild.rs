@@ -105,7 +105,8 @@ async fn a_copy_that_comes_back_first_stays_and_no_node_that_fits_is_told() {
     let two = drop_node_2(&driver, &id).await;
     let tasks = run(&driver);
     let waits = until(&driver, &id, "a reason", |volume| {
-        volume.status.missed.get(&two).is_some_and(|missed| missed.waits.is_some())
+        let waits = volume.status.missed.get(&two).and_then(|missed| missed.waits.as_ref());
+        waits.is_some_and(|waits| waits.contains("no room"))
     });
     assert_eq!(waits.await.spec.mirror.expect("mirrored").copies.len(), 2);
     let told = health(&driver, &id).await;

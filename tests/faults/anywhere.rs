@@ -87,7 +87,7 @@ async fn a_device_whose_volume_was_deleted_while_its_node_was_away_is_unstaged()
     site.cluster.run(&["cut", "3", "controller"]);
     site.cluster.run(&["cut", "controller", "3"]);
     site.unpublish(3).await;
-    site.cluster.delete(&site.id).await.expect("deleted");
+    site.delete().await;
     site.cluster.run(&["kill", "replica", "3"]);
     site.cluster.run(&["heal"]);
     site.cluster.run(&["start", "replica", "3"]);

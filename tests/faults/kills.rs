@@ -215,7 +215,8 @@ async fn a_resync_is_cut_off_at_each_step_and_ends_with_equal_copies() {
         load.await_writes(200, PATIENCE);
         let began = Instant::now();
         let brought_up_to_date = async {
-            site.cluster.run(&["start", "replica", "2"]);
+            // It may die before it has said that it is ready.
+            site.cluster.tries(&["start", "replica", "2"]);
             site.until_whole().await
         };
         let (_, fired) = step.cut_off(&site, brought_up_to_date).await;
@@ -287,7 +288,8 @@ async fn a_snapshot_is_brought_over_whatever_dies_on_the_way() {
         load.stop_well();
         let began = Instant::now();
         let brought_over = async {
-            site.cluster.run(&["start", "replica", "2"]);
+            // It may die before it has said that it is ready.
+            site.cluster.tries(&["start", "replica", "2"]);
             site.until_whole().await;
             site.until_snapshot_is_on(&snapshot, &[1, 2]).await;
         };

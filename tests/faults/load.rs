@@ -315,7 +315,7 @@ fn a_lost_a_torn_and_a_misplaced_block_are_found() {
     file.as_file().set_len(1 << 20).expect("a length");
     let oracle = Oracle::new(1 << 20);
     let load = Load::start(file.path(), &oracle);
-    load.await_writes(100, Duration::from_secs(20));
+    load.await_writes(100, crate::site::PATIENCE);
     load.stop_well();
     oracle.check(file.path());
     let written = (0..256).find(|block| oracle.known(*block, |known| known.acknowledged) > 0).expect("one was written");
@@ -341,7 +341,7 @@ fn of_a_device_that_lost_power_what_was_flushed_and_is_lost_is_found_and_nothing
     let load = Load::start(file.path(), &oracle);
     let flushed = || (0..256).find(|block| oracle.known(*block, |known| known.flushed > 0));
     while flushed().is_none() {
-        load.await_writes(10, Duration::from_secs(60));
+        load.await_writes(10, crate::site::PATIENCE);
     }
     load.stop_well();
     let (block, device) = (flushed().expect("one was flushed"), open(file.path()).expect("opens"));

@@ -1,7 +1,8 @@
 //! A cluster with one mirrored block volume, as the attacher and kubelet use it, and what is wrong with it.
 
 use crate::load::{Load, Oracle};
-use crate::rig::{Cluster, MIB, filesystem, place};
+pub use crate::rig::PATIENCE;
+use crate::rig::{Cluster, MIB, filesystem, is_later, place, repeat};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{Seek, SeekFrom};
@@ -15,8 +16,6 @@ use tandem::rpc::csi::*;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::{Code, Status};
 
-/// How long anything may take on a machine that is busy with other tests. A copy that was slow is left alone for a minute.
-pub const PATIENCE: Duration = Duration::from_secs(240);
 /// Bytes of the volume,
 pub const SIZE: i64 = 64 * MIB;
 /// and of the part of it that loads write to; the rest is for tests that know themselves what is there.
@@ -142,6 +141,13 @@ impl Site {
         self.cluster.controller().controller_publish_volume(request).await.map(drop)
     }
 
+    /// Published, asked again as the attacher does.
+    pub async fn published(&self, number: usize) {
+        // A copy that a busy machine has dropped is brought up to date again.
+        let again = |status: &Status| self.is_asked_again(status) || status.message().contains("is not up to date");
+        repeat("publish", again, async || self.publish(number).await).await;
+    }
+
     /// Changes parameters, asked again as the resizer does.
     pub async fn modify(&self, parameters: &[(&str, &str)]) {
         let request = ControllerModifyVolumeRequest {
@@ -190,7 +196,7 @@ impl Site {
     /// Publishes and stages; the device.
     pub async fn attach(&self, number: usize) -> PathBuf {
         // The attacher and kubelet repeat it, too.
-        self.repeat("publish", async || self.publish(number).await).await;
+        self.published(number).await;
         self.repeat("stage", async || self.stage(number).await).await;
         self.device(number).await
     }
@@ -399,9 +405,13 @@ impl Site {
         self.finish().await;
     }
 
+    pub async fn delete(&self) {
+        self.repeat("delete", async || self.cluster.delete(&self.id).await).await;
+    }
+
     /// Deleted, and nothing is left.
     pub async fn finish(self) {
-        self.repeat("delete", async || self.cluster.delete(&self.id).await).await;
+        self.delete().await;
         let Self { cluster, _machine, .. } = self;
         cluster.down();
     }
@@ -416,20 +426,4 @@ fn pool_of(number: usize, pool: &Path) -> (&'static str, String) {
 fn block() -> VolumeCapability {
     let access_mode = Some(AccessMode { mode: Mode::SingleNodeWriter.into() });
     VolumeCapability { access_mode, access_type: Some(AccessType::Block(BlockVolume::default())) }
-}
-
-/// Whether the answer asks for the call to be repeated.
-fn is_later(status: &Status) -> bool {
-    matches!(status.code(), Code::Aborted | Code::Unavailable)
-}
-
-async fn repeat<T>(what: &str, again: impl Fn(&Status) -> bool, ask: impl AsyncFn() -> Result<T, Status>) -> T {
-    let began = Instant::now();
-    loop {
-        match ask().await {
-            Ok(answer) => return answer,
-            Err(status) => assert!(again(&status) && began.elapsed() < PATIENCE, "{what}: {status:?}"),
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }

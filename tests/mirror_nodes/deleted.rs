@@ -2,8 +2,19 @@
 
 use crate::site::{Site, eventually, write};
 use crate::until_all_is_seen;
-use tandem::catalog::{Descriptor, Node, RebuildAfter, Volume, VolumeConfiguration, VolumePhase};
-use tandem::volume::SnapshotId;
+use tandem::catalog::{Descriptor, Embedded, Node, RebuildAfter, Stored, Volume, VolumeConfiguration, VolumePhase};
+use tandem::volume::{SnapshotId, VolumeId};
+
+async fn object_of_n2(file: &Embedded) -> Stored<Node> {
+    file.get::<Node>("n2").await.expect("reads").expect("is there")
+}
+
+/// The node was removed, and is back; these were deleted meanwhile.
+async fn give_up(site: &Site, volumes: [VolumeId; 2]) {
+    let mut stored = object_of_n2(&site.file).await;
+    stored.object.given_up.volumes = volumes.into();
+    site.file.update(stored).await.expect("removed, and back");
+}
 
 /// A person has taken the node for gone, and what was on it was deleted without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -26,11 +37,9 @@ async fn a_node_that_comes_back_gives_up_what_was_deleted_without_it() {
     }
     let stored = site.file.get::<VolumeConfiguration>(&id).await.expect("reads").expect("is there");
     site.file.delete(&stored).await.expect("deleted");
+    give_up(&site, [volume.id, sole.id]).await;
     let file = site.file.clone();
-    let own = async || file.get::<Node>("n2").await.expect("reads").expect("is there");
-    let mut stored = own().await;
-    stored.object.given_up.volumes = [volume.id, sole.id].into();
-    site.file.update(stored).await.expect("removed, and back");
+    let own = async || object_of_n2(&file).await;
     let second = site.start("n2", site.catalog()).await;
     eventually("its list is empty", async || own().await.object.given_up.is_empty().then_some(())).await;
     assert!(second.manager.copy_here(volume.id).is_none() && second.manager.volume(sole.id).await.is_none());
@@ -53,11 +62,9 @@ async fn what_was_deleted_without_a_node_is_remembered_until_its_copy_can_be_ope
     std::fs::rename(&superblock, &away).expect("it cannot be opened now");
     let stored = site.volume(gone.id).await;
     site.file.delete(&stored).await.expect("deleted");
+    give_up(&site, [gone.id, back.id]).await;
     let file = site.file.clone();
-    let own = async || file.get::<Node>("n2").await.expect("reads").expect("is there");
-    let mut stored = own().await;
-    stored.object.given_up.volumes = [gone.id, back.id].into();
-    site.file.update(stored).await.expect("removed, and back");
+    let own = async || object_of_n2(&file).await;
     let second = site.start("n2", site.catalog()).await;
     until_all_is_seen(&mut site).await;
     let left = async || (own().await.object.given_up.volumes == [gone.id].into()).then_some(());

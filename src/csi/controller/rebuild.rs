@@ -394,6 +394,11 @@ impl Controller {
         around: &mut Around,
     ) -> Result<Result<(), String>, Transient> {
         let (id, Some(mirror)) = (seen.id, &seen.spec.mirror) else { return Ok(Ok(())) };
+        // Before the operation begins: that a node is silent is known after seconds only.
+        let more = match step {
+            Step::Replace => self.more_copies(seen, mirror, 1).await,
+            Step::Nothing | Step::Wish(_) | Step::Withdraw => Ok(BTreeMap::new()),
+        };
         let _volume = self.start(Subject::Volume(id))?;
         let changed = || Transient::Conflict(format!("volume {id}"));
         let stored = self.get::<Volume>(id).await?.ok_or_else(changed)?;
@@ -415,7 +420,7 @@ impl Controller {
                 next.rebuild = None;
             }
             Step::Replace => {
-                let more = match self.more_copies(seen, mirror, 1).await {
+                let more = match more {
                     Ok(more) => more,
                     Err(error) => return Ok(Err(error.to_string())),
                 };

@@ -53,10 +53,30 @@ impl Script {
     }
 
     /// The same, as primary of version 2.
+    /// What it has is in the catalogue, too.
+    fn read_catalogue(&mut self) {
+        let current = self.replica.record().configuration.clone();
+        self.give(Input::Configuration(Box::new(current)));
+    }
+
+    /// Its node has died with a mark; its term is committed.
+    fn without_memory() -> Self {
+        let mut script = Self::new(true, &[Extent(0)], Memory::Lost);
+        script.read_catalogue();
+        script.finish();
+        script.commit();
+        script
+    }
+
+    /// The first thing that it wants is to know what another copy lacks.
+    fn plan(&self) -> OperationId {
+        let Some(Output::Plan { operation, .. }) = self.outputs.first() else { panic!("{:?}", self.outputs) };
+        *operation
+    }
+
     fn primary(secondary: bool) -> Self {
         let mut script = Self::new(secondary, &[], Memory::Kept);
-        let current = script.replica.record().configuration.clone();
-        script.give(Input::Configuration(Box::new(current)));
+        script.read_catalogue();
         script.commit();
         script
     }
@@ -185,8 +205,7 @@ fn a_member_is_dropped_only_after_a_flush_of_this_copy() {
 fn a_copy_that_lost_its_caches_records_that_before_anything_else() {
     for (hot, intact) in [(vec![Extent(0)], false), (vec![], true)] {
         let mut script = Script::new(true, &hot, Memory::Lost);
-        let current = script.replica.record().configuration.clone();
-        script.give(Input::Configuration(Box::new(current)));
+        script.read_catalogue();
         let [Output::Persist { record, .. }] = &script.outputs[..] else { panic!("{:?}", script.outputs) };
         assert_eq!(record.intact, intact, "a node without marks has lost nothing");
     }
@@ -209,7 +228,7 @@ fn a_raised_generation_that_names_the_running_primary_costs_a_term_and_no_reques
     script.commit();
     let frame = Frame { stamp: next.stamp, incarnation: FIRST };
     script.hear(Message::Joined { frame, intact: true, hot: Box::default() });
-    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    let operation = script.plan();
     script.give(Input::Planned { operation, missing: Ok(None) });
     script.hear(Message::Settled(frame));
     assert_eq!(script.replica.role(), Role::Primary(Primary::Serving));
@@ -225,7 +244,7 @@ fn a_raised_generation_that_names_the_running_primary_costs_a_term_and_no_reques
 fn a_candidate_that_restarts_during_its_admission_stays_awaited() {
     let mut script = Script::primary(false);
     script.hear(Script::joined(FIRST, &[]));
-    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    let operation = script.plan();
     script.give(Input::Planned { operation, missing: Ok(None) });
     script.finish();
     script.hear_prepared(1);
@@ -270,7 +289,7 @@ fn what_the_flush_before_a_drop_does_not_cover_is_not_answered_before_the_drop()
 fn a_repeated_answer_does_not_restart_a_reconcile() {
     let mut script = Script::primary(true);
     script.hear(Script::joined(FIRST, &[Extent(0)]));
-    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    let operation = script.plan();
     script.hear(Script::joined(FIRST, &[Extent(0)]));
     assert_eq!(script.outputs, []);
     script.give(Input::Planned { operation, missing: Ok(None) });
@@ -284,11 +303,10 @@ fn a_repeated_answer_does_not_restart_a_reconcile() {
 fn a_request_that_waits_for_this_copy_to_serve_does_not_hold_up_the_reconcile() {
     let mut script = Script::new(true, &[Extent(0)], Memory::Kept);
     script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
-    let current = script.replica.record().configuration.clone();
-    script.give(Input::Configuration(Box::new(current)));
+    script.read_catalogue();
     script.commit();
     script.hear(Script::joined(FIRST, &[Extent(0)]));
-    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    let operation = script.plan();
     script.give(Input::Planned { operation, missing: Ok(Some(Missing::Suspected(extent(0)))) });
     assert!(script.wants(|output| matches!(output, Output::ReadPiece { .. })), "{:?}", script.outputs);
 }
@@ -318,9 +336,7 @@ fn a_candidate_that_has_what_failed_here_is_not_admitted() {
         let mut script = Script::primary(false);
         script.replica.planted = planted;
         script.hear(Script::joined(FIRST, &[]));
-        let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else {
-            panic!("{:?}", script.outputs)
-        };
+        let operation = script.plan();
         script.give(Input::Request { tag: WRITER, request: Request::Write(extent(0)) });
         script.finish();
         script.fail();
@@ -390,13 +406,9 @@ fn a_request_that_waited_while_this_copy_was_to_leave_starts_when_it_stays() {
 /// The copying waited for it for ever: it is dropped by nobody, and it was not asked to join again.
 #[test]
 fn a_member_that_was_silent_during_a_reconcile_is_asked_again() {
-    let mut script = Script::new(true, &[Extent(0)], Memory::Lost);
-    let current = script.replica.record().configuration.clone();
-    script.give(Input::Configuration(Box::new(current)));
-    script.finish();
-    script.commit();
+    let mut script = Script::without_memory();
     script.hear(Script::joined(FIRST, &[Extent(0)]));
-    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    let operation = script.plan();
     script.give(Input::Planned { operation, missing: Ok(Some(Missing::Suspected(extent(0)))) });
     script.give(Input::Silent(copy(2)));
     script.give(Input::Connected(copy(2)));
@@ -448,7 +460,7 @@ fn a_primary_stays_and_serves_until_the_wished_copy_can_take_over() {
     let read = script.outputs.clone();
     let stamp = script.replica.record().configuration.stamp;
     script.hear(Message::Joined { frame: Frame { stamp, incarnation: FIRST }, intact: true, hot: Box::default() });
-    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    let operation = script.plan();
     script.outputs = read;
     script.finish();
     assert!(script.completes(OTHER));

@@ -101,11 +101,7 @@ fn a_primary_that_does_not_serve_yet_leaves_for_nobody_who_is_silent() {
 /// It stayed for the silent one, which it could not drop, and nobody was primary although others heard that one.
 #[test]
 fn a_primary_that_may_drop_nobody_leaves_also_for_one_who_is_silent() {
-    let mut script = Script::new(true, &[Extent(0)], Memory::Lost);
-    let current = script.replica.record().configuration.clone();
-    script.give(Input::Configuration(Box::new(current)));
-    script.finish();
-    script.commit();
+    let mut script = Script::without_memory();
     script.give(Input::Silent(copy(2)));
     script.wish(Some(copy(2)));
     assert_eq!(script.proposal().expect("it leaves").primary, None);

@@ -16,8 +16,7 @@ fn what_a_device_asked_before_another_node_used_the_volume_is_never_executed() {
     script.give(Input::FenceRequests { below: GUEST });
     assert_eq!(script.outputs, [Output::Complete { tag: WRITER, result: Err(DiskError::Fenced) }]);
     script.give(Input::Replied { tag: WRITER });
-    let current = script.replica.record().configuration.clone();
-    script.give(Input::Configuration(Box::new(current)));
+    script.read_catalogue();
     script.commit();
     script.hear(Script::joined(FIRST, &[]));
     script.hear(Message::Settled(Frame { stamp: version(2), incarnation: FIRST }));

@@ -116,8 +116,7 @@ fn a_client_that_outlived_its_engine_is_taken_for_one_that_has_written() {
 fn the_only_member_says_that_it_has_lost_writes_with_its_term() {
     for (hot, memory) in [(vec![], Memory::Lost), (vec![Extent(0)], Memory::Lost), (vec![Extent(0)], Memory::Kept)] {
         let mut script = Script::new(false, &hot, memory);
-        let current = script.replica.record().configuration.clone();
-        script.give(Input::Configuration(Box::new(current)));
+        script.read_catalogue();
         if memory == Memory::Lost {
             script.finish();
         }
@@ -151,11 +150,7 @@ fn a_late_configuration_of_a_former_life_makes_nobody_intact() {
 #[test]
 fn a_term_without_an_intact_member_says_so_before_it_serves() {
     for intact in [false, true] {
-        let mut script = Script::new(true, &[Extent(0)], Memory::Lost);
-        let current = script.replica.record().configuration.clone();
-        script.give(Input::Configuration(Box::new(current)));
-        script.finish();
-        script.commit();
+        let mut script = Script::without_memory();
         let frame = |stamp| Frame { stamp, incarnation: FIRST };
         let joined = |stamp| Message::Joined { frame: frame(stamp), intact, hot: [Extent(0)].into() };
         script.hear(joined(version(2)));
@@ -181,8 +176,7 @@ fn a_copy_whose_flush_failed_is_not_the_one_that_others_are_made_equal_to() {
     for (planted, is_back) in [(None, false), (None, true), (Some(forgets), false), (Some(forgets), true)] {
         let mut script = Script::new(true, &[Extent(0)], Memory::Kept);
         script.replica.planted = planted;
-        let current = script.replica.record().configuration.clone();
-        script.give(Input::Configuration(Box::new(current)));
+        script.read_catalogue();
         script.commit();
         script.give(Input::Silent(copy(2)));
         assert!(script.wants(|output| matches!(output, Output::FlushHere { .. })));
@@ -197,9 +191,7 @@ fn a_copy_whose_flush_failed_is_not_the_one_that_others_are_made_equal_to() {
         if !is_back {
             script.hear(Script::joined(FIRST, &[]));
         }
-        let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else {
-            panic!("{:?}", script.outputs)
-        };
+        let operation = script.plan();
         script.give(Input::Planned { operation, missing: Ok(Some(Missing::Suspected(extent(0)))) });
         let fetches = script.wants(|output| matches!(output, Output::Send { message: Message::Prepare { .. }, .. }));
         assert_eq!(fetches, planted.is_none(), "{:?}", script.outputs);
@@ -238,8 +230,7 @@ fn a_secondary_whose_flush_failed_says_that_it_is_not_intact() {
 fn a_device_ends_before_its_copy_says_what_no_copy_has() {
     for memory in [Memory::Kept, Memory::Lost] {
         let mut script = Script::new(false, &[], memory);
-        let current = script.replica.record().configuration.clone();
-        script.give(Input::Configuration(Box::new(current)));
+        script.read_catalogue();
         if memory == Memory::Lost {
             script.finish();
         }
@@ -253,11 +244,7 @@ fn a_device_ends_before_its_copy_says_what_no_copy_has() {
 /// Each configuration that followed ended the device again, also the one that was staged since.
 #[test]
 fn a_device_ends_once_for_what_no_copy_has() {
-    let mut script = Script::new(true, &[Extent(0)], Memory::Lost);
-    let current = script.replica.record().configuration.clone();
-    script.give(Input::Configuration(Box::new(current)));
-    script.finish();
-    script.commit();
+    let mut script = Script::without_memory();
     let frame = Frame { stamp: version(2), incarnation: FIRST };
     script.hear(Message::Joined { frame, intact: false, hot: Box::default() });
     let says = script.proposal().expect("it says what is lost");

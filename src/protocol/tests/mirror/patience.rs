@@ -91,9 +91,7 @@ fn a_member_that_was_admitted_and_does_not_settle_goes() {
     for settles in [true, false] {
         let mut script = Script::primary(false);
         script.hear(Script::joined(FIRST, &[]));
-        let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else {
-            panic!("{:?}", script.outputs)
-        };
+        let operation = script.plan();
         script.give(Input::Planned { operation, missing: Ok(None) });
         script.finish();
         script.hear_prepared(1);

@@ -49,7 +49,7 @@ fn a_range_that_is_read_keeps_its_place_among_what_the_others_remember() {
     script.write(OTHER, 0);
     script.give(Input::Replied { tag: OTHER });
     script.hear(Script::joined(FIRST, &[]));
-    let Some(Output::Plan { operation, .. }) = script.outputs.first().cloned() else { panic!("{:?}", script.outputs) };
+    let operation = script.plan();
     let suspected = BlockRange::new(64, 16).expect("not empty");
     script.give(Input::Planned { operation, missing: Ok(Some(Missing::Suspected(suspected))) });
     let Some(Output::ReadPiece { operation: read, .. }) = script.outputs.first().cloned() else {
