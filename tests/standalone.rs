@@ -399,11 +399,14 @@ async fn a_test_that_is_killed_leaves_no_process_device_or_directory() {
         let volume = tandem.create("pvc-leashed", 64 << 20, &[]).await;
         tandem.attach(&volume).await;
         println!("leashed {volume} {}", tandem.dir().display());
-        return std::future::pending().await;
+        // Until it is killed, or whoever was to do that is gone.
+        std::io::stdin().lines().for_each(drop);
+        return;
     }
     let mut command = std::process::Command::new(std::env::current_exe().expect("this program"));
     command.args(["--exact", "a_test_that_is_killed_leaves_no_process_device_or_directory", "--nocapture"]);
-    let mut child = command.env(LEASHED, "1").stdout(std::process::Stdio::piped()).spawn().expect("this program");
+    command.env(LEASHED, "1").stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut child = command.spawn().expect("this program");
     let lines = std::io::BufReader::new(child.stdout.take().expect("piped"));
     let said = lines.lines().map_while(Result::ok).find_map(|line| Some(line.split_once("leashed ")?.1.to_owned()));
     child.kill().expect("our own child");

@@ -114,11 +114,12 @@ impl Record {
     /// The same; after a power cut it is not back. Blocking.
     pub fn remove_durably(tree: &Path, id: &str) -> Result<(), RecordError> {
         let directory = tree.join("records");
-        if !directory.join(id).exists() {
-            return Ok(());
-        }
         Self::remove(tree, id)?;
-        sync_directory(&directory).map_err(|source| RecordError::Io { path: directory.clone(), source })
+        // Also if it is gone already: whoever has removed it may have died before that was durable.
+        match sync_directory(&directory) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RecordError::Io { path: directory, source }),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -223,9 +223,10 @@ impl<'a> Opening<'a> {
     /// Makes all of it durable.
     fn settle(&mut self) -> Result<(), OpenError> {
         self.check_data()?;
-        // Whoever reads it makes it durable, too; if that fails it is remembered here only.
+        // What is read has to be durable, and so has what is spoilt then; if that fails it is remembered here.
         self.sync(Name::Mirror, "syncing the file mirror")?;
         self.mirrors = Mirrors::load(self.files, self.superblock.instance, &self.tree)?;
+        self.sync(Name::Mirror, "syncing the file mirror")?;
         // The checkpoint may have got its name just before the process was killed; the log that it replaces is overwritten
         // from now on.
         self.files.sync_names().map_err(io_error("syncing the directory"))?;

@@ -2,6 +2,7 @@
 //!
 //! A shell waits at the other end of a pipe. If it closes while the leash is held, the process is gone, and the shell takes away
 //! every process that names the test's directory, the mounts below it, its loop devices and the directory itself.
+//! What a test has in other directories (`SmallPool`, `VolatileDisk`), and devices of volumes there, stay.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;

@@ -52,7 +52,6 @@ impl Script {
         Self { replica: Replica::open(Now::default(), member), outputs: vec![], now: Now::default() }
     }
 
-    /// The same, as primary of version 2.
     /// What it has is in the catalogue, too.
     fn read_catalogue(&mut self) {
         let current = self.replica.record().configuration.clone();
@@ -74,6 +73,7 @@ impl Script {
         *operation
     }
 
+    /// The same, as primary of version 2.
     fn primary(secondary: bool) -> Self {
         let mut script = Self::new(secondary, &[], Memory::Kept);
         script.read_catalogue();

@@ -90,6 +90,11 @@ pub(super) fn filled(snapshot: SnapshotId) -> VolumeId {
     VolumeId::from_bytes(snapshot.to_bytes().map(|byte| !byte))
 }
 
+/// The snapshot that an internal volume becomes.
+fn filled_as(volume: VolumeId) -> SnapshotId {
+    SnapshotId::from_bytes(volume.to_bytes().map(|byte| !byte))
+}
+
 /// What a filling under way holds among the operations: not the snapshot itself, which may be deleted meanwhile.
 fn fill_key(snapshot: SnapshotId) -> [u8; 16] {
     filled(snapshot).to_bytes()
@@ -241,6 +246,13 @@ impl Manager {
     pub(super) async fn erase_half_filled(&self, state: &PoolState, tree: InstanceId, volumes: &[VolumeInfo]) {
         let path = state.pool.tree(tree);
         for volume in volumes.iter().map(|info| info.volume).filter(|volume| is_filling(&path, *volume)) {
+            // First, as in `erase_filled`. Whoever removed it may not have lived to make that durable.
+            let (records, snapshot) = (path.clone(), filled_as(volume));
+            let removed = move || Record::remove_durably(&records, &snapshot.to_string());
+            if !matches!(tokio::task::spawn_blocking(removed).await, Ok(Ok(()))) {
+                tracing::warn!(%tree, %snapshot, "what was filled of a snapshot stays until the next start");
+                continue;
+            }
             match self.engine().control(tree, Control::DeleteVolume(volume)).await {
                 Ok(()) => {
                     let path = path.clone();

@@ -13,7 +13,7 @@ use super::volumes::{Opened, TreeFailure, base_of, base_record, open_tree};
 use super::{BrokenPool, BrokenTree, CopyState, Index, Inner, Manager, PoolState, SnapshotPlace, VolumePlace};
 use crate::replica::engine::{EngineHandle, Recovered};
 use crate::replica::operations::Operations;
-use crate::replica::pool::{Expected, Pool, PoolError, PoolName, sync_directory};
+use crate::replica::pool::{Expected, Pool, PoolError, PoolName};
 use crate::replica::records::Record;
 use crate::store::{Control, SnapshotInfo, Store, VolumeInfo};
 use crate::volume::{InstanceId, SnapshotId, VolumeId};
@@ -363,16 +363,13 @@ fn remove_orphans(records: &Path, named: &BTreeSet<String>) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
     };
-    let mut removed = false;
     for entry in entries {
         let entry = entry?;
         if !entry.file_name().to_str().is_some_and(|name| named.contains(name)) {
             std::fs::remove_file(entry.path())?;
-            removed = true;
         }
     }
-    // Before what tells them from records goes.
-    if removed { sync_directory(records) } else { Ok(()) }
+    Ok(())
 }
 
 fn descriptor(tree: &Path, id: &str) -> String {

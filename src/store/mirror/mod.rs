@@ -117,7 +117,7 @@ impl Store {
         let step = if keeps && !left.is_empty() { Step::Wanted } else { Step::Writing };
         (mirror.left, mirror.hot_since) = (left, [&mirror.hot[..], &mirror.next_hot].concat());
         mirror.next_kept = Some(Kept { record, boot, lacking });
-        mirror.updates[RECORD] = Some(Update { operation, step });
+        mirror.updates[RECORD] = Some(Update { operation, step, failures: self.pending.failures() });
         volume.in_flight += 1;
         #[cfg(test)]
         if self.planted == Some(super::planted::Planted::BaseReleasedFirst) {
@@ -144,7 +144,7 @@ impl Store {
             mirror.hot_since.extend_from_slice(extents);
         }
         let body = slot::encode_hot(&mirror.next_hot);
-        mirror.updates[HOT] = Some(Update { operation, step: Step::Writing });
+        mirror.updates[HOT] = Some(Update { operation, step: Step::Writing, failures: self.pending.failures() });
         self.write_slot(id, Part::Hot, &body, out);
         self.pump(out);
     }
@@ -254,16 +254,18 @@ impl Store {
         out: &mut Vec<Action<Job>>,
     ) {
         let mirror = self.mirrors.volumes.get_mut(&volume);
-        let step = mirror.as_ref().and_then(|mirror| mirror.updates[part as usize]).map(|update| update.step);
+        let update = mirror.as_ref().and_then(|mirror| mirror.updates[part as usize]);
+        let step = update.map(|update| update.step);
+        let is_doubtful = update.is_some_and(|update| update.failures != self.pending.failures());
         match result {
             Err(_) if step == Some(Step::Syncing) => {
                 self.sync_failed(Failure::DataSync);
                 return self.update_failed(volume, part, DiskError::Failed, out);
             }
             Err(error) => return self.update_failed(volume, part, error, out),
-            // What this one is told may leave out what another fdatasync was that has failed meanwhile, as for a commit. Marks are
-            // also on the copies that have the write.
-            Ok(()) if part == Part::Record && self.commit.failure().is_some() => {
+            // What this one is told may leave out what another fdatasync was that has failed meanwhile, as for a commit. Also marks:
+            // a copy that has lost them counts as intact. Those that begin later are written after it.
+            Ok(()) if is_doubtful || part == Part::Record && self.commit.failure().is_some() => {
                 return self.finish_update(volume, part, Err(DiskError::Failed), out);
             }
             Ok(()) => {}

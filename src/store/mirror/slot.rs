@@ -17,7 +17,8 @@
 //! # Invariants
 //! * A slot is one write and one fdatasync, and sequence number n goes to slot n modulo 2: a torn write harms only what is
 //!   older than the one before it. The valid copy with the highest number counts.
-//! * Each slot has two copies, so damage of one block never makes the set before count as the newest.
+//! * Each slot has two copies, so damage of one block never makes the set before count as the newest. If a crash has
+//!   torn the newest, there are two again when it was read.
 //! * Both slots were written and no copy is valid: named, never guessed around.
 
 use super::super::format::{
@@ -153,6 +154,18 @@ pub fn newest<'a>(
         Some(error) if !any => Err(error),
         _ => Ok(newest),
     }
+}
+
+/// What a torn write or damage has left of the two copies with this sequence number: where in the slot the other one begins, and
+/// what belongs there. `None` if both are whole, or none is.
+pub fn lost_copy<'a>(kind: &Kind, instance: InstanceId, slot: &'a [u8], sequence: u64) -> Option<(usize, &'a [u8])> {
+    let is_it =
+        |at: usize| Some((at, decode(kind, instance, &slot[at..]).ok().filter(|found| found.sequence == sequence)?));
+    let (at, found) = (0..slot.len()).step_by(BLOCK).find_map(is_it)?;
+    let length = (BODY + found.body.len()).next_multiple_of(BLOCK);
+    let other = if at == 0 { length } else { 0 };
+    let copy = &slot[at..at + length];
+    slot.get(other..other + length).filter(|there| *there != copy).map(|_| (other, copy))
 }
 
 /// The body of a record.

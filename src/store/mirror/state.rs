@@ -78,6 +78,8 @@ pub(super) enum Step {
 pub(super) struct Update {
     pub operation: OperationId,
     pub step: Step,
+    /// fdatasyncs of the tree that had failed when it began.
+    pub failures: u64,
 }
 
 /// One volume. What has two of it is indexed by [`Part`].
@@ -178,16 +180,19 @@ impl Mirrors {
                 mirrors.free.insert(region, clean_free_region(files, region, &bytes, instance)?);
                 continue;
             };
-            for part in [Part::Record, Part::Hot] {
-                let (start, length) = slot::place(part, mirror.sequences[part as usize] + 1);
+            for (part, kind) in [(Part::Record, &slot::RECORD), (Part::Hot, &slot::HOT)] {
+                let sequence = mirror.sequences[part as usize];
+                let (start, length) = slot::place(part, sequence);
+                // Two again: of a first record, damage of the only one would look as if there never was any.
+                if let Some((at, copy)) = slot::lost_copy(kind, instance, &bytes[start..start + length], sequence) {
+                    files.write_at(Name::Mirror, offset + (start + at) as u64, copy)?;
+                }
+                let (start, length) = slot::place(part, sequence + 1);
                 files.write_at(Name::Mirror, offset + start as u64, &spoilt[..length])?;
             }
             if mirrors.volumes.insert(volume, mirror).is_some() {
                 return Err(MirrorError::Twice(volume));
             }
-        }
-        if size > 0 {
-            files.sync(Name::Mirror)?;
         }
         Ok(mirrors)
     }

@@ -2,7 +2,9 @@
 
 use super::super::simulation::Write;
 use super::super::*;
+use super::mirror::mirrored;
 use super::*;
+use crate::protocol::Extent;
 
 /// The seal was in the checkpoint, and a write of the sealed layer landed in a cache and was never synced: a snapshot that is shown
 /// changes never again.
@@ -28,4 +30,28 @@ fn what_a_snapshot_shows_after_a_kill_is_there_after_a_power_cut() {
     disk.power_cut(&[]);
     bench.lose_pending();
     assert_eq!(bench.read(one, 0, 64), before);
+}
+
+/// Of a first record one copy was left by a crash; when that was damaged, the volume was taken for one that was never mirrored.
+#[test]
+fn of_what_a_crash_has_torn_there_are_two_copies_again() {
+    let (mut bench, id) = mirrored();
+    assert_eq!(bench.mark(id, &[Extent(3)]), Ok(()));
+    let files = bench.files.clone();
+    let blocks = files.size(Name::Mirror).expect("readable").expect("there") / BLOCK_SIZE;
+    let mut block = [0; 4096];
+    let begins = |at: &u64| {
+        files.read_at(Name::Mirror, at * BLOCK_SIZE, &mut block).expect("readable");
+        [&b"TandemMR"[..], b"TandemMH"].contains(&&block[..8])
+    };
+    let copies: Vec<u64> = (0..blocks).filter(begins).collect();
+    let [record, other_record, hot, other_hot] = copies[..] else { panic!("{copies:?}") };
+    for lost in [[record, hot], [other_record, other_hot], [record, other_hot]] {
+        for at in lost {
+            files.write_at(Name::Mirror, at * BLOCK_SIZE, &[0; 4096]).expect("writable");
+        }
+        bench.kill();
+        let found = bench.store().mirrored(id).expect("mirrored");
+        assert_eq!((found.record.configuration.stamp.version.0, found.hot), (1, &[Extent(3)][..]));
+    }
 }
