@@ -236,6 +236,27 @@ fn a_silent_member_is_dropped_and_comes_back_by_what_differs() {
     });
 }
 
+/// It keeps its caches: of all extents that are hot, only those are compared where a write was under way when it left.
+#[test]
+fn a_member_that_was_cut_off_is_compared_only_where_it_had_not_answered() {
+    attached(Lab::new(64 * MIB), async |lab, one, two, device| {
+        write(device, (0..8).map(|extent| extent * 1024), 1).await;
+        two.isolated.store(true, Ordering::SeqCst);
+        until("its driver to end its conversations", async || two.cut_off.load(Ordering::SeqCst).then_some(())).await;
+        write(device, [9, 5 * 1024 + 1, 7 * 1024], 2).await;
+        let status = one.status().await;
+        assert!(!status.configuration.is_member(lab.copies[1]) && status.hot_extents >= 8, "{status:?}");
+        two.isolated.store(false, Ordering::SeqCst);
+        both_up_to_date(&one, &two).await;
+        let (copied, equal) = (one.status().await.copied_bytes, one.status().await.equal_bytes);
+        assert!((3 * 4096..MIB).contains(&copied), "three blocks differ, and {copied} bytes were copied");
+        assert!(equal > 0 && equal < 3 * 4 * MIB, "{equal} bytes of the three extents were compared and are equal");
+        check(device, [9, 5 * 1024 + 1, 7 * 1024], 2).await;
+        assert_eq!(compare(&one, &two).await, 10);
+        end(one, two).await;
+    });
+}
+
 #[test]
 fn a_damaged_frame_is_never_written() {
     let lab = Lab::new(64 * MIB);

@@ -16,18 +16,20 @@
 //! * One plan of one volume at a time, and at most [`MAX_PIECES`](super::MAX_PIECES) ranges of it, which never overlap; a
 //!   copy that fails ends the work, which begins again when it joins again.
 
-use super::admission::{Awaits, Entry, FLUSH};
+use super::admission::{Awaits, Entry, FLUSH, Phase};
 use super::configuration::Lacks;
-use super::hot::{Extent, MAX_HOT_EXTENTS, MAX_MARKS};
-use super::interface::{Output, Primary, Record, Role};
+use super::hot::{Extent, MAX_HOT_EXTENTS, MAX_MARKS, extents};
+use super::interface::{Output, Primary, Record, Role, Suspects};
 use super::message::SerialNumber;
 use super::patience::Because;
 use super::piece::Missing;
 use super::pieces::Copied;
+use super::primary::Peer;
 use super::replica::{Health, Orphan, Replica};
 use super::view::Progress;
 use super::{DiskError, OperationId, Request};
 use crate::volume::InstanceId;
+use std::collections::BTreeSet;
 
 /// Most marks of a candidate whose resync can end: this primary's writes may need as many more as one copy makes.
 const MAX_CANDIDATE_MARKS: usize = MAX_MARKS - MAX_HOT_EXTENTS;
@@ -157,14 +159,14 @@ impl Replica {
     /// When all members have answered under this term, their hot extents are made equal.
     fn begin_reconcile(&mut self, outputs: &mut Vec<Output>) {
         let own = self.record.intact;
-        let here = |peer: &super::primary::Peer| peer.joined && !peer.out;
+        let here = |peer: &Peer| peer.joined && !peer.out;
         // One that lost writes may not drop who is silent, but whoever kept everything makes it whole without them.
         let saved = !own && self.peers.iter().any(|peer| peer.member && here(peer) && peer.intact);
-        let missing = |peer: &super::primary::Peer| peer.member && !here(peer) && !(saved && peer.out);
+        let missing = |peer: &Peer| peer.member && !here(peer) && !(saved && peer.out);
         if !self.may_copy() || self.persisting.is_some() || self.peers.iter().any(missing) || self.has_lost_writes() {
             return;
         }
-        let intact = |peer: &super::primary::Peer| peer.member && here(peer) && peer.intact;
+        let intact = |peer: &Peer| peer.member && here(peer) && peer.intact;
         // If nobody kept everything, unflushed writes may be lost: any copy will do, as long as it is one for all.
         let source = if own { None } else { self.peers.iter().position(intact) };
         let mut hot: Vec<Extent> = self.hot.extents();
@@ -177,12 +179,12 @@ impl Replica {
         if hot.is_empty() || (targets.is_empty() && source.is_none()) || planted!(self, SkipReconcile) {
             return self.reconciled_all(outputs);
         }
-        self.plan(None, hot.into(), outputs);
+        self.plan(None, Suspects::Marked(hot.into()), outputs);
     }
 
     /// Whether all members are here and none has every acknowledged write, which the configuration does not say yet.
     pub(super) fn has_lost_writes(&self) -> bool {
-        let lacks = |peer: &super::primary::Peer| !peer.member || (peer.joined && !peer.out && !peer.intact);
+        let lacks = |peer: &Peer| !peer.member || (peer.joined && !peer.out && !peer.intact);
         self.role == Role::Primary(Primary::Reconciling)
             && !self.record.intact
             && !self.record.configuration.says_what_is_lost()
@@ -194,11 +196,11 @@ impl Replica {
             return;
         }
         let lowest = self.lowest_unanswered();
-        let ready = |peer: &super::primary::Peer| matches!(peer.sync, Sync::Joining(since) if lowest >= since);
+        let ready = |peer: &Peer| matches!(peer.sync, Sync::Joining(since) if lowest >= since);
         let Some(position) = self.peers.iter().position(ready) else { return };
         let peer = &mut self.peers[position];
         peer.sync = Sync::Copying;
-        let (copy, hot) = (peer.copy, peer.hot.clone());
+        let copy = peer.copy;
         let lacks = self.record.configuration.candidates.get(&copy).copied();
         let targets = Awaits::peer(position);
         let candidate = Some(copy);
@@ -206,12 +208,44 @@ impl Replica {
         if planted!(self, AdmitUnsynced) {
             return self.stage(Stage::Flushing(false));
         }
-        self.plan(lacks, if planted!(self, ForgetCandidatesMarks) { Box::default() } else { hot }, outputs);
+        let suspects = self.suspects(position);
+        self.plan(lacks, suspects, outputs);
     }
 
-    fn plan(&mut self, lacks: Option<Lacks>, hot: Box<[Extent]>, outputs: &mut Vec<Output>) {
+    /// Where a candidate may differ beside what was written since it left. One that has kept what it had answered: only where it
+    /// had not. Any other: wherever something was not flushed when it left, or since.
+    fn suspects(&self, position: usize) -> Suspects {
+        let Peer { intact, hot, unanswered, .. } = &self.peers[position];
+        let kept = *intact || planted!(self, TrustLostCopy);
+        match unanswered {
+            Some(unanswered) if kept && self.health == Health::Sound => Suspects::Unanswered(unanswered.clone()),
+            _ if planted!(self, ForgetCandidatesMarks) => Suspects::Marked(Box::default()),
+            Some(_) | None => Suspects::Marked(hot.clone()),
+        }
+    }
+
+    /// Where a copy that leaves may differ from this one, as long as neither loses its caches: they were equal when this
+    /// primary began to serve, and each has executed since then whatever the other has, but for what is still waited for.
+    /// Nothing else was answered to anybody. All of it is marked, so there is no more than there may be marks.
+    pub(super) fn unanswered_by(&self, peer: &Peer) -> Option<Box<[Extent]>> {
+        if !peer.member {
+            return peer.unanswered.clone();
+        }
+        if self.role != Role::Primary(Primary::Serving) || self.health != Health::Sound {
+            return None;
+        }
+        if planted!(self, ForgetUnanswered) {
+            return Some(Box::default());
+        }
+        let began = |entry: &&Entry| entry.serial != SerialNumber::default() && entry.phase != Phase::Completed;
+        let ranges = self.admission.entries().iter().filter(began).filter(|entry| entry.request.is_mutation());
+        let touched: BTreeSet<Extent> = ranges.filter_map(|entry| entry.request.range()).flat_map(extents).collect();
+        Some(touched.into_iter().collect())
+    }
+
+    fn plan(&mut self, lacks: Option<Lacks>, suspects: Suspects, outputs: &mut Vec<Output>) {
         let operation = self.operation();
-        outputs.push(Output::Plan { operation, lacks, hot });
+        outputs.push(Output::Plan { operation, lacks, suspects });
         (self.progress, self.rests_until) = (Progress::default(), self.now);
         self.stage(Stage::Planning(operation));
     }

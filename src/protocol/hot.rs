@@ -40,7 +40,7 @@ fn ends(range: BlockRange) -> (u32, u32) {
 }
 
 /// The extents that a range touches.
-fn extents(range: BlockRange) -> impl Iterator<Item = Extent> {
+pub(super) fn extents(range: BlockRange) -> impl Iterator<Item = Extent> {
     let (first, last) = ends(range);
     (first..=last).map(Extent)
 }

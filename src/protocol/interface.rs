@@ -173,10 +173,10 @@ pub enum Output {
     Plan {
         /// Names the answer.
         operation: OperationId,
-        /// What a copy lacks by the layers; `None`: only the extents.
+        /// What a copy lacks by the layers; `None`: only the suspected extents.
         lacks: Option<Lacks>,
-        /// Extents whose blocks belong to it too.
-        hot: Box<[Extent]>,
+        /// What belongs to it too.
+        suspects: Suspects,
     },
     /// Answer with what the plan has next as `Planned`.
     NextRange {
@@ -208,6 +208,15 @@ pub enum Output {
     FenceDevice,
 }
 
+/// Extents whose blocks may differ, whatever the layers say.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Suspects {
+    /// These, and those that were hot here when the copy left.
+    Marked(Box<[Extent]>),
+    /// Only these, of what was under way when the copy left: it has kept everything that it had answered.
+    Unanswered(Box<[Extent]>),
+}
+
 /// What the volume's spec wants; written by controllers and people.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Wish {
@@ -222,7 +231,8 @@ pub struct Wish {
 pub struct Record {
     /// The last one it has acted under.
     pub configuration: Configuration,
-    /// It has every acknowledged write, provided that it was a member since.
+    /// It has kept everything that it ever acknowledged: as a member, every acknowledged write. Never of a copy that lacks
+    /// everything.
     pub intact: bool,
 }
 

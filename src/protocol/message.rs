@@ -64,7 +64,7 @@ pub enum Message {
     Joined {
         /// The answer's session.
         frame: Frame,
-        /// It holds every acknowledged write: a member that lost nothing.
+        /// It has kept everything that it ever acknowledged.
         intact: bool,
         /// Its hot extents.
         hot: Box<[Extent]>,

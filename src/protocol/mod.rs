@@ -73,7 +73,7 @@ pub use client::{Client, ClientOutput};
 pub use configuration::{Configuration, ConfigurationVersion, Generation, Lacks, MAX_COPIES, Stamp};
 pub use host::{Host, MAX_ASKED, Next, Standpoint};
 pub use hot::{EXTENT_BLOCKS, Extent, MAX_HOT_EXTENTS, MAX_MARKS};
-pub use interface::{Input, Member, Memory, Output, Primary, Record, Role, Status, Wish};
+pub use interface::{Input, Member, Memory, Output, Primary, Record, Role, Status, Suspects, Wish};
 pub use message::{Buffer, Frame, Incarnation, Message, SerialNumber, Session};
 pub use patience::Because;
 pub use piece::{BlockSet, COMPARED_BLOCKS, Missing, Piece};

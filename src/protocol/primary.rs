@@ -37,6 +37,9 @@ pub(super) struct Peer {
     pub intact: bool,
     pub settled: bool,
     pub hot: Box<[Extent]>,
+    /// Of a copy that this primary has dropped in this term, having served with it: where it may have executed something, or
+    /// not, that it had not answered.
+    pub unanswered: Option<Box<[Extent]>>,
     pub lease_until: Now,
     /// Heartbeats for which a member has owed its word under this configuration.
     pub owes: u8,
@@ -57,6 +60,7 @@ impl Peer {
             intact: false,
             settled: false,
             hot: Box::default(),
+            unanswered: None,
             lease_until: Now::default(),
             owes: 0,
             out,

@@ -264,7 +264,7 @@ impl Replica {
             }
             Message::Clear { frame, below } => {
                 if self.accepts(from, frame, outputs) {
-                    let equal = self.settled && self.record.intact;
+                    let equal = self.settled && self.record.intact && self.role == Role::Secondary;
                     self.hot.clear(below, equal);
                 }
             }

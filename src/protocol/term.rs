@@ -149,7 +149,9 @@ impl Replica {
         // which knew of nothing that is gone.
         let alone = configuration.primary == Some(self.me) && configuration.secondaries.is_empty();
         let counts = alone && configuration.lost == configuration.stamp;
-        let intact = configuration.is_member(self.me) && (self.record.intact || counts);
+        let lacks = configuration.candidates.get(&self.me);
+        let keeps = configuration.is_member(self.me) || matches!(lacks, Some(Lacks::Since(_)));
+        let intact = keeps && (self.record.intact || counts);
         if self.has_lost_its_own() {
             outputs.push(Output::FenceDevice);
             // Also if that fails: what outlived an engine, a flush for instance, is not executed as if nothing had been lost.
@@ -243,9 +245,11 @@ impl Replica {
             Some(peer) if member => {
                 // One that is to be compared anew was admitted meanwhile: it goes again.
                 let out = peer.out || peer.anew;
-                Peer { member, joined: false, owes: 0, out, sync: super::copying::Sync::Idle, ..peer.clone() }
+                let (sync, unanswered) = (super::copying::Sync::Idle, None);
+                Peer { member, joined: false, owes: 0, out, sync, unanswered, ..peer.clone() }
             }
-            Some(_) | None => Peer::new(copy, member, member && self.silent.contains(&copy)),
+            Some(peer) => Peer { unanswered: self.unanswered_by(peer), ..Peer::new(copy, false, false) },
+            None => Peer::new(copy, member, member && self.silent.contains(&copy)),
         }
     }
 

@@ -3,6 +3,7 @@
 mod filled;
 mod full;
 mod mirror;
+mod plan;
 mod reopen;
 mod rules;
 

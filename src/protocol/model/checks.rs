@@ -55,7 +55,8 @@ impl World {
                 self.catalogue.candidates.iter().all(|(copy, lacks)| {
                     let Lacks::Since(since) = lacks else { return true };
                     let candidate = self.node(*copy);
-                    let known = |x: usize| primary.disk.lacking.get(since).is_none_or(|(cache, _)| cache.contains(&x));
+                    let lacking = primary.disk.lacking.get(since);
+                    let known = |x: usize| lacking.is_none_or(|s| s.hot.contains(&x) || s.cache.contains(&x));
                     let differs = |x: usize| primary.disk.cache[x] != candidate.disk.cache[x];
                     self.blocks().all(|x| !differs(x) || known(x) || marked(candidate, x))
                 })

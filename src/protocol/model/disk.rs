@@ -7,8 +7,18 @@ use crate::volume::InstanceId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// Where each copy may know that it lacks something: layers since a version, as seen by the cache and by the media.
-type Lacking = BTreeMap<Stamp, (BTreeSet<usize>, BTreeSet<usize>)>;
+/// Where each copy may know that others lack something: since a version.
+type Lacking = BTreeMap<Stamp, Since>;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Since {
+    /// Hot then.
+    pub hot: BTreeSet<usize>,
+    /// Written since then, as seen by the cache,
+    pub cache: BTreeSet<usize>,
+    /// and by the media.
+    pub stable: BTreeSet<usize>,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Disk {
@@ -55,14 +65,18 @@ impl Disk {
     }
 
     /// The store's plan: the blocks that the layers since a version name, and those of the extents, which may differ.
-    pub fn plan(&self, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<Missing> {
-        let mut suspected: BTreeSet<usize> = hot.iter().map(|extent| extent.0 as usize).collect();
+    pub fn plan(&self, lacks: Option<Lacks>, suspects: &Suspects) -> Vec<Missing> {
+        let (Suspects::Marked(named) | Suspects::Unanswered(named)) = suspects;
+        let mut suspected: BTreeSet<usize> = named.iter().map(|extent| extent.0 as usize).collect();
         let mut known = BTreeSet::new();
         match lacks {
             None => {}
             Some(Lacks::Everything) => suspected.extend(0..self.cache.len()),
             Some(Lacks::Since(since)) => match self.lacking.get(&since) {
-                Some((blocks, _)) => known.extend(blocks),
+                Some(since) => {
+                    known.extend(&since.cache);
+                    suspected.extend(since.hot.iter().filter(|_| matches!(suspects, Suspects::Marked(_))));
+                }
                 None => suspected.extend(0..self.cache.len()),
             },
         }
@@ -86,7 +100,7 @@ impl Disk {
                 && *since > before
                 && record.configuration.is_member(me)
             {
-                self.lacking.insert(*since, (hot.clone(), hot.clone()));
+                self.lacking.insert(*since, Since { hot: hot.clone(), ..Since::default() });
             }
         }
         (self.record, self.boot) = (record, boot);
@@ -165,7 +179,7 @@ impl World {
                 }
                 disk.cache[block] = value;
                 executed.insert(value);
-                disk.lacking.values_mut().for_each(|(cache, _)| _ = cache.insert(block));
+                disk.lacking.values_mut().for_each(|since| _ = since.cache.insert(block));
             }
             Operation::Read { block } => {
                 read.insert(operation, disk.cache[block]);
@@ -178,8 +192,8 @@ impl World {
                     }
                 }
                 disk.stable = cache;
-                for (since, (blocks, _)) in lacking {
-                    disk.lacking.entry(since).and_modify(|(_, stable)| stable.extend(blocks));
+                for (version, Since { cache, .. }) in lacking {
+                    disk.lacking.entry(version).and_modify(|since| since.stable.extend(cache));
                 }
             }
             Operation::Persist(record) => disk.persist(copy(node), *record, *boot),

@@ -215,7 +215,7 @@ impl World {
         node.slots.clear();
         node.boot += 1;
         node.disk.cache.clone_from(&node.disk.stable);
-        node.disk.lacking.values_mut().for_each(|(cache, stable)| cache.clone_from(stable));
+        node.disk.lacking.values_mut().for_each(|since| since.cache.clone_from(&since.stable));
         let kept = |other: InstanceId| other != copy(n) && self.node(other).replica.record().intact;
         if self.catalogue.is_member(copy(n)) && !self.catalogue.members().any(kept) {
             for member in self.catalogue.members() {

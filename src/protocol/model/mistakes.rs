@@ -63,6 +63,10 @@ mistakes! {
         within ADMISSION;
     a_last_flush_beside_a_copied_range_breaks_i5: FlushBesidePieces breaks KnownDifferences
         within Bounds { disk: Granularity::Every, ..ADMISSION };
+    what_was_under_way_when_a_copy_left_forgotten_breaks_i1: ForgetUnanswered breaks Durable
+        within Bounds { writes: 1, suspicions: 1, reconfigurations: 2, reconnects: 1, ..QUIET };
+    a_copy_that_lost_its_caches_taken_for_one_that_kept_them_breaks_i1: TrustLostCopy breaks Durable
+        within Bounds { writes: 1, suspicions: 1, reconfigurations: 2, power_cuts: 1, ..QUIET };
     blocks_taken_for_equal_that_differ_break_i1: TakeForEqual breaks Durable
         within Bounds { reads: 1, ..HANDOVER };
     a_frame_of_an_older_version_executed_breaks_i1: AcceptOlderVersion breaks Durable

@@ -264,10 +264,10 @@ impl World {
             Output::FlushHere { operation } => self.request(node, operation, Request::Flush, 0),
             Output::Persist { operation, record } => self.run(node, operation, Operation::Persist(record)),
             Output::WriteHot { operation, extents } => self.run(node, operation, Operation::WriteHot(extents)),
-            Output::Plan { operation, lacks, hot } => {
+            Output::Plan { operation, lacks, suspects } => {
                 let n = self.at(node);
                 n.operations.retain(|_, what| *what != Operation::NextRange);
-                n.plan = n.disk.plan(lacks, &hot);
+                n.plan = n.disk.plan(lacks, &suspects);
                 self.run(node, operation, Operation::NextRange);
             }
             Output::NextRange { operation } => self.run(node, operation, Operation::NextRange),

@@ -328,9 +328,9 @@ impl Cluster {
             Output::FlushHere { operation } => self.run(node, life, operation, Request::Flush, vec![], None),
             Output::Persist { operation, record } => self.begin(node, life, operation, Operation::Persist(record)),
             Output::WriteHot { operation, extents } => self.begin(node, life, operation, Operation::WriteHot(extents)),
-            Output::Plan { operation, lacks, hot } => {
+            Output::Plan { operation, lacks, suspects } => {
                 process.operations.retain(|_, what| !matches!(what, Operation::NextRange));
-                let plan = self.nodes[node].disk.plan(lacks, &hot);
+                let plan = self.nodes[node].disk.plan(lacks, &suspects);
                 self.tally.resyncs += u64::from(lacks.is_some());
                 if let Some(process) = self.nodes[node].life(life) {
                     process.plan = plan;

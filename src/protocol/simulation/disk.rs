@@ -192,8 +192,9 @@ impl Disk {
     }
 
     /// What a copy lacks: known blocks close to each other together, extents in parts that are compared at once.
-    pub fn plan(&self, lacks: Option<Lacks>, hot: &[Extent]) -> VecDeque<Missing> {
-        let mut extents: BTreeSet<Extent> = hot.iter().copied().collect();
+    pub fn plan(&self, lacks: Option<Lacks>, suspects: &Suspects) -> VecDeque<Missing> {
+        let (Suspects::Marked(named) | Suspects::Unanswered(named)) = suspects;
+        let mut extents: BTreeSet<Extent> = named.iter().copied().collect();
         let mut blocks = BTreeSet::new();
         match lacks {
             None => {}
@@ -201,7 +202,8 @@ impl Disk {
                 let known = if let Lacks::Since(since) = lacks { self.lacking.get(&since) } else { None };
                 match known {
                     Some(known) => {
-                        extents.extend(&known.extents);
+                        let left = known.extents.iter().filter(|_| matches!(suspects, Suspects::Marked(_)));
+                        extents.extend(left);
                         blocks.extend(known.blocks.iter().chain(&known.unflushed));
                     }
                     None => extents.extend((0..VOLUME_BLOCKS / EXTENT_BLOCKS).map(|extent| Extent(extent as u32))),

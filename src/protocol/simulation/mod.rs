@@ -304,6 +304,8 @@ fn planted_mistakes_are_found() {
         Planted::AwaitOnlyMembers,
         Planted::AdmitUnsynced,
         Planted::ForgetCandidatesMarks,
+        Planted::ForgetUnanswered,
+        Planted::TrustLostCopy,
         Planted::AcceptOlderVersion,
         Planted::WriteBeforeMark,
         Planted::SkipReconcile,

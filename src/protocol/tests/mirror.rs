@@ -4,6 +4,7 @@
 
 mod failures;
 mod guests;
+mod kept;
 mod losses;
 mod marks;
 mod patience;

@@ -25,6 +25,10 @@ pub(in crate::protocol) enum Planted {
     AdmitUnsynced,
     /// A resync does not look at the candidate's own hot extents.
     ForgetCandidatesMarks,
+    /// A resync does not look at what was under way when the copy left.
+    ForgetUnanswered,
+    /// A copy that has lost its caches is taken for one that has kept what it had answered.
+    TrustLostCopy,
     /// A copy that is no member may promote itself.
     PromoteOutdated,
     /// A wished copy promotes itself while the old primary may hold a lease.

@@ -15,7 +15,7 @@ use super::unsaid::Refused;
 use super::volume::{Volume, VolumeKey};
 use crate::crash::crash_point;
 use crate::protocol::{
-    Buffer, DiskError, Input, Lacks, Message, OperationId, Output, Record, Request, SealName, SerialNumber,
+    Buffer, DiskError, Input, Lacks, Message, OperationId, Output, Record, Request, SealName, SerialNumber, Suspects,
 };
 use crate::replica::peer::{Blocks, Payload, Sealed, SendError, digests};
 use crate::store::{Action, Control};
@@ -79,7 +79,7 @@ impl Engine {
                 found.store.write_hot(id, volume, &extents, actions);
                 self.collect_actions(tree);
             }
-            Output::Plan { operation, lacks, hot } => self.plan(key, operation, lacks, &hot),
+            Output::Plan { operation, lacks, suspects } => self.plan(key, operation, lacks, &suspects),
             Output::NextRange { operation } => self.next_missing(key, operation, Ok(())),
             Output::Propose { expected, next } => {
                 if let Some(mirror) = self.mirror_mut(key) {
@@ -225,11 +225,11 @@ impl Engine {
         self.collect_actions(tree);
     }
 
-    fn plan(&mut self, key: VolumeKey, operation: OperationId, lacks: Option<Lacks>, hot: &[crate::protocol::Extent]) {
+    fn plan(&mut self, key: VolumeKey, operation: OperationId, lacks: Option<Lacks>, suspects: &Suspects) {
         let Self { volumes, trees, .. } = self;
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let Some(tree) = trees[volume.tree.0 as usize].as_mut() else { return };
-        let planned = tree.store.plan(volume.id, lacks, hot);
+        let planned = tree.store.plan(volume.id, lacks, suspects);
         crash_point("mirror.planned");
         self.next_missing(key, operation, planned);
     }

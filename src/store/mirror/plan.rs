@@ -8,7 +8,7 @@
 use super::super::Store;
 use super::super::extents::{limit, resolve};
 use super::super::map::{Entry, Map};
-use crate::protocol::{BlockSet, COMPARED_BLOCKS, DiskError, EXTENT_BLOCKS, Extent, Lacks, Missing, Piece};
+use crate::protocol::{BlockSet, COMPARED_BLOCKS, DiskError, EXTENT_BLOCKS, Extent, Lacks, Missing, Piece, Suspects};
 use crate::volume::{BlockRange, MAX_REQUEST_BLOCKS, VolumeId};
 
 /// Most runs of one piece: each is an operation here and on the other disk, and several pieces are under way.
@@ -42,11 +42,11 @@ pub struct MirrorPlan {
 }
 
 impl Store {
-    /// Makes the plan of what a copy lacks, in place of any other: by the layers, and all blocks of `hot`.
+    /// Makes the plan of what a copy lacks, in place of any other: by the layers, and all blocks of the suspected extents.
     ///
     /// # Errors
     /// The volume has no record, or the disk has failed: what is read now may be older than what was acknowledged.
-    pub fn plan(&mut self, volume: VolumeId, lacks: Option<Lacks>, hot: &[Extent]) -> Result<(), DiskError> {
+    pub fn plan(&mut self, volume: VolumeId, lacks: Option<Lacks>, suspects: &Suspects) -> Result<(), DiskError> {
         if self.failure().is_some() {
             return Err(DiskError::Failed);
         }
@@ -55,7 +55,10 @@ impl Store {
             return Err(DiskError::Failed);
         };
         let kept = mirror.kept.as_ref().ok_or(DiskError::Failed)?;
-        let mut hot = hot.to_vec();
+        let (mut hot, left) = match suspects {
+            Suspects::Marked(hot) => (hot.to_vec(), true),
+            Suspects::Unanswered(extents) => (extents.to_vec(), false),
+        };
         let path = || self.tree.path(known.top);
         let layers = match lacks {
             None => Layers::Some(Vec::new()),
@@ -63,7 +66,7 @@ impl Store {
             Some(Lacks::Everything) => Layers::Whole,
             Some(Lacks::Since(since)) => {
                 let lacking = kept.lacking.iter().find(|lacking| lacking.since == since);
-                hot.extend(lacking.iter().flat_map(|lacking| lacking.hot.iter()));
+                hot.extend(lacking.iter().filter(|_| left).flat_map(|lacking| lacking.hot.iter()));
                 let base = lacking.and_then(|lacking| lacking.base);
                 match path().position(|(layer, _)| Some(layer) == base) {
                     Some(above) => Layers::Some(path().take(above).map(|(_, layer)| layer.map.clone()).collect()),

@@ -8,7 +8,7 @@ use super::oracle::{Content, ZEROS};
 use super::world::{Kind, Operation, Outcome, World};
 use crate::protocol::{
     COMPARED_BLOCKS, Configuration, ConfigurationVersion, DiskError, EXTENT_BLOCKS, Extent, Generation, Lacks, Missing,
-    OperationId, Record, Stamp,
+    OperationId, Record, Stamp, Suspects,
 };
 use crate::store::Reserve;
 use crate::volume::{BlockRange, BootId, InstanceId, MAX_REQUEST_BLOCKS, VolumeId};
@@ -241,7 +241,7 @@ impl World {
         let (id, left) = (mirror.volume, mirror.left.clone());
         if self.store().failure().is_some() {
             // What is read may be older than what was acknowledged.
-            let planned = self.store().plan(id, None, &[]);
+            let planned = self.store().plan(id, None, &Suspects::Marked([].into()));
             return planned.err().map(drop).ok_or_else(|| "copies are made equal to a disk that has failed".into());
         }
         for (since, left) in left {
@@ -283,7 +283,7 @@ impl World {
     /// The blocks of a plan, and those of the volume.
     fn planned(&mut self, id: VolumeId, lacks: Lacks) -> Result<(BTreeSet<u64>, u64), String> {
         let known = self.store().volumes().into_iter().find(|info| info.volume == id).ok_or("the volume is gone")?;
-        self.store().plan(id, Some(lacks), &[]).map_err(|error| error.to_string())?;
+        self.store().plan(id, Some(lacks), &Suspects::Marked([].into())).map_err(|error| error.to_string())?;
         let (mut planned, mut end) = (BTreeSet::new(), 0);
         while let Some(missing) = self.store().next_missing(id).map_err(|error| error.to_string())? {
             let range = missing.range();

@@ -3,11 +3,11 @@
 use super::*;
 use crate::protocol::{
     BlockSet, COMPARED_BLOCKS, Configuration, ConfigurationVersion, EXTENT_BLOCKS, Extent, Generation, Lacks,
-    MAX_MARKS, Missing, Piece, Record, Stamp,
+    MAX_MARKS, Missing, Piece, Record, Stamp, Suspects,
 };
 use crate::volume::BootId;
 
-fn stamp(version: u64) -> Stamp {
+pub(super) fn stamp(version: u64) -> Stamp {
     Stamp { generation: Generation(1), version: ConfigurationVersion(version) }
 }
 
@@ -16,7 +16,7 @@ fn copy(number: u8) -> InstanceId {
 }
 
 /// This copy is primary; the candidates left with those versions.
-fn record(version: u64, candidates: &[(u8, u64)]) -> Record {
+pub(super) fn record(version: u64, candidates: &[(u8, u64)]) -> Record {
     let mut configuration = Configuration::first(Generation(1), copy(1), Default::default());
     configuration.stamp = stamp(version);
     let since = |(number, since): &(u8, u64)| (copy(*number), Lacks::Since(stamp(*since)));
@@ -24,19 +24,19 @@ fn record(version: u64, candidates: &[(u8, u64)]) -> Record {
     Record { configuration, intact: true }
 }
 
-fn boot() -> BootId {
+pub(super) fn boot() -> BootId {
     BootId::from_bytes([9; 16])
 }
 
 impl Bench {
-    fn persist_with(&mut self, id: VolumeId, record: Record, reserve: Reserve) -> Result<(), ControlError> {
+    pub(super) fn persist_with(&mut self, id: VolumeId, record: Record, reserve: Reserve) -> Result<(), ControlError> {
         self.next += 1;
         let (mut out, operation) = (Vec::new(), OperationId(self.next));
         self.store().persist(operation, id, record, boot(), reserve, &mut out);
         self.run(out, &mut Memory::zeros(4096).expect("memory")).expect("it ends")
     }
 
-    fn persist(&mut self, id: VolumeId, version: u64, candidates: &[(u8, u64)]) {
+    pub(super) fn persist(&mut self, id: VolumeId, version: u64, candidates: &[(u8, u64)]) {
         assert_eq!(self.persist_with(id, record(version, candidates), Reserve::Promised), Ok(()));
         assert_eq!(
             self.store().mirrored(id).map(|mirrored| mirrored.record.clone()),
@@ -51,10 +51,18 @@ impl Bench {
         self.run(out, &mut Memory::zeros(4096).expect("memory")).expect("it ends")
     }
 
-    fn plan(&mut self, id: VolumeId, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<Missing> {
-        self.store().plan(id, lacks, hot).expect("a plan");
+    pub(super) fn plan(&mut self, id: VolumeId, lacks: Option<Lacks>, hot: &[Extent]) -> Vec<Missing> {
+        self.plan_of(id, lacks, &marked(hot))
+    }
+
+    pub(super) fn plan_of(&mut self, id: VolumeId, lacks: Option<Lacks>, suspects: &Suspects) -> Vec<Missing> {
+        self.store().plan(id, lacks, suspects).expect("a plan");
         std::iter::from_fn(|| self.store().next_missing(id).expect("the disk is sound")).collect()
     }
+}
+
+pub(super) fn marked(extents: &[Extent]) -> Suspects {
+    Suspects::Marked(extents.into())
 }
 
 /// A mirrored volume of eight extents and a few blocks more.
@@ -68,7 +76,7 @@ pub(super) fn mirrored() -> (Bench, VolumeId) {
 }
 
 /// Known blocks, in runs from `start` on.
-fn known(start: u64, runs: &[(u32, u32)]) -> Missing {
+pub(super) fn known(start: u64, runs: &[(u32, u32)]) -> Missing {
     let (mut blocks, mut end) = (BlockSet::default(), 0);
     for (first, count) in runs {
         blocks.insert(*first, *count);
@@ -78,92 +86,14 @@ fn known(start: u64, runs: &[(u32, u32)]) -> Missing {
 }
 
 /// The parts in which so many blocks are compared.
-fn compared(start: u64, count: u64) -> Vec<Missing> {
+pub(super) fn compared(start: u64, count: u64) -> Vec<Missing> {
     let part = u64::from(COMPARED_BLOCKS);
     let parts = (0..count.div_ceil(part)).map(|at| (at * part, part.min(count - at * part)));
     parts.map(|(at, count)| Missing::Suspected(range(start + at, count as u32))).collect()
 }
 
-const SINCE_TWO: Option<Lacks> =
+pub(super) const SINCE_TWO: Option<Lacks> =
     Some(Lacks::Since(Stamp { generation: Generation(1), version: ConfigurationVersion(2) }));
-
-#[test]
-fn a_copy_lacks_what_was_written_since_it_left_and_what_was_hot_then() {
-    let (mut bench, id) = mirrored();
-    bench.write(id, 5, &[1; 30]);
-    bench.simple(id, Request::Flush);
-    assert_eq!(bench.mark(id, &[Extent(8), Extent(2)]), Ok(()));
-    bench.persist(id, 2, &[(2, 2)]);
-    bench.write(id, 100, &[2; 3]);
-    assert_eq!(bench.mark(id, &[]), Ok(()));
-    assert_eq!(bench.control(Control::Seal { volume: id, snapshot: snapshot(1), created_ms: 5 }), Ok(()));
-    bench.write(id, 103, &[3]);
-    bench.simple(id, Request::Discard(range(10, 2)));
-    let first = [known(10, &[(0, 2), (90, 4)])];
-    let hot = [compared(2 * EXTENT_BLOCKS, EXTENT_BLOCKS), compared(8 * EXTENT_BLOCKS, 10)];
-    let all = [&first[..], &hot.concat()].concat();
-    for _ in 0..2 {
-        assert_eq!(bench.plan(id, SINCE_TWO, &[]), all);
-        assert_eq!(bench.plan(id, None, &[Extent(8)]), compared(8 * EXTENT_BLOCKS, 10));
-        let whole = bench.plan(id, Some(Lacks::Everything), &[]);
-        assert_eq!(whole, compared(0, 8 * EXTENT_BLOCKS + 10), "it may hold what reads as zeros here");
-        assert_eq!(bench.store().snapshots().len(), 1, "a base is nobody's snapshot");
-        bench.kill();
-        bench.idle();
-    }
-    bench.simple(id, Request::Flush);
-    assert_eq!(bench.control(Control::DeleteSnapshot(snapshot(1))), Ok(()));
-    bench.idle();
-    bench.lose_pending();
-    let mirrored = bench.store().mirrored(id).map(|mirrored| (mirrored.boot, mirrored.hot.len()));
-    assert_eq!(mirrored, Some((boot(), 0)));
-    assert_eq!(bench.plan(id, SINCE_TWO, &[]), all, "merging and opening change nothing");
-}
-
-/// Each of them was a message of its own, and half a minute of a resync went by with waiting for answers.
-#[test]
-fn scattered_blocks_are_few_pieces() {
-    let (mut bench, id) = mirrored();
-    bench.persist(id, 2, &[(2, 2)]);
-    for block in (0..600).step_by(6) {
-        bench.write(id, block, &[1]);
-    }
-    let runs = |count: u32| (0..count).map(|run| (6 * run, 1)).collect::<Vec<_>>();
-    let expected = [known(0, &runs(32)), known(192, &runs(32)), known(384, &runs(32)), known(576, &runs(4))];
-    assert_eq!(bench.plan(id, SINCE_TWO, &[]), expected, "no piece has more runs");
-    let hot = bench.plan(id, SINCE_TWO, &[Extent(0)]);
-    assert_eq!(hot, compared(0, EXTENT_BLOCKS), "what is hot is compared, also where it was written since");
-}
-
-#[test]
-fn a_new_plan_is_in_place_of_the_one_before() {
-    let (mut bench, id) = mirrored();
-    bench.store().plan(id, None, &[Extent(0)]).expect("a plan");
-    assert_eq!(bench.store().next_missing(id), Ok(compared(0, 64).pop()));
-    assert_eq!(bench.plan(id, None, &[]), []);
-    assert_eq!(bench.store().next_missing(id), Ok(None));
-    assert_eq!(bench.store().plan(volume(2), None, &[]), Err(DiskError::Failed), "it is not mirrored");
-}
-
-#[test]
-fn who_left_unseen_or_without_a_reserve_lacks_the_whole_volume() {
-    let (mut bench, id) = mirrored();
-    let whole = 8 * EXTENT_BLOCKS + 10;
-    let blocks = |plan: Vec<Missing>| plan.iter().map(|missing| u64::from(missing.range().count())).sum::<u64>();
-    assert_eq!(bench.persist_with(id, record(2, &[(2, 2)]), Reserve::Refused), Ok(()));
-    assert_eq!(blocks(bench.plan(id, SINCE_TWO, &[])), whole);
-    bench.persist(id, 5, &[(2, 2), (3, 4), (4, 1)]);
-    assert_eq!(blocks(bench.plan(id, SINCE_TWO, &[])), whole, "it stays unknown");
-    assert_eq!(blocks(bench.plan(id, Some(Lacks::Since(stamp(4))), &[])), 0);
-    assert_eq!(blocks(bench.plan(id, Some(Lacks::Since(stamp(1))), &[])), whole, "before the record that was there");
-    assert_eq!(blocks(bench.plan(id, Some(Lacks::Since(stamp(3))), &[])), whole, "nobody left with it");
-    // Another one that begins with a copy that is out.
-    let other = volume(2);
-    let create = Control::CreateVolume { volume: other, size: size(256), verify_reads: false };
-    assert_eq!(bench.control(create), Ok(()));
-    bench.persist(other, 2, &[(2, 2)]);
-    assert_eq!(blocks(bench.plan(other, SINCE_TWO, &[])), 256);
-}
 
 #[test]
 fn a_base_goes_when_no_record_names_it() {
@@ -292,7 +222,7 @@ fn after_a_failed_fdatasync_of_marks_nothing_is_flushed_or_copied_until_the_tree
     for error in [DiskError::Failed, DiskError::NoSpace] {
         let (mut bench, id) = mirrored();
         bench.write(id, 0, &[1]);
-        bench.store().plan(id, None, &[Extent(0)]).expect("a plan");
+        bench.store().plan(id, None, &marked(&[Extent(0)])).expect("a plan");
         let (mut flush, mut out) = (Vec::new(), Vec::new());
         bench.store().start(OperationId(98), id, Request::Flush, &mut flush);
         let [Action::Io { io: data, file: File::Data, what: Io::Sync }] = flush[..] else { panic!("{flush:?}") };
@@ -316,7 +246,7 @@ fn after_a_failed_fdatasync_of_marks_nothing_is_flushed_or_copied_until_the_tree
         assert_eq!(failed, [98, 99]);
         assert_eq!((bench.store().failure(), bench.store().sync_failures()), (Some(Failure::DataSync), 1));
         assert_eq!(bench.store().next_missing(id), Err(DiskError::Failed));
-        assert_eq!(bench.store().plan(id, None, &[]), Err(DiskError::Failed));
+        assert_eq!(bench.store().plan(id, None, &marked(&[])), Err(DiskError::Failed));
         let refused = bench.persist_with(id, record(2, &[]), Reserve::Promised);
         assert_eq!(refused, Err(ControlError::Disk(DiskError::Failed)));
         bench.kill();
