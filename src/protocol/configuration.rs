@@ -37,7 +37,7 @@ pub struct Stamp {
 /// What a copy outside the members lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lacks {
-    /// It left with this version: the layers since, and the hot extents.
+    /// It left with this version: the layers since, and what was not flushed, or not answered, then.
     Since(Stamp),
     /// It never held anything, or nobody knows what it holds: every block, also one that reads as zeros at the source.
     Everything,

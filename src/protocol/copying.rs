@@ -16,7 +16,7 @@
 //! * One plan of one volume at a time, and at most [`MAX_PIECES`](super::MAX_PIECES) ranges of it, which never overlap; a
 //!   copy that fails ends the work, which begins again when it joins again.
 
-use super::admission::{Awaits, Entry, FLUSH, Phase};
+use super::admission::{Awaits, Entry, FLUSH};
 use super::configuration::Lacks;
 use super::hot::{Extent, MAX_HOT_EXTENTS, MAX_MARKS, extents};
 use super::interface::{Output, Primary, Record, Role, Suspects};
@@ -225,8 +225,8 @@ impl Replica {
     }
 
     /// Where a copy that leaves may differ from this one, as long as neither loses its caches: they were equal when this
-    /// primary began to serve, and each has executed since then whatever the other has, but for what is still waited for.
-    /// Nothing else was answered to anybody. All of it is marked, so there is no more than there may be marks.
+    /// primary began to serve, or when it admitted that copy, and each has executed since then whatever the other has, but
+    /// for what is still waited for. All of that is marked, so there is no more than there may be marks.
     pub(super) fn unanswered_by(&self, peer: &Peer) -> Option<Box<[Extent]>> {
         if !peer.member {
             return peer.unanswered.clone();
@@ -237,9 +237,8 @@ impl Replica {
         if planted!(self, ForgetUnanswered) {
             return Some(Box::default());
         }
-        let began = |entry: &&Entry| entry.serial != SerialNumber::default() && entry.phase != Phase::Completed;
-        let ranges = self.admission.entries().iter().filter(began).filter(|entry| entry.request.is_mutation());
-        let touched: BTreeSet<Extent> = ranges.filter_map(|entry| entry.request.range()).flat_map(extents).collect();
+        let began = self.admission.entries().iter().filter(|entry| entry.is_started() && entry.request.is_mutation());
+        let touched: BTreeSet<Extent> = began.filter_map(|entry| entry.request.range()).flat_map(extents).collect();
         Some(touched.into_iter().collect())
     }
 

@@ -232,7 +232,7 @@ pub struct Record {
     /// The last one it has acted under.
     pub configuration: Configuration,
     /// It has kept everything that it ever acknowledged: as a member, every acknowledged write. Never of a copy that lacks
-    /// everything.
+    /// everything, or that is not named.
     pub intact: bool,
 }
 

@@ -83,8 +83,8 @@ impl Replica {
         self.health == Health::Sound && !self.peers.is_empty() && (room || self.clearing.due)
     }
 
-    /// A flush on every copy covers everything below: room for other marks.
-    pub(super) fn flushed_on_all(&mut self, covers: SerialNumber, outputs: &mut Vec<Output>) {
+    /// A flush on every copy that writes were sent to then covers everything below: room for other marks.
+    pub(super) fn flushed_on_all(&mut self, flush: SerialNumber, covers: SerialNumber, outputs: &mut Vec<Output>) {
         if self.health != Health::Sound && !planted!(self, ClearAfterFailure) {
             // What failed here is on other copies: it stays marked, and the next term makes them equal.
             return;
@@ -98,7 +98,7 @@ impl Replica {
         let clears = !self.peers.is_empty() && below > SerialNumber::default() && self.hot.can_clear(below);
         if clears {
             self.hot.clear(below, true);
-            for peer in &self.peers {
+            for peer in self.peers.iter().filter(|peer| peer.was_asked(flush) || planted!(self, ClearWhoJoins)) {
                 if let Some(frame) = self.link(peer) {
                     let message = Message::Clear { frame, below };
                     outputs.push(Output::Send { to: peer.copy, message, buffer: Buffer::None });

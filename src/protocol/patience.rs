@@ -76,7 +76,7 @@ impl Replica {
                 late = late.with(entry.awaits);
             }
         }
-        // One that was just admitted, too: until it has settled, its newer blocks do not count if this copy loses its caches.
+        // One that was just admitted, too: until it has settled, its newer blocks may not count if this copy loses its caches.
         let settling = matches!(self.role, Role::Primary(Primary::Settling | Primary::Serving));
         for position in 0..self.peers.len() {
             let peer = &mut self.peers[position];

@@ -74,6 +74,18 @@ impl Peer {
         !self.member && self.joined && self.sync == Sync::Equal
     }
 
+    /// Whether what has this serial was sent to it, and waits for it. One that has joined since then may not have flushed what
+    /// it executed before it left.
+    pub fn was_asked(&self, serial: SerialNumber) -> bool {
+        match self.sync {
+            _ if self.member => true,
+            Sync::Idle => false,
+            Sync::Joining(since) => since <= serial,
+            // What began earlier has ended.
+            Sync::Copying | Sync::Equal => true,
+        }
+    }
+
     /// Writes are sent to it.
     fn is_active(&self) -> bool {
         self.member || self.sync != Sync::Idle

@@ -236,9 +236,9 @@ impl Replica {
             return;
         }
         if entry.request == Request::Flush && entry.result.is_ok() {
-            self.flushed_on_all(entry.covers, outputs);
+            self.flushed_on_all(entry.serial, entry.covers, outputs);
         } else if planted!(self, ClearAtAnswer) {
-            self.flushed_on_all(entry.serial.next(), outputs);
+            self.flushed_on_all(entry.serial, entry.serial.next(), outputs);
         }
         if entry.tag == FLUSH {
             self.admission.remove_own(FLUSH);

@@ -248,7 +248,11 @@ impl Replica {
                 let (sync, unanswered) = (super::copying::Sync::Idle, None);
                 Peer { member, joined: false, owes: 0, out, sync, unanswered, ..peer.clone() }
             }
-            Some(peer) => Peer { unanswered: self.unanswered_by(peer), ..Peer::new(copy, false, false) },
+            Some(peer) => {
+                // A person's wish that it be compared outlives what was under way when it was said.
+                let anew = peer.anew && !configuration.lacks_everything(copy);
+                Peer { anew, unanswered: self.unanswered_by(peer), ..Peer::new(copy, false, false) }
+            }
             None => Peer::new(copy, member, member && self.silent.contains(&copy)),
         }
     }

@@ -77,7 +77,8 @@ impl Replica {
     pub fn has_lost_its_own(&self) -> bool {
         let newest = self.newest();
         let says = newest.says_what_is_lost() && newest.lost > self.record.configuration.lost;
-        newest.primary == Some(self.me) && says && !self.record.intact
+        let has_all = self.record.intact && self.record.configuration.is_member(self.me);
+        newest.primary == Some(self.me) && says && !has_all
     }
 
     /// What the spec wants, as it was told last.

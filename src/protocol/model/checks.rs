@@ -64,12 +64,12 @@ impl World {
     }
 
     fn unflushed_is_marked(&self) -> bool {
-        let several = self.catalogue.members().count() > 1;
         let flushed = |node: &Node, x: usize| node.disk.cache[x] == node.disk.stable[x];
-        !several
-            || self
-                .members()
-                .all(|node| self.blocks().all(|x| flushed(node, x) || node.disk.hot.contains(&Extent(x as u32))))
+        let marked = |node: &Node| self.blocks().all(|x| flushed(node, x) || node.disk.hot.contains(&Extent(x as u32)));
+        let several = self.catalogue.members().count() > 1;
+        // What else says that a candidate has kept everything, after it has lost power?
+        let candidates = self.catalogue.candidates.keys().map(|copy| self.node(*copy));
+        (!several || self.members().all(marked)) && candidates.filter(|node| node.disk.record.intact).all(marked)
     }
 
     pub fn serves(&self, copy: usize) -> bool {

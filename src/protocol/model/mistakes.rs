@@ -85,6 +85,8 @@ mistakes! {
         within Bounds { writes: 1, ..QUIET };
     a_mark_cleared_beyond_the_flush_breaks_i5: ClearBeyondFlush breaks KnownDifferences
         within Bounds { writes: 1, flushes: 1, ..QUIET };
+    a_mark_cleared_by_a_flush_that_a_copy_did_not_do_breaks_i6: ClearWhoJoins breaks Marked
+        within Bounds { writes: 1, flushes: 1, suspicions: 1, reconfigurations: 1, disk: Granularity::Data, ..QUIET };
     a_flush_that_covers_what_waits_for_its_mark_breaks_i5: CoverMarking breaks KnownDifferences
         within Bounds { writes: 1, flushes: 1, disk: Granularity::Every, ..QUIET };
     a_fenced_request_executed_later_breaks_i8: ForgetFence breaks NeverOlder

@@ -59,6 +59,8 @@ pub(in crate::protocol) enum Planted {
     ClearAtAnswer,
     /// Marks go because they are many, whatever the flush covers.
     ClearBeyondFlush,
+    /// A copy that joins while a flush is under way clears the marks that it covers on others.
+    ClearWhoJoins,
     /// A flush covers what the other copies execute while it waits for its mark here.
     CoverMarking,
     /// Marks go although this copy's disk has failed a write that the peers have executed.

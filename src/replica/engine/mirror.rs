@@ -160,7 +160,7 @@ pub struct MirrorStatus {
     pub newest: Configuration,
     /// What the spec wants, as it was told last.
     pub wish: Option<Wish>,
-    /// It has every acknowledged write, as far as it knows.
+    /// It has kept everything that it ever acknowledged: as a member, every acknowledged write.
     pub intact: bool,
     /// Its disk failed something that it cannot do without.
     pub disk_failed: bool,

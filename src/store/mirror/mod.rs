@@ -7,7 +7,8 @@
 //! ```
 //! A **base** is the volume's newest layer at the moment when a copy left, sealed. It is merged only when no record names
 //! it any more, so what the copy lacks is what the layers above it have, and the extents that were hot at that moment:
-//! they cover what was in flight, and what only some copies had.
+//! they cover what was in flight, and what only some copies had. (A core that knows what was in flight, of a copy that has
+//! kept its caches, names that instead.)
 //!
 //! # Invariants
 //! * **Base before record**: a record that names a base is written when the seal is durable in the map log.

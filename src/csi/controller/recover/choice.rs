@@ -28,7 +28,7 @@ pub struct Found {
     pub pool: String,
     /// The newest committed one that the copy knows; `None`: it has never acted.
     pub configuration: Option<Configuration>,
-    /// It has every acknowledged write, provided that it was a member since.
+    /// It has kept everything that it ever acknowledged: as a member, every acknowledged write.
     pub intact: bool,
     /// Its removal was decided.
     pub removing: bool,

@@ -70,3 +70,38 @@ fn a_copy_that_leaves_stays_intact_if_it_is_known_what_it_lacks() {
         }
     }
 }
+
+/// A flush that it was not asked for took its mark of what it had not flushed: after a loss of power it counted as intact.
+#[test]
+fn a_copy_that_joins_while_a_flush_is_under_way_keeps_its_marks() {
+    for planted in [None, Some(super::super::Planted::ClearWhoJoins)] {
+        let mut script = dropped();
+        script.give(Input::Replied { tag: WRITER });
+        (script.replica.planted, script.replica.hot_limit) = (planted, 2);
+        script.give(Input::Request { tag: OTHER, request: Request::Flush });
+        let flush = script.outputs.clone();
+        let stamp = script.replica.record().configuration.stamp;
+        script.hear(Message::Joined { frame: Frame { stamp, incarnation: FIRST }, intact: true, hot: Box::default() });
+        script.outputs = flush;
+        script.finish();
+        assert!(script.completes(OTHER) && script.wants(|output| matches!(output, Output::WriteHot { .. })));
+        assert_eq!(script.clears(), planted.is_some(), "{:?}", script.outputs);
+    }
+}
+
+/// The configuration without it was on its way when a person wanted it compared: that was forgotten.
+#[test]
+fn a_copy_that_is_to_be_compared_is_when_its_removal_was_proposed_before() {
+    let mut script = Script::serving();
+    script.give(Input::Silent(copy(2)));
+    script.finish();
+    let next = script.proposal().expect("it goes on alone");
+    assert_eq!(next.candidates[&copy(2)], Lacks::Since(next.stamp));
+    script.give(Input::Resync(copy(2)));
+    script.give(Input::Proposed { stamp: next.stamp, outcome: Outcome::Committed });
+    script.finish();
+    let next = script.proposal().expect("it lacks everything");
+    assert_eq!(next.candidates[&copy(2)], Lacks::Everything);
+    script.commit();
+    assert_eq!(script.proposal(), None);
+}
