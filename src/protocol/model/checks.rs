@@ -5,6 +5,10 @@ use super::world::{Node, World, copy};
 use super::{Cluster, Invariant};
 use crate::protocol::*;
 
+fn marked(node: &Node, block: usize) -> bool {
+    node.disk.hot.contains(&Extent(block as u32))
+}
+
 impl World {
     /// Remembers the first invariant that does not hold, if no event has broken one before.
     pub fn check(&mut self) {
@@ -42,34 +46,48 @@ impl World {
     }
 
     fn differences_are_known(&self) -> bool {
-        let marked = |node: &Node, block: usize| node.disk.hot.contains(&Extent(block as u32));
         let members: Vec<&Node> = self.members().collect();
         let pairs = members.iter().flat_map(|a| members.iter().map(move |b| (*a, *b)));
         let between = pairs
             .into_iter()
             .all(|(a, b)| self.blocks().all(|x| a.disk.cache[x] == b.disk.cache[x] || marked(a, x) || marked(b, x)));
-        let serving = self.catalogue.primary.map(|primary| self.node(primary));
-        let serving = serving.filter(|n| n.disk.record.configuration.stamp == self.catalogue.stamp);
+        let differs = |a: &Node, b: &Node, x: usize| a.disk.cache[x] != b.disk.cache[x];
         between
-            && serving.is_none_or(|primary| {
-                self.catalogue.candidates.iter().all(|(copy, lacks)| {
-                    let Lacks::Since(since) = lacks else { return true };
-                    let candidate = self.node(*copy);
-                    let lacking = primary.disk.lacking.get(since);
-                    let known = |x: usize| lacking.is_none_or(|s| s.hot.contains(&x) || s.cache.contains(&x));
-                    let differs = |x: usize| primary.disk.cache[x] != candidate.disk.cache[x];
-                    self.blocks().all(|x| !differs(x) || known(x) || marked(candidate, x))
-                })
+            && self.candidates().all(|(primary, candidate, since)| {
+                let known = |x: usize| primary.disk.lacking.get(&since).is_none_or(|lacking| lacking.has(x));
+                self.blocks().all(|x| !differs(primary, candidate, x) || known(x) || marked(candidate, x))
             })
     }
 
+    /// Beside the primary, the candidates of which it is known since when they lack something.
+    fn candidates(&self) -> impl Iterator<Item = (&Node, &Node, Stamp)> {
+        let primary = self.catalogue.primary.map(|primary| self.node(primary));
+        let primary = primary.filter(|n| n.disk.record.configuration.stamp == self.catalogue.stamp);
+        let all = self.catalogue.candidates.iter().filter_map(|(copy, lacks)| match lacks {
+            Lacks::Since(since) => Some((self.node(*copy), *since)),
+            Lacks::Everything => None,
+        });
+        primary.into_iter().flat_map(move |primary| all.clone().map(move |(node, since)| (primary, node, since)))
+    }
+
+    /// Also on candidates that count as intact, but for what is known that they lack: what they were sent for a resync that was
+    /// given up may be executed late.
     fn unflushed_is_marked(&self) -> bool {
-        let flushed = |node: &Node, x: usize| node.disk.cache[x] == node.disk.stable[x];
-        let marked = |node: &Node| self.blocks().all(|x| flushed(node, x) || node.disk.hot.contains(&Extent(x as u32)));
+        let is_safe = |node: &Node, x: usize| node.disk.cache[x] == node.disk.stable[x] || marked(node, x);
         let several = self.catalogue.members().count() > 1;
-        // What else says that a candidate has kept everything, after it has lost power?
-        let candidates = self.catalogue.candidates.keys().map(|copy| self.node(*copy));
-        (!several || self.members().all(marked)) && candidates.filter(|node| node.disk.record.intact).all(marked)
+        let intact = self.candidates().filter(|(_, candidate, _)| candidate.disk.record.intact);
+        (!several || self.members().all(|node| self.blocks().all(|x| is_safe(node, x))))
+            && intact.into_iter().all(|(primary, candidate, since)| {
+                let peers = &primary.replica.peers;
+                let unanswered = peers.iter().filter(|peer| peer.copy == candidate.replica.me);
+                let unanswered: Vec<Extent> =
+                    unanswered.flat_map(|peer| peer.unanswered.iter().flatten().copied()).collect();
+                let lacking = primary.disk.lacking.get(&since);
+                let known = |x: usize| {
+                    lacking.is_none_or(|lacking| lacking.cache.contains(&x)) || unanswered.contains(&Extent(x as u32))
+                };
+                self.blocks().all(|x| is_safe(candidate, x) || known(x))
+            })
     }
 
     pub fn serves(&self, copy: usize) -> bool {

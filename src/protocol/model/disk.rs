@@ -31,6 +31,12 @@ pub(super) struct Disk {
     pub lacking: Lacking,
 }
 
+impl Since {
+    pub fn has(&self, block: usize) -> bool {
+        self.hot.contains(&block) || self.cache.contains(&block)
+    }
+}
+
 /// A disk operation that is not done.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Operation {

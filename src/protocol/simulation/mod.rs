@@ -315,7 +315,7 @@ fn planted_mistakes_are_found() {
         Planted::ReadWithoutLease,
         Planted::ForgetFailedFlush,
     ];
-    planted.into_iter().for_each(|planted| caught(planted, 6000));
+    planted.into_iter().for_each(|planted| caught(planted, 10_000));
 }
 
 /// Seeds until the mistake is found.
