@@ -1,8 +1,10 @@
 //! What a killed engine left: takes the devices over, repeats answers, executes again what was not answered.
 //!
 //! # Invariants
-//! * A filled slot of a known volume is never discarded: its volume waits (parked) until its tree is open. Only the device of a
-//!   volume that has no copy here can be given up while it waits: then it is never served again, and goes with its requests.
+//! * A filled slot of a known volume is never discarded: its volume waits (parked) until its tree is open. Only a device of a
+//!   volume that has no copy here, or others elsewhere, can be given up while it waits: then it is never served again, and no
+//!   engine executes what it was asked.
+//! * What a disk may still read from or write into for the killed engine is used again only when that disk was drained.
 //! * A done slot's answer is repeated (the kernel says ENOENT if it had it) and the request is not executed again.
 //! * Filled slots are executed in their first order of arrival, before anything new is read.
 
@@ -138,29 +140,34 @@ impl Engine {
         }
     }
 
-    /// Whoever waits for a device that a killed engine left, of a volume without a copy here, gets an error. `false`: nothing of
-    /// that kind waits.
-    pub fn give_up(&mut self, volume: VolumeId) -> io::Result<bool> {
-        let left = self.parked.iter_mut().find(|parked| parked.fuse.volume == volume && parked.without_copy);
-        let Some(left) = left else { return Ok(false) };
+    /// Whoever waits for a device that a killed engine left gets an error; of a volume that has a copy here only if it has
+    /// `others`. `false`: nothing of that kind is there.
+    pub fn give_up(&mut self, volume: VolumeId, others: bool) -> io::Result<bool> {
+        let may = |left: &Parked| left.without_copy || left.given_up || others;
+        let left = self.parked.iter_mut().find(|left| left.fuse.volume == volume);
+        let Some(left) = left.filter(|left| may(left)) else { return Ok(false) };
         left.fuse.abort()?;
         left.given_up = true;
-        Ok(true)
-    }
-
-    /// The loop device of what was given up is gone: so are the requests in its slots.
-    pub fn forget_given_up(&mut self, volume: VolumeId) {
-        let Some(at) = self.parked.iter().position(|left| left.fuse.volume == volume && left.given_up) else { return };
-        self.parked.remove(at);
+        let own = (0..left.fuse.slots.count()).map(|index| left.fuse.slots.slot(index));
+        own.for_each(|slot| slot.free());
         let Arena { slots, free } = &mut self.arena;
         for index in 0..slots.count() {
             let slot = slots.slot(index);
             if slot.state() != SlotState::Free && slot.volume() == volume {
                 slot.free();
-                free.push(index);
+                // The copy was not drained: its slots rest until the next engine starts.
+                if left.without_copy {
+                    free.push(index);
+                }
             }
         }
         self.ready.extend(std::mem::take(&mut self.starving));
+        Ok(true)
+    }
+
+    /// The loop device of what was given up is gone.
+    pub fn forget_given_up(&mut self, volume: VolumeId) {
+        self.parked.retain(|left| left.fuse.volume != volume || !left.given_up);
     }
 
     /// Ends what a killed engine began on this volume.
