@@ -6,6 +6,7 @@
 use super::errors::{PublishError, RequestError, UnpublishError};
 use super::path::{PathError, resolve};
 use super::records::{Published, RecordError, Staged, Use};
+use super::release::start_instead;
 use super::{Inner, is_node_of, only_reads, required};
 use crate::catalog::{Access, AccessMode};
 use crate::csi::capability::Capability;
@@ -194,10 +195,11 @@ pub fn unpublish(
 ) -> Result<NodeUnpublishVolumeResponse, UnpublishError> {
     required("volume_id", &request.volume_id)?;
     required("target_path", &request.target_path)?;
-    let (id, _operation) = match node.start(&request.volume_id) {
+    let turn = match start_instead(node, &request.volume_id) {
         Err(RequestError::UnknownVolume) => return Ok(NodeUnpublishVolumeResponse {}),
         started => started?,
     };
+    let id = turn.volume;
     let record = node.records.load(id)?;
     let target = match resolve(&request.target_path) {
         Err(PathError::NoParent(path)) => path,

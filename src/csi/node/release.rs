@@ -4,18 +4,25 @@
 //! it kubelet, which could neither stage it again nor drain the node.
 //!
 //! Invariants: what may hang is begun elsewhere and waited for with a limit; a device is given up only if the replica says
-//! that it does not serve it; one that is served, however slowly, is waited for; an answer comes within 15 s otherwise.
+//! that it does not serve it, and is asked again and again; one that is served, however slowly, is waited for; an answer comes
+//! within 15 s otherwise, behind a call that hangs on the device within 30 s.
 
 use super::Inner;
-use super::errors::UnstageError;
+use super::errors::{RequestError, UnstageError};
 use super::replica::Facts;
 use crate::csi::control::ControlError;
+use crate::csi::operations::{Operation, Subject};
 use crate::mount::{Unmounting, remove_read_only_twin, unmount_lazily};
 use crate::volume::VolumeId;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long an unmount may take before the replica is asked whether it serves the volume.
+/// How long another call for the volume may take before the replica is asked the same. To stage a volume that is served takes
+/// longer at times: then the caller is told to come back.
+const HUNG_AFTER: Duration = Duration::from_secs(4);
+/// How long such a call may take to undo what it has begun, when its device is given up: it detaches that.
+const HUNG_LIMIT: Duration = Duration::from_secs(8);
+/// How long an unmount may take before the replica is asked whether it serves the volume, and again before each next time.
 const UNMOUNT_LIMIT: Duration = Duration::from_secs(5);
 /// The replica looks for as long as a copy may be silent, and then ends a connection.
 const ABANDON_LIMIT: Duration = Duration::from_secs(6);
@@ -26,6 +33,33 @@ const ABANDON_AFTER: Duration = Duration::from_secs(4);
 /// and before the caller is told.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
 const BUSY_POLL: Duration = Duration::from_millis(50);
+
+/// The right to take a volume away.
+pub struct Turn {
+    /// Which.
+    pub volume: VolumeId,
+    /// Its device was given up for that.
+    gave_up: bool,
+    _operation: Operation,
+}
+
+/// Waits for the right to take a volume away. A call that hangs on its device is ended if nobody serves that: else nobody could,
+/// for as long as it hangs; also if the volume is published at other targets, which hang with it. What else is under way is waited
+/// for, and then named.
+pub fn start_instead(node: &Inner, volume: &str) -> Result<Turn, RequestError> {
+    let volume: VolumeId = volume.parse().map_err(|_| RequestError::UnknownVolume)?;
+    let start = |limit| node.operations.start_within(Subject::Volume(volume), limit);
+    let refused = match start(HUNG_AFTER) {
+        Ok(operation) => return Ok(Turn { volume, gave_up: false, _operation: operation }),
+        Err(refused) => refused,
+    };
+    if let Err(reason) = node.replica.abandon(volume, ABANDON_LIMIT) {
+        tracing::info!(%volume, %reason, "another call for it is under way, and its device is not given up");
+        return Err(refused.into());
+    }
+    tracing::warn!(%volume, "another call for it hung on its device, which is given up: it is to go");
+    Ok(Turn { volume, gave_up: true, _operation: start(HUNG_LIMIT)? })
+}
 
 /// A volume that is being taken away.
 pub struct Release<'a> {
@@ -38,22 +72,24 @@ pub struct Release<'a> {
 }
 
 impl<'a> Release<'a> {
-    /// Nothing was tried yet.
-    pub fn new(node: &'a Inner, volume: VolumeId) -> Self {
-        Self { node, volume, abandoned: false, asked: false }
+    /// Nothing was tried yet but to begin.
+    pub fn new(node: &'a Inner, turn: &Turn) -> Self {
+        Self { node, volume: turn.volume, abandoned: turn.gave_up, asked: turn.gave_up }
     }
 
     /// Nothing is mounted at `target` afterwards.
     pub fn unmount(&mut self, target: &Path) -> Result<(), UnstageError> {
         let unmounting = Unmounting::start(target);
-        if let Some(result) = unmounting.wait(UNMOUNT_LIMIT) {
-            return Ok(result?);
-        }
-        match self.abandon() {
-            Ok(()) => {}
-            // Slow, and served.
-            Err(ControlError::InUse(_)) => return Ok(unmounting.wait_for_its_end()?),
-            Err(error) => return Err(error.into()),
+        loop {
+            if let Some(result) = unmounting.wait(UNMOUNT_LIMIT) {
+                return Ok(result?);
+            }
+            match self.abandon() {
+                Ok(()) => break,
+                // Slow, and served; for how long, nobody knows.
+                Err(ControlError::InUse(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         match unmounting.wait(AFTERWARDS) {
             Some(result) => Ok(result?),

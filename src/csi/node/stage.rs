@@ -6,7 +6,7 @@
 use super::errors::{RequestError, StageError, UnstageError};
 use super::path::{PathError, resolve};
 use super::records::{Staged, Use};
-use super::release::Release;
+use super::release::{Release, Turn, start_instead};
 use super::replica::Facts;
 use super::{Inner, filesystem, required};
 use crate::catalog::{Access, FsType};
@@ -19,8 +19,11 @@ use crate::mount::{
 use crate::rpc::csi::{
     NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse,
 };
-use crate::volume::VolumeId;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a call that has failed waits until its device is gone: who unstages a device on which it hung waits for that.
+const DETACH_LIMIT: Duration = Duration::from_secs(5);
 
 /// Makes the volume ready to be published.
 pub fn stage(node: &Inner, request: &NodeStageVolumeRequest) -> Result<NodeStageVolumeResponse, StageError> {
@@ -72,7 +75,8 @@ pub fn stage(node: &Inner, request: &NodeStageVolumeRequest) -> Result<NodeStage
 /// What cannot be undone now stays on record, for the next call.
 fn give_up(node: &Inner, record: &Staged) {
     let is_free = || Some(MountTable::read().ok()?.at(&record.staging).is_none());
-    if record.targets.is_empty() && is_free() == Some(true) && node.replica.detach(record.volume).is_ok() {
+    let detach = || node.replica.detach_within(record.volume, DETACH_LIMIT);
+    if record.targets.is_empty() && is_free() == Some(true) && matches!(detach(), Some(Ok(()))) {
         let _ = node.records.remove(record.volume);
     }
 }
@@ -133,7 +137,7 @@ fn mount(
 pub fn unstage(node: &Inner, request: &NodeUnstageVolumeRequest) -> Result<NodeUnstageVolumeResponse, UnstageError> {
     required("volume_id", &request.volume_id)?;
     required("staging_target_path", &request.staging_target_path)?;
-    let (id, _operation) = match node.start(&request.volume_id) {
+    let turn = match start_instead(node, &request.volume_id) {
         Err(RequestError::UnknownVolume) => return Ok(NodeUnstageVolumeResponse {}),
         started => started?,
     };
@@ -141,14 +145,14 @@ pub fn unstage(node: &Inner, request: &NodeUnstageVolumeRequest) -> Result<NodeU
         Err(PathError::NoParent(_)) => None,
         resolved => Some(resolved?),
     };
-    match node.records.load(id)? {
-        Some(record) => unstage_recorded(node, &record, staging.as_deref())?,
-        None => unstage_unrecorded(node, id, staging)?,
+    match node.records.load(turn.volume)? {
+        Some(record) => unstage_recorded(node, &turn, &record, staging.as_deref())?,
+        None => unstage_unrecorded(node, &turn, staging)?,
     }
     Ok(NodeUnstageVolumeResponse {})
 }
 
-fn unstage_recorded(node: &Inner, record: &Staged, staging: Option<&Path>) -> Result<(), UnstageError> {
+fn unstage_recorded(node: &Inner, turn: &Turn, record: &Staged, staging: Option<&Path>) -> Result<(), UnstageError> {
     let table = MountTable::read()?;
     if let Some(target) = record.targets.keys().find(|target| table.at(target).is_some()) {
         return Err(UnstageError::Published { volume: record.volume, target: target.clone() });
@@ -157,7 +161,7 @@ fn unstage_recorded(node: &Inner, record: &Staged, staging: Option<&Path>) -> Re
     if staging.is_some_and(|staging| staging != record.staging) {
         return Ok(());
     }
-    let mut release = Release::new(node, record.volume);
+    let mut release = Release::new(node, turn);
     if record.filesystem.is_some() {
         release.unmount(&record.staging)?;
         node.steps.done()?;
@@ -169,13 +173,13 @@ fn unstage_recorded(node: &Inner, record: &Staged, staging: Option<&Path>) -> Re
 }
 
 /// A volume without a record: forgotten already, or never staged by this installation.
-fn unstage_unrecorded(node: &Inner, id: VolumeId, staging: Option<PathBuf>) -> Result<(), UnstageError> {
-    let facts = match node.replica.volume(id) {
+fn unstage_unrecorded(node: &Inner, turn: &Turn, staging: Option<PathBuf>) -> Result<(), UnstageError> {
+    let facts = match node.replica.volume(turn.volume) {
         Err(ControlError::NotFound(_)) => return Ok(()),
         facts => facts?,
     };
     let Some(device) = facts.device else { return Ok(()) };
-    let mut release = Release::new(node, id);
+    let mut release = Release::new(node, turn);
     if let (Some(staging), Ok(number)) = (staging, device_number(&device))
         && MountTable::read()?.at(&staging).is_some_and(|mount| mount.device == number)
     {
