@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! * The device of a copy waits as long as that may come back as primary. It is given up when the catalogue says that another copy
-//!   has taken its place, or when whoever has it is to go and the volume has other copies; never that of an only copy.
+//!   has taken its place, or when whoever has it is to go and the volume has other members; never that of the only one.
 //! * What a device was asked that was given up is never executed.
 
 use super::Manager;
@@ -31,7 +31,8 @@ impl Manager {
         }
     }
 
-    /// Whether the volume has other copies than the one whose device waits here, as the catalogue says.
+    /// Whether the volume has other members than the copy whose device waits here, as the catalogue says: only that can, because
+    /// the record beside the copy names candidates, too, and what the copy itself knows cannot be read.
     pub fn note_others(&self, volume: VolumeId, others: bool) {
         let mut index = self.index();
         if others {
@@ -54,10 +55,8 @@ impl Manager {
         }
     }
 
-    /// A copy that has a record of others has them, whatever was heard of the catalogue.
     fn has_others(&self, volume: VolumeId) -> bool {
-        let is_mirrored = self.place(volume).is_some_and(|place| place.mirror.is_some());
-        is_mirrored || self.index().with_others.contains(&volume)
+        self.index().with_others.contains(&volume)
     }
 
     /// Says of a device that waits for its copy that nobody needs to wait with it.

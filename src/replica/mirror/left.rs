@@ -14,12 +14,17 @@ impl Mirrors {
     pub(super) async fn follow_left_device(&self, manager: &Manager, volume: VolumeId) -> Result<(), Trouble> {
         let Some(copy) = manager.left_copy(volume).await? else { return Ok(()) };
         let configuration = self.committed(manager, volume).await?;
-        manager.note_others(volume, configuration.copies().any(|other| other != copy));
+        manager.note_others(volume, has_others(&configuration, copy));
         if is_overtaken(&configuration, copy) {
             manager.end_left(volume).await?;
         }
         Ok(())
     }
+}
+
+/// Whether another copy than this one has every acknowledged write; a candidate lacks some.
+fn has_others(configuration: &Configuration, copy: InstanceId) -> bool {
+    configuration.members().any(|member| member != copy)
 }
 
 /// Whether another copy has been primary since this one was: only that makes itself primary, or this one no member.
@@ -45,5 +50,19 @@ mod tests {
         assert!(is_overtaken(&configuration, one), "a primary has dropped it");
         configuration.candidates.remove(&one);
         assert!(is_overtaken(&configuration, one), "a primary has taken it out");
+    }
+
+    #[test]
+    fn only_members_are_worth_more_than_a_copy_that_cannot_be_opened() {
+        let [one, two] = [1, 2].map(|byte| InstanceId::from_bytes([byte; 16]));
+        let mut configuration = Configuration::first(Generation(1), one, [two].into());
+        assert!(has_others(&configuration, one));
+        configuration.secondaries.remove(&two);
+        for lacks in [Lacks::Everything, Lacks::Since(configuration.stamp)] {
+            configuration.candidates.insert(two, lacks);
+            assert!(!has_others(&configuration, one), "{lacks:?}");
+        }
+        configuration.primary = Some(two);
+        assert!(has_others(&configuration, one));
     }
 }

@@ -71,7 +71,19 @@ impl Mirrors {
             self.kept.insert(copy);
             here = manager.copy_here(id);
         }
-        self.follow_left_device(manager, id).await?;
+        let left = self.follow_left_device(manager, id).await;
+        // What is wrong with a device that waits keeps nobody from the copies; it is looked at again with them.
+        self.follow_spec(manager, stored, &mirror, here).await.and(left)
+    }
+
+    async fn follow_spec(
+        &mut self,
+        manager: &Manager,
+        stored: Stored<Volume>,
+        mirror: &MirrorSpec,
+        here: Option<CopyHere>,
+    ) -> Result<(), Trouble> {
+        let (id, catalog) = (stored.object.id, self.settings.catalog.clone());
         self.reconcile_client(manager, &stored.object).await?;
         let deleted = stored.object.spec.deleted;
         let wanted = mirror.copies_on(&self.settings.node).next().filter(|_| !deleted);
@@ -83,7 +95,7 @@ impl Mirrors {
             return Ok(());
         }
         match (wanted, here) {
-            (None, None) if deleted => self.unconfirm_all(stored, &mirror).await,
+            (None, None) if deleted => self.unconfirm_all(stored, mirror).await,
             (None, None) => Ok(()),
             (Some((copy, _)), Some(here)) if here.tree == copy => self.keep(manager, stored, &here).await,
             (Some((copy, spec)), None) => self.make(manager, stored, copy, &spec).await,
