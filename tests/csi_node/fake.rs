@@ -232,6 +232,10 @@ impl Fake {
     fn describe(&self, id: &str) -> Result<Volume, Status> {
         let state = self.state();
         let volume = state.volumes.get(id).ok_or_else(|| Status::not_found(format!("no volume {id}")))?;
+        let mut health = state.health.clone();
+        if state.suspended.is_some() {
+            health.push(Health { reason: "NotServed".into(), ..Default::default() });
+        }
         Ok(Volume {
             volume_id: id.into(),
             pool: "default".into(),
@@ -239,7 +243,7 @@ impl Fake {
             ready: volume.ready,
             device: volume.device.as_ref().map(LoopDevice::text).unwrap_or_default(),
             descriptor: volume.descriptor.clone(),
-            health: state.health.clone(),
+            health,
             ..Default::default()
         })
     }

@@ -1,15 +1,16 @@
 //! Calls that hang on a device, and those that take it away.
 
-use crate::case::{Block, Case, Ext4, MIB, code};
+use crate::case::{Block, Case, Ext4, MIB, capability, code};
 use crate::fake::Node as Machine;
 use crate::small_pool::SmallPool;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use tandem::rpc::csi::volume_capability::access_mode::Mode;
 use tokio::time::{sleep, timeout};
 use tonic::Code;
 
 /// When a test has failed.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(120);
 /// Before it a call may only be slow.
 const PATIENCE: Duration = Duration::from_secs(4);
 
@@ -77,6 +78,51 @@ async fn a_call_that_is_slow_on_a_device_that_is_served_is_not_ended() {
     case.assert_gone(&machine);
 }
 
+/// A device that is silent for a moment was given up although somebody used it, for a call that did not even take it away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_used_elsewhere_is_not_given_up() {
+    let machine = Machine::new();
+    let service = machine.service();
+    let mut case = Case::new(&machine, machine.volume(64 * MIB), Ext4);
+    case.capability = capability(Ext4, Mode::SingleNodeMultiWriter);
+    let other = Case { target: machine.target("other"), ..case.clone() };
+    case.stage(&service).await.expect("stage");
+    case.publish(&service).await.expect("publish");
+    other.publish(&service).await.expect("publish");
+    machine.suspend(Box::new(()));
+    let expanding = tokio::spawn({
+        let (case, service) = (case.clone(), service.clone());
+        async move { case.expand(&service, 64 * MIB).await }
+    });
+    eventually("a call that hangs", || machine.attaching() == 1).await;
+    let elsewhere = Case { staging: machine.staging("elsewhere"), target: machine.target("missing"), ..case.clone() };
+    let refused = tokio::join!(
+        other.unpublish(&service),
+        case.unstage(&service),
+        elsewhere.unpublish(&service),
+        elsewhere.unstage(&service)
+    );
+    for refused in [refused.0, refused.1, refused.2, refused.3] {
+        assert_eq!(code(refused), Code::Aborted);
+    }
+    assert_eq!(machine.abandons(), 0);
+    machine.resume();
+    expanding.await.expect("no panic").expect_err("it is told so by the replica of this test");
+    case.write(Ext4, "word").expect("its user goes on");
+    other.unpublish(&service).await.expect("unpublish");
+    machine.suspend(Box::new(()));
+    let expanding = tokio::spawn({
+        let (case, service) = (case.clone(), service.clone());
+        async move { case.expand(&service, 64 * MIB).await }
+    });
+    eventually("a call that hangs", || machine.attaching() == 1).await;
+    case.unpublish(&service).await.expect("it is the last one");
+    expanding.await.expect("no panic").expect_err("its device was given up");
+    assert_eq!(machine.abandons(), 1);
+    case.unstage(&service).await.expect("unstage");
+    case.assert_gone(&machine);
+}
+
 /// It was asked once whether the device is served, and then waited for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unmount_that_is_slow_is_given_up_when_nobody_serves_its_device_any_more() {
@@ -94,6 +140,9 @@ async fn an_unmount_that_is_slow_is_given_up_when_nobody_serves_its_device_any_m
     eventually("the question whether it is served", || machine.abandons() == 1).await;
     assert!(!unstaging.is_finished(), "it is, and slow");
     machine.suspend(Box::new(hanging));
+    sleep(5 * PATIENCE).await;
+    assert!(!unstaging.is_finished(), "a copy that is lost costs that much");
+    assert_eq!(machine.abandons(), 1);
     let unstaged = timeout(LONG, &mut unstaging).await;
     machine.resume();
     unstaged.expect("in time").expect("no panic").expect("unstaged");

@@ -3,7 +3,7 @@
 //! Stage: record, attach, format or check or grow if due, mount, grow. Unstage: unmount, detach, forget. Each step is
 //! skipped where the kernel says that it is done.
 
-use super::errors::{RequestError, StageError, UnstageError};
+use super::errors::{StageError, UnstageError};
 use super::path::{PathError, resolve};
 use super::records::{Staged, Use};
 use super::release::{Release, Turn, start_instead};
@@ -19,6 +19,7 @@ use crate::mount::{
 use crate::rpc::csi::{
     NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse,
 };
+use crate::volume::VolumeId;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -137,19 +138,24 @@ fn mount(
 pub fn unstage(node: &Inner, request: &NodeUnstageVolumeRequest) -> Result<NodeUnstageVolumeResponse, UnstageError> {
     required("volume_id", &request.volume_id)?;
     required("staging_target_path", &request.staging_target_path)?;
-    let turn = match start_instead(node, &request.volume_id) {
-        Err(RequestError::UnknownVolume) => return Ok(NodeUnstageVolumeResponse {}),
-        started => started?,
-    };
+    let Ok(volume) = request.volume_id.parse() else { return Ok(NodeUnstageVolumeResponse {}) };
     let staging = match resolve(&request.staging_target_path) {
         Err(PathError::NoParent(_)) => None,
         resolved => Some(resolved?),
     };
-    match node.records.load(turn.volume)? {
+    let turn = start_instead(node, volume, || is_last_user(node, volume, staging.as_deref()))?;
+    match node.records.load(volume)? {
         Some(record) => unstage_recorded(node, &turn, &record, staging.as_deref())?,
-        None => unstage_unrecorded(node, &turn, staging)?,
+        None => unstage_unrecorded(node, volume, &turn, staging)?,
     }
     Ok(NodeUnstageVolumeResponse {})
+}
+
+/// Whether [`unstage_recorded`] would take the device away. What is not recorded yet has none on which a call could hang.
+fn is_last_user(node: &Inner, volume: VolumeId, staging: Option<&Path>) -> bool {
+    let (Ok(Some(record)), Ok(table)) = (node.records.load(volume), MountTable::read()) else { return false };
+    staging.is_none_or(|staging| staging == record.staging)
+        && !record.targets.keys().any(|target| table.at(target).is_some())
 }
 
 fn unstage_recorded(node: &Inner, turn: &Turn, record: &Staged, staging: Option<&Path>) -> Result<(), UnstageError> {
@@ -161,7 +167,7 @@ fn unstage_recorded(node: &Inner, turn: &Turn, record: &Staged, staging: Option<
     if staging.is_some_and(|staging| staging != record.staging) {
         return Ok(());
     }
-    let mut release = Release::new(node, turn);
+    let mut release = Release::new(node, record.volume, turn);
     if record.filesystem.is_some() {
         release.unmount(&record.staging)?;
         node.steps.done()?;
@@ -173,13 +179,18 @@ fn unstage_recorded(node: &Inner, turn: &Turn, record: &Staged, staging: Option<
 }
 
 /// A volume without a record: forgotten already, or never staged by this installation.
-fn unstage_unrecorded(node: &Inner, turn: &Turn, staging: Option<PathBuf>) -> Result<(), UnstageError> {
-    let facts = match node.replica.volume(turn.volume) {
+fn unstage_unrecorded(
+    node: &Inner,
+    volume: VolumeId,
+    turn: &Turn,
+    staging: Option<PathBuf>,
+) -> Result<(), UnstageError> {
+    let facts = match node.replica.volume(volume) {
         Err(ControlError::NotFound(_)) => return Ok(()),
         facts => facts?,
     };
     let Some(device) = facts.device else { return Ok(()) };
-    let mut release = Release::new(node, turn);
+    let mut release = Release::new(node, volume, turn);
     if let (Some(staging), Ok(number)) = (staging, device_number(&device))
         && MountTable::read()?.at(&staging).is_some_and(|mount| mount.device == number)
     {
