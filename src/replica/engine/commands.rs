@@ -214,6 +214,8 @@ impl Engine {
             phase,
         }));
         self.collect_actions(key);
+        self.arena.drained(id);
+        self.ready.extend(std::mem::take(&mut self.starving));
         if self.reattached {
             self.revive();
         }
