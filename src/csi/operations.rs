@@ -16,6 +16,8 @@ pub enum Subject {
     VolumeName(String),
     /// A volume.
     Volume(VolumeId),
+    /// The taking away of a volume from a node, which is a part of an operation on it.
+    Release(VolumeId),
     /// A snapshot that may not have an id yet.
     SnapshotName(String),
     /// A snapshot.
@@ -33,6 +35,7 @@ impl fmt::Display for Subject {
         match self {
             Self::VolumeName(name) => write!(f, "the volume named {name:?}"),
             Self::Volume(id) => write!(f, "volume {id}"),
+            Self::Release(id) => write!(f, "the release of volume {id}"),
             Self::SnapshotName(name) => write!(f, "the snapshot named {name:?}"),
             Self::Snapshot(id) => write!(f, "snapshot {id}"),
             Self::GroupName(name) => write!(f, "the group snapshot named {name:?}"),

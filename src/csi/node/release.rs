@@ -45,18 +45,21 @@ const BUSY_POLL: Duration = Duration::from_millis(50);
 pub struct Turn {
     /// Another call hung on its device, which was given up.
     hung: bool,
+    _release: Operation,
     _operation: Operation,
 }
 
 /// Waits for the right to take a volume away. A call that hangs on its device is ended if nobody serves that and `may` says that
 /// this call would take it away now: else nobody could, for as long as that one hangs. What else is under way is waited for, and
-/// then named.
+/// then named; an unmount that is under way knows by itself how long its device may be silent.
 pub fn start_instead(node: &Inner, volume: VolumeId, may: impl FnOnce() -> bool) -> Result<Turn, RequestError> {
     let start = |limit| node.operations.start_within(Subject::Volume(volume), limit);
+    let begin = || node.operations.start(Subject::Release(volume));
     let refused = match start(HUNG_AFTER) {
-        Ok(operation) => return Ok(Turn { hung: false, _operation: operation }),
+        Ok(operation) => return Ok(Turn { hung: false, _release: begin()?, _operation: operation }),
         Err(refused) => refused,
     };
+    let Ok(release) = begin() else { return Err(refused.into()) };
     if !may() {
         return Err(refused.into());
     }
@@ -65,7 +68,7 @@ pub fn start_instead(node: &Inner, volume: VolumeId, may: impl FnOnce() -> bool)
         return Err(refused.into());
     }
     tracing::warn!(%volume, "another call for it hung on its device, which is given up: it is to go");
-    Ok(Turn { hung: true, _operation: start(HUNG_LIMIT)? })
+    Ok(Turn { hung: true, _release: release, _operation: start(HUNG_LIMIT)? })
 }
 
 /// How long a device that was served is silent.
