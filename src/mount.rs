@@ -31,7 +31,7 @@ use std::io::{Error, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 use sys_mount::MountFlags;
 
@@ -244,12 +244,11 @@ impl Unmounting {
 
     /// How it ended; `None`: it goes on.
     pub fn wait(&self, limit: Duration) -> Option<Result<(), UnmountError>> {
-        self.0.recv_timeout(limit).ok()
-    }
-
-    /// However long it takes.
-    pub fn wait_for_its_end(self) -> Result<(), UnmountError> {
-        self.0.recv().unwrap_or(Err(UnmountError::Ended))
+        match self.0.recv_timeout(limit) {
+            Ok(result) => Some(result),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(Err(UnmountError::Ended)),
+        }
     }
 }
 

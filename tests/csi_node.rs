@@ -4,7 +4,12 @@
 mod case;
 #[path = "csi_node/fake.rs"]
 mod fake;
+#[path = "csi_node/hung.rs"]
+mod hung;
 mod loopdev;
+#[allow(dead_code, reason = "tests/full_pool.rs uses the rest")]
+#[path = "support/small_pool.rs"]
+mod small_pool;
 
 use case::{Block, Case, Ext4, KINDS, MIB, SIZE, Xfs, capability, code, with_flags};
 use fake::Node as Machine;

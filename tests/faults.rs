@@ -11,6 +11,8 @@ mod changes;
 mod clocks;
 #[path = "faults/discards.rs"]
 mod discards;
+#[path = "faults/hung.rs"]
+mod hung;
 #[path = "faults/kills.rs"]
 mod kills;
 #[allow(dead_code, reason = "other test programs use the rest")]

@@ -4,6 +4,8 @@
 mod clients;
 #[path = "mirror_nodes/deleted.rs"]
 mod deleted;
+#[path = "mirror_nodes/left.rs"]
+mod left;
 #[path = "mirror_nodes/site.rs"]
 mod site;
 #[path = "mirror_nodes/snapshots.rs"]

@@ -6,7 +6,8 @@
 use crate::volume::{GroupSnapshotId, SnapshotId, VolumeId};
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 /// What an operation changes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,6 +16,8 @@ pub enum Subject {
     VolumeName(String),
     /// A volume.
     Volume(VolumeId),
+    /// The taking away of a volume from a node, which is a part of an operation on it.
+    Release(VolumeId),
     /// A snapshot that may not have an id yet.
     SnapshotName(String),
     /// A snapshot.
@@ -32,6 +35,7 @@ impl fmt::Display for Subject {
         match self {
             Self::VolumeName(name) => write!(f, "the volume named {name:?}"),
             Self::Volume(id) => write!(f, "volume {id}"),
+            Self::Release(id) => write!(f, "the release of volume {id}"),
             Self::SnapshotName(name) => write!(f, "the snapshot named {name:?}"),
             Self::Snapshot(id) => write!(f, "snapshot {id}"),
             Self::GroupName(name) => write!(f, "the group snapshot named {name:?}"),
@@ -43,7 +47,13 @@ impl fmt::Display for Subject {
 
 /// The operations that are under way; clones are the same list.
 #[derive(Clone, Debug, Default)]
-pub struct Operations(Arc<Mutex<BTreeSet<Subject>>>);
+pub struct Operations(Arc<All>);
+
+#[derive(Debug, Default)]
+struct All {
+    under_way: Mutex<BTreeSet<Subject>>,
+    ended: Condvar,
+}
 
 /// One operation; dropping it ends it.
 #[derive(Debug)]
@@ -61,7 +71,14 @@ pub struct UnderWay(pub Subject);
 impl Operations {
     /// Starts an operation, unless there is one.
     pub fn start(&self, subject: Subject) -> Result<Operation, UnderWay> {
-        let mut under_way = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        self.start_within(subject, Duration::ZERO)
+    }
+
+    /// The same; the one that is under way is waited for so long. Never use it on a thread of the runtime.
+    pub fn start_within(&self, subject: Subject, limit: Duration) -> Result<Operation, UnderWay> {
+        let under_way = self.0.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.0.ended.wait_timeout_while(under_way, limit, |all| all.contains(&subject));
+        let (mut under_way, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if !under_way.insert(subject.clone()) {
             return Err(UnderWay(subject));
         }
@@ -71,7 +88,8 @@ impl Operations {
 
 impl Drop for Operation {
     fn drop(&mut self) {
-        self.all.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.subject);
+        self.all.0.under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.subject);
+        self.all.0.ended.notify_all();
     }
 }
 
@@ -87,5 +105,18 @@ mod tests {
         let _other = all.start(Subject::Volume(VolumeId::random())).expect("another volume");
         drop(first);
         let _second = all.start(Subject::Volume(id)).expect("the second");
+    }
+
+    #[test]
+    fn whoever_waits_has_it_when_the_first_ends_and_is_told_if_it_does_not() {
+        let (all, subject) = (Operations::default(), Subject::Volume(VolumeId::random()));
+        let first = all.start(subject.clone()).expect("the first");
+        let refused = all.start_within(subject.clone(), Duration::from_millis(20)).err();
+        assert_eq!(refused, Some(UnderWay(subject.clone())));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| all.start_within(subject.clone(), Duration::from_secs(60)).map(drop));
+            drop(first);
+            waits.join().expect("no panic").expect("the second");
+        });
     }
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tandem::catalog::{Access, Descriptor, NodeName, Replication, Source, VolumeRequest};
 use tandem::csi::control::Control;
@@ -14,6 +14,7 @@ use tandem::rpc::control::replica_server::{Replica, ReplicaServer};
 use tandem::rpc::control::*;
 use tandem::volume::{SnapshotId, VolumeId, VolumeSize};
 use tokio::net::UnixListener;
+use tokio::sync::Notify;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status, async_trait};
 
@@ -30,10 +31,22 @@ struct State {
     volumes: HashMap<String, FakeVolume>,
     health: Vec<Health>,
     attach_delay: Duration,
+    /// Nobody serves the devices, and this keeps what is asked of them until they are given up; `None`: they are served.
+    suspended: Option<Hanging>,
+    /// Calls that wait for a device.
+    attaching: usize,
+    /// How often a device was to be given up.
+    abandons: usize,
 }
 
+/// What does not go on before it is dropped.
+pub type Hanging = Box<dyn Send>;
+
 #[derive(Clone, Default)]
-struct Fake(Arc<Mutex<State>>);
+struct Fake {
+    state: Arc<Mutex<State>>,
+    given_up: Arc<Notify>,
+}
 
 /// One node with its fake replica and a directory of its own; everything goes when it is dropped.
 pub struct Node {
@@ -78,8 +91,13 @@ impl Node {
     }
 
     fn volume_from(&self, bytes: u64, source: Option<Source>) -> VolumeId {
+        self.volume_in(self.directory.path(), bytes, source)
+    }
+
+    /// One whose file is in this directory.
+    pub fn volume_in(&self, directory: &Path, bytes: u64, source: Option<Source>) -> VolumeId {
         let id = VolumeId::random();
-        let file = self.directory.path().join(id.to_string());
+        let file = directory.join(id.to_string());
         std::fs::File::create(&file).and_then(|file| file.set_len(bytes)).expect("volume file");
         let request = VolumeRequest {
             name: "pvc".into(),
@@ -100,7 +118,7 @@ impl Node {
     }
 
     fn state<R>(&self, change: impl FnOnce(&mut State) -> R) -> R {
-        change(&mut self.fake.0.lock().expect("state"))
+        change(&mut self.fake.state.lock().expect("state"))
     }
 
     pub fn grow(&self, id: VolumeId, bytes: u64) {
@@ -124,6 +142,27 @@ impl Node {
 
     pub fn delay_attach(&self, delay: Duration) {
         self.state(|state| state.attach_delay = delay);
+    }
+
+    /// From now on nobody serves any device, until one is given up: then `hanging` goes on.
+    pub fn suspend(&self, hanging: Hanging) {
+        self.state(|state| state.suspended = Some(hanging));
+    }
+
+    /// And if none is.
+    pub fn resume(&self) {
+        drop(self.state(|state| state.suspended.take()));
+        self.fake.given_up.notify_waiters();
+    }
+
+    /// Calls that wait for a device.
+    pub fn attaching(&self) -> usize {
+        self.state(|state| state.attaching)
+    }
+
+    /// How often a device was to be given up, served or not.
+    pub fn abandons(&self) -> usize {
+        self.state(|state| state.abandons)
     }
 
     pub fn device(&self, id: VolumeId) -> Option<PathBuf> {
@@ -166,9 +205,37 @@ fn is_mounted_or_held(device: &Path) -> bool {
 }
 
 impl Fake {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("state")
+    }
+
+    /// Ends when the devices are served; an error: they were given up before.
+    async fn until_served(&self) -> Result<(), Status> {
+        let given_up = self.given_up.notified();
+        if self.state().suspended.is_none() {
+            return Ok(());
+        }
+        given_up.await;
+        Err(Status::aborted("it was given up"))
+    }
+
+    fn abandon(&self) -> Result<(), Status> {
+        let mut state = self.state();
+        state.abandons += 1;
+        let hanging = state.suspended.take().ok_or_else(|| Status::failed_precondition("it is served"))?;
+        drop(state);
+        drop(hanging);
+        self.given_up.notify_waiters();
+        Ok(())
+    }
+
     fn describe(&self, id: &str) -> Result<Volume, Status> {
-        let state = self.0.lock().expect("state");
+        let state = self.state();
         let volume = state.volumes.get(id).ok_or_else(|| Status::not_found(format!("no volume {id}")))?;
+        let mut health = state.health.clone();
+        if state.suspended.is_some() {
+            health.push(Health { reason: "NotServed".into(), ..Default::default() });
+        }
         Ok(Volume {
             volume_id: id.into(),
             pool: "default".into(),
@@ -176,7 +243,7 @@ impl Fake {
             ready: volume.ready,
             device: volume.device.as_ref().map(LoopDevice::text).unwrap_or_default(),
             descriptor: volume.descriptor.clone(),
-            health: state.health.clone(),
+            health,
             ..Default::default()
         })
     }
@@ -200,9 +267,13 @@ macro_rules! not_asked {
             ) -> Result<Response<AttachVolumeResponse>, Status> {
                 let id = request.into_inner().volume_id;
                 self.describe(&id)?;
-                let delay = self.0.lock().expect("state").attach_delay;
+                let delay = self.state().attach_delay;
+                self.state().attaching += 1;
                 tokio::time::sleep(delay).await;
-                let mut state = self.0.lock().expect("state");
+                let served = self.until_served().await;
+                let mut state = self.state();
+                state.attaching -= 1;
+                served?;
                 let volume = state.volumes.get_mut(&id).expect("described above");
                 let device = volume.device.get_or_insert_with(|| LoopDevice::over(&volume.file)).text();
                 Ok(Response::new(AttachVolumeResponse { device }))
@@ -215,9 +286,9 @@ macro_rules! not_asked {
                 let DetachVolumeRequest { volume_id: id, abandon } = request.into_inner();
                 self.describe(&id)?;
                 if abandon {
-                    return Err(Status::failed_precondition("it has no other copy"));
+                    return self.abandon().map(|()| Response::new(DetachVolumeResponse {}));
                 }
-                let mut state = self.0.lock().expect("state");
+                let mut state = self.state();
                 let volume = state.volumes.get_mut(&id).expect("described above");
                 if volume.device.as_ref().is_some_and(|device| is_mounted_or_held(&device.path)) {
                     return Err(Status::failed_precondition("the device is in use"));

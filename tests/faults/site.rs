@@ -67,6 +67,11 @@ impl Site {
         Self::with(2, 2, filesystem(), Vec::new()).await
     }
 
+    /// The same, with the pool of node 1 in this directory.
+    pub async fn with_filesystem_in_pool(pool: &Path) -> Self {
+        Self::with(2, 2, filesystem(), vec![pool_of(1, pool)]).await
+    }
+
     /// A volume in use at node 1: its device, and writers on it.
     pub async fn under_load(nodes: usize) -> (Self, PathBuf, Load) {
         Self::new(nodes).await.loaded().await

@@ -232,8 +232,8 @@ impl Drop for Site {
 fn abort_connection(volume: VolumeId) {
     for entry in std::fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let backing = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-        if let Some((_, connection)) = backing.trim().rsplit_once('.').filter(|_| backing.contains(&volume.to_string()))
-        {
+        let connection = backing.split('.').nth(1).filter(|_| backing.contains(&volume.to_string()));
+        if let Some(connection) = connection {
             let _ = std::fs::write(format!("/sys/fs/fuse/connections/{connection}/abort"), "1");
         }
     }
@@ -295,9 +295,9 @@ impl Up {
 }
 
 #[repr(C, align(4096))]
-struct Aligned([u8; 4096]);
+pub struct Aligned(pub [u8; 4096]);
 
-fn direct(device: &Path) -> std::fs::File {
+pub fn direct(device: &Path) -> std::fs::File {
     use std::os::unix::fs::OpenOptionsExt;
     std::fs::File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(device).expect("the device")
 }

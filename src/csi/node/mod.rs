@@ -3,7 +3,8 @@
 //! Invariants:
 //! * A record says what is to be before it is done (see [`records`]); whether it *is* so is always read from the kernel.
 //!   A call that is repeated after a kill at any step therefore goes on where the other one ended.
-//! * One operation per volume at a time; another call is told so (ABORTED).
+//! * One operation per volume at a time; another call is told so (ABORTED). One that takes the volume away does not wait for ever
+//!   for one that hangs on its device: see [`release::start_instead`].
 //! * A call is answered within [`LIMIT`] even if a device hangs; the work goes on and the next call finds it.
 //! * Secrets and mount flags are never logged.
 

@@ -3,9 +3,10 @@
 //! Publish: record, make the target, bind, restrict. Unpublish: unmount, remove the target, forget. The target (a directory,
 //! or a file for a device) is made and removed here and is never removed with anything in it.
 
-use super::errors::{PublishError, RequestError, UnpublishError};
+use super::errors::{PublishError, UnpublishError};
 use super::path::{PathError, resolve};
 use super::records::{Published, RecordError, Staged, Use};
+use super::release::start_instead;
 use super::{Inner, is_node_of, only_reads, required};
 use crate::catalog::{Access, AccessMode};
 use crate::csi::capability::Capability;
@@ -194,15 +195,13 @@ pub fn unpublish(
 ) -> Result<NodeUnpublishVolumeResponse, UnpublishError> {
     required("volume_id", &request.volume_id)?;
     required("target_path", &request.target_path)?;
-    let (id, _operation) = match node.start(&request.volume_id) {
-        Err(RequestError::UnknownVolume) => return Ok(NodeUnpublishVolumeResponse {}),
-        started => started?,
-    };
-    let record = node.records.load(id)?;
+    let Ok(id) = request.volume_id.parse::<VolumeId>() else { return Ok(NodeUnpublishVolumeResponse {}) };
     let target = match resolve(&request.target_path) {
         Err(PathError::NoParent(path)) => path,
         resolved => resolved?,
     };
+    let _turn = start_instead(node, id, || is_last_target(node, id, &target))?;
+    let record = node.records.load(id)?;
     let is_recorded = record.as_ref().is_some_and(|record| record.targets.contains_key(&target));
     if MountTable::read()?.at(&target).is_some() {
         if !is_recorded && !is_ours(node, id, &target)? {
@@ -229,6 +228,13 @@ pub fn unpublish(
         node.steps.done()?;
     }
     Ok(NodeUnpublishVolumeResponse {})
+}
+
+/// Whether this is where the volume is used, and the only place: what waits for its device waits for nobody else.
+fn is_last_target(node: &Inner, id: VolumeId, target: &Path) -> bool {
+    let (Ok(Some(record)), Ok(table)) = (node.records.load(id), MountTable::read()) else { return false };
+    // Also one that is recorded and not mounted: it may be just being made.
+    record.targets.keys().eq([target]) && table.at(target).is_some()
 }
 
 /// Whether what is mounted at `target` is this volume, as the replica knows it.

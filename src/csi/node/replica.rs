@@ -10,6 +10,11 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
+/// What the replica says of a primary that waits for other copies,
+const NOT_ANSWERING: &str = "NotAnswering";
+/// and of a volume without a copy here that no primary answers.
+const NOT_SERVED: &str = "NotServed";
+
 /// A volume as far as a node cares.
 #[derive(Clone, Debug)]
 pub struct Facts {
@@ -25,6 +30,8 @@ pub struct Facts {
     pub origin: Origin,
     /// The filesystem of its StorageClass.
     pub fs_type: Option<FsType>,
+    /// What its device is asked is answered, or there is no other copy that it could wait for.
+    pub answers: bool,
     /// What is wrong with it.
     pub health: Vec<control::Health>,
 }
@@ -37,7 +44,13 @@ impl From<control::Volume> for Facts {
             // Where it came from is not known: then it is never formatted.
             Some(Descriptor::Snapshot { .. }) | None => (Origin::Source, None),
         };
+        let says = |reason: &str| volume.health.iter().any(|entry| entry.reason == reason);
+        let answers = match &volume.mirror {
+            Some(mirror) => mirror.serves && !says(NOT_ANSWERING),
+            None => !says(NOT_SERVED),
+        };
         Self {
+            answers,
             size: volume.size_bytes,
             copying: (!volume.ready).then_some((volume.copied_bytes, volume.to_copy_bytes)),
             device: Some(volume.device).filter(|device| !device.is_empty()).map(PathBuf::from),

@@ -3,10 +3,10 @@
 //! Stage: record, attach, format or check or grow if due, mount, grow. Unstage: unmount, detach, forget. Each step is
 //! skipped where the kernel says that it is done.
 
-use super::errors::{RequestError, StageError, UnstageError};
+use super::errors::{StageError, UnstageError};
 use super::path::{PathError, resolve};
 use super::records::{Staged, Use};
-use super::release::Release;
+use super::release::{Release, Turn, start_instead};
 use super::replica::Facts;
 use super::{Inner, filesystem, required};
 use crate::catalog::{Access, FsType};
@@ -21,6 +21,10 @@ use crate::rpc::csi::{
 };
 use crate::volume::VolumeId;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a call that has failed waits until its device is gone: who unstages a device on which it hung waits for that.
+const DETACH_LIMIT: Duration = Duration::from_secs(5);
 
 /// Makes the volume ready to be published.
 pub fn stage(node: &Inner, request: &NodeStageVolumeRequest) -> Result<NodeStageVolumeResponse, StageError> {
@@ -72,7 +76,8 @@ pub fn stage(node: &Inner, request: &NodeStageVolumeRequest) -> Result<NodeStage
 /// What cannot be undone now stays on record, for the next call.
 fn give_up(node: &Inner, record: &Staged) {
     let is_free = || Some(MountTable::read().ok()?.at(&record.staging).is_none());
-    if record.targets.is_empty() && is_free() == Some(true) && node.replica.detach(record.volume).is_ok() {
+    let detach = || node.replica.detach_within(record.volume, DETACH_LIMIT);
+    if record.targets.is_empty() && is_free() == Some(true) && matches!(detach(), Some(Ok(()))) {
         let _ = node.records.remove(record.volume);
     }
 }
@@ -133,22 +138,27 @@ fn mount(
 pub fn unstage(node: &Inner, request: &NodeUnstageVolumeRequest) -> Result<NodeUnstageVolumeResponse, UnstageError> {
     required("volume_id", &request.volume_id)?;
     required("staging_target_path", &request.staging_target_path)?;
-    let (id, _operation) = match node.start(&request.volume_id) {
-        Err(RequestError::UnknownVolume) => return Ok(NodeUnstageVolumeResponse {}),
-        started => started?,
-    };
+    let Ok(volume) = request.volume_id.parse() else { return Ok(NodeUnstageVolumeResponse {}) };
     let staging = match resolve(&request.staging_target_path) {
         Err(PathError::NoParent(_)) => None,
         resolved => Some(resolved?),
     };
-    match node.records.load(id)? {
-        Some(record) => unstage_recorded(node, &record, staging.as_deref())?,
-        None => unstage_unrecorded(node, id, staging)?,
+    let turn = start_instead(node, volume, || is_last_user(node, volume, staging.as_deref()))?;
+    match node.records.load(volume)? {
+        Some(record) => unstage_recorded(node, &turn, &record, staging.as_deref())?,
+        None => unstage_unrecorded(node, volume, &turn, staging)?,
     }
     Ok(NodeUnstageVolumeResponse {})
 }
 
-fn unstage_recorded(node: &Inner, record: &Staged, staging: Option<&Path>) -> Result<(), UnstageError> {
+/// Whether [`unstage_recorded`] would take the device away. What is not recorded yet has none on which a call could hang.
+fn is_last_user(node: &Inner, volume: VolumeId, staging: Option<&Path>) -> bool {
+    let (Ok(Some(record)), Ok(table)) = (node.records.load(volume), MountTable::read()) else { return false };
+    staging.is_none_or(|staging| staging == record.staging)
+        && !record.targets.keys().any(|target| table.at(target).is_some())
+}
+
+fn unstage_recorded(node: &Inner, turn: &Turn, record: &Staged, staging: Option<&Path>) -> Result<(), UnstageError> {
     let table = MountTable::read()?;
     if let Some(target) = record.targets.keys().find(|target| table.at(target).is_some()) {
         return Err(UnstageError::Published { volume: record.volume, target: target.clone() });
@@ -157,7 +167,7 @@ fn unstage_recorded(node: &Inner, record: &Staged, staging: Option<&Path>) -> Re
     if staging.is_some_and(|staging| staging != record.staging) {
         return Ok(());
     }
-    let mut release = Release::new(node, record.volume);
+    let mut release = Release::new(node, record.volume, turn);
     if record.filesystem.is_some() {
         release.unmount(&record.staging)?;
         node.steps.done()?;
@@ -169,13 +179,18 @@ fn unstage_recorded(node: &Inner, record: &Staged, staging: Option<&Path>) -> Re
 }
 
 /// A volume without a record: forgotten already, or never staged by this installation.
-fn unstage_unrecorded(node: &Inner, id: VolumeId, staging: Option<PathBuf>) -> Result<(), UnstageError> {
-    let facts = match node.replica.volume(id) {
+fn unstage_unrecorded(
+    node: &Inner,
+    volume: VolumeId,
+    turn: &Turn,
+    staging: Option<PathBuf>,
+) -> Result<(), UnstageError> {
+    let facts = match node.replica.volume(volume) {
         Err(ControlError::NotFound(_)) => return Ok(()),
         facts => facts?,
     };
     let Some(device) = facts.device else { return Ok(()) };
-    let mut release = Release::new(node, id);
+    let mut release = Release::new(node, volume, turn);
     if let (Some(staging), Ok(number)) = (staging, device_number(&device))
         && MountTable::read()?.at(&staging).is_some_and(|mount| mount.device == number)
     {

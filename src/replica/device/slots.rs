@@ -20,12 +20,14 @@
 //!   need, before its first use ([`Slot::prepare`]).
 //! * What a volume without a copy here must not forget ([`Slot::keep_lost`]) is written in three steps, of which the first says
 //!   that nothing is kept: it changes only while nothing depends on it.
+//! * What a disk may still use for a killed engine when nobody waits for it any more rests, also under the next engines, until
+//!   that disk was drained: its place has the name of a tree then, never that of a volume.
 //! * Shared memory never leaves the machine: fields are in host byte order; a memfd with another version is refused.
 #![allow(unsafe_code, reason = "shared memory that the kernel fills")]
 
 use super::fuse::{MAX_PAYLOAD, MAX_REPLY, Malformed, Message, REPLY_HEADER, Reply, WRITE_HEADER};
 use crate::protocol::{ConfigurationVersion, Generation, Stamp};
-use crate::volume::VolumeId;
+use crate::volume::{InstanceId, VolumeId};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -68,6 +70,7 @@ const _: () = assert!(AT_REPLY + MAX_REPLY <= AT_LOST && AT_LOST + 24 <= AT_REQU
 
 const OPEN: u32 = 0;
 const DONE: u32 = 1;
+const RESTING: u32 = 2;
 
 /// Why slots could not be made or taken over.
 #[derive(Debug, thiserror::Error)]
@@ -226,6 +229,8 @@ pub enum SlotState {
     Filled,
     /// Executed, with this result; the reply may have been written.
     Done(Result<(), Errno>),
+    /// Its request is gone, and the disk of this tree may still read from it or write into it.
+    Resting(InstanceId),
 }
 
 /// One slot. Copies of it are the same memory; what it returns never borrows that memory.
@@ -249,6 +254,7 @@ impl Slot<'_> {
         }
         match (self.word(AT_STATE).load(Ordering::Acquire), self.word(AT_RESULT).load(Ordering::Relaxed)) {
             (OPEN, _) => SlotState::Filled,
+            (RESTING, _) => SlotState::Resting(InstanceId::from_bytes(self.volume().to_bytes())),
             (_, 0) => SlotState::Done(Ok(())),
             (_, errno) => SlotState::Done(Err(Errno::from_raw(errno as i32))),
         }
@@ -343,6 +349,13 @@ impl Slot<'_> {
     pub fn free(self) {
         self.unique().store(0, Ordering::SeqCst);
         self.word(AT_STATE).store(OPEN, Ordering::Relaxed);
+    }
+
+    /// Nobody executes or answers its request any more, and it is not free before the disk of `tree` was drained.
+    pub fn rest(self, tree: InstanceId) {
+        // Killed before the next line it waits for a tree that is named as the volume: for ever, and in nobody's way.
+        self.word(AT_STATE).store(RESTING, Ordering::SeqCst);
+        self.write(AT_VOLUME, &tree.to_bytes());
     }
 
     /// What the copies of the volume whose own slot this is had lost when its device was served last.

@@ -90,6 +90,7 @@ pub(super) enum Command {
     },
     GiveUp {
         volume: VolumeId,
+        others: bool,
         reply: Reply<std::io::Result<bool>>,
     },
     FlushTree {
@@ -167,7 +168,7 @@ impl Engine {
                 }
             }
             Command::RemoveDevice { volume, reply } => self.remove_device(volume, reply),
-            Command::GiveUp { volume, reply } => drop(reply.send(self.give_up(volume))),
+            Command::GiveUp { volume, others, reply } => drop(reply.send(self.give_up(volume, others))),
             Command::FlushTree { tree, reply } => self.flush_tree(tree, reply),
             Command::Reattach { reply } => {
                 self.reattached = true;
@@ -213,6 +214,8 @@ impl Engine {
             phase,
         }));
         self.collect_actions(key);
+        self.arena.drained(id);
+        self.ready.extend(std::mem::take(&mut self.starving));
         if self.reattached {
             self.revive();
         }

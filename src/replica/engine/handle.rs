@@ -279,13 +279,14 @@ impl EngineHandle {
         self.blocking(move |_| control.abort()).await?.map_err(DetachError::Abort)
     }
 
-    /// The same for a device that a killed engine left and nobody serves, if its volume has no copy here: it is never served
-    /// again, and [`Self::detach`] takes it away. `false`: there is none.
+    /// The same for a device that a killed engine left and nobody serves, if its volume has no copy here, or `others`
+    /// elsewhere: it is never served again, nothing that it was asked is executed, and [`Self::detach`] takes it away. `false`:
+    /// there is none.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub async fn give_up(&self, volume: VolumeId) -> Result<bool, DetachError> {
-        self.ask(|reply| Command::GiveUp { volume, reply }).await?.map_err(DetachError::Abort)
+    pub async fn give_up(&self, volume: VolumeId, others: bool) -> Result<bool, DetachError> {
+        self.ask(|reply| Command::GiveUp { volume, others, reply }).await?.map_err(DetachError::Abort)
     }
 
     /// Puts everything that the tree has executed on stable media; whoever uses it goes on.

@@ -175,6 +175,11 @@ pub enum EngineError {
         "the device of volume {0} waits for its copy, which is not open: see the replica's log, repair its pool, then repeat"
     )]
     DeviceWaits(VolumeId),
+    /// The same, and the volume has other copies: it can be given up.
+    #[error(
+        "the device of volume {0} waits for its copy, which is not open, and the volume has others: unstage it, or repair its pool"
+    )]
+    CopyWaits(VolumeId),
     /// A killed engine left the device of a volume without a copy here, and nobody serves it: it can be given up.
     #[error(
         "the device of volume {0}, which has no copy here, waits to be served: publish the volume here again, or unstage it"

@@ -1,8 +1,11 @@
 //! What a killed engine left: takes the devices over, repeats answers, executes again what was not answered.
 //!
 //! # Invariants
-//! * A filled slot of a known volume is never discarded: its volume waits (parked) until its tree is open. Only the device of a
-//!   volume that has no copy here can be given up while it waits: then it is never served again, and goes with its requests.
+//! * A filled slot of a known volume is never discarded: its volume waits (parked) until its tree is open. Only a device of a
+//!   volume that has no copy here, or others elsewhere, can be given up while it waits: then it is never served again, and no
+//!   engine executes what it was asked.
+//! * What a disk may still read from or write into for the killed engine is used again only when that disk was drained, also by
+//!   later engines.
 //! * A done slot's answer is repeated (the kernel says ENOENT if it had it) and the request is not executed again.
 //! * Filled slots are executed in their first order of arrival, before anything new is read.
 
@@ -13,7 +16,7 @@ use super::volume::VolumeKey;
 use crate::protocol::Tag;
 use crate::replica::device::FuseLoop;
 use crate::replica::device::loop_device::LoopDevice;
-use crate::replica::device::slots::{SlotState, Slots};
+use crate::replica::device::slots::{Slot, SlotState, Slots};
 use crate::volume::{InstanceId, VolumeId};
 use std::collections::BTreeSet;
 use std::io;
@@ -31,12 +34,16 @@ pub(super) struct Parked {
 }
 
 /// Sorts the arena of a killed engine: slots of volumes whose devices the holder keeps stay as they are, also if this engine
-/// cannot take the device over; others are free. Also the first sequence number that no slot has.
+/// cannot take the device over, and so do those that a disk may still use; others are free. Also the first sequence number that
+/// no slot has.
 pub(super) fn sort_arena(slots: Slots, held: &BTreeSet<VolumeId>, parked: &[Parked]) -> (Arena, u64) {
     let mut sequence = 0;
     let mut free = vec![];
     for index in (0..slots.count()).rev() {
         let slot = slots.slot(index);
+        if let SlotState::Resting(_) = slot.state() {
+            continue;
+        }
         if slot.state() != SlotState::Free {
             if held.contains(&slot.volume()) {
                 sequence = sequence.max(slot.sequence());
@@ -50,6 +57,29 @@ pub(super) fn sort_arena(slots: Slots, held: &BTreeSet<VolumeId>, parked: &[Park
     let own = parked.iter().flat_map(|p| (0..p.fuse.slots.count()).map(|index| p.fuse.slots.slot(index).sequence()));
     let sequence = own.fold(sequence, u64::max);
     (Arena { slots, free }, sequence + 1)
+}
+
+impl Arena {
+    /// Nothing of this volume is executed any more: its slots rest until the disk of its tree was drained; if that never comes,
+    /// for as long as the machine runs. They are at most as many as its device had when its engine was killed, and devices
+    /// go on by their own slots if none is left.
+    fn give_up(&mut self, volume: VolumeId, tree: InstanceId) {
+        let all = (0..self.slots.count()).map(|index| self.slots.slot(index));
+        let own =
+            |slot: &Slot<'_>| matches!(slot.state(), SlotState::Filled | SlotState::Done(_)) && slot.volume() == volume;
+        all.filter(own).for_each(|slot| slot.rest(tree));
+    }
+
+    /// Nothing is under way any more that a killed engine asked of the disk of this tree.
+    pub fn drained(&mut self, tree: InstanceId) {
+        for index in 0..self.slots.count() {
+            let slot = self.slots.slot(index);
+            if slot.state() == SlotState::Resting(tree) {
+                slot.free();
+                self.free.push(index);
+            }
+        }
+    }
 }
 
 impl Engine {
@@ -138,29 +168,30 @@ impl Engine {
         }
     }
 
-    /// Whoever waits for a device that a killed engine left, of a volume without a copy here, gets an error. `false`: nothing of
-    /// that kind waits.
-    pub fn give_up(&mut self, volume: VolumeId) -> io::Result<bool> {
-        let left = self.parked.iter_mut().find(|parked| parked.fuse.volume == volume && parked.without_copy);
-        let Some(left) = left else { return Ok(false) };
+    /// Whoever waits for a device that a killed engine left gets an error; of a volume that has a copy here only if it has
+    /// `others`. `false`: nothing of that kind is there.
+    pub fn give_up(&mut self, volume: VolumeId, others: bool) -> io::Result<bool> {
+        let may = |left: &Parked| left.without_copy || left.given_up || others;
+        let left = self.parked.iter_mut().find(|left| left.fuse.volume == volume);
+        let Some(left) = left.filter(|left| may(left)) else { return Ok(false) };
         left.fuse.abort()?;
         left.given_up = true;
+        let own = (0..left.fuse.slots.count()).map(|index| left.fuse.slots.slot(index));
+        own.for_each(|slot| slot.free());
+        let (tree, without_copy) = (left.tree, left.without_copy);
+        // A tree that is open was drained; and without a copy no disk was asked.
+        let is_drained = without_copy || self.tree_of(tree).is_some();
+        self.arena.give_up(volume, tree);
+        if is_drained {
+            self.arena.drained(tree);
+        }
+        self.ready.extend(std::mem::take(&mut self.starving));
         Ok(true)
     }
 
-    /// The loop device of what was given up is gone: so are the requests in its slots.
+    /// The loop device of what was given up is gone.
     pub fn forget_given_up(&mut self, volume: VolumeId) {
-        let Some(at) = self.parked.iter().position(|left| left.fuse.volume == volume && left.given_up) else { return };
-        self.parked.remove(at);
-        let Arena { slots, free } = &mut self.arena;
-        for index in 0..slots.count() {
-            let slot = slots.slot(index);
-            if slot.state() != SlotState::Free && slot.volume() == volume {
-                slot.free();
-                free.push(index);
-            }
-        }
-        self.ready.extend(std::mem::take(&mut self.starving));
+        self.parked.retain(|left| left.fuse.volume != volume || !left.given_up);
     }
 
     /// Ends what a killed engine began on this volume.
@@ -185,7 +216,7 @@ impl Engine {
                     repeated.push(tag);
                 }
                 SlotState::Filled => filled.push((slot.sequence(), tag)),
-                SlotState::Free => {}
+                SlotState::Free | SlotState::Resting(_) => {}
             }
         }
         for tag in repeated.iter().chain(filled.iter().map(|(_, tag)| tag)) {
@@ -208,5 +239,47 @@ impl Engine {
             self.admit(key, tag);
             self.pump();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    /// What the kernel writes: a request with this number.
+    fn fill(slot: Slot<'_>, volume: VolumeId) {
+        slot.prepare(volume, 1);
+        let (buffer, length) = slot.request_buffer();
+        let mut request = [0; 64];
+        request[8..16].copy_from_slice(&7_u64.to_ne_bytes());
+        assert!(request.len() < length);
+        // SAFETY: the slot's own memory, which is longer, by the line above.
+        #[allow(unsafe_code, reason = "the kernel's part")]
+        unsafe {
+            std::ptr::copy_nonoverlapping(request.as_ptr(), buffer, request.len());
+        }
+    }
+
+    #[test]
+    fn a_slot_that_a_disk_may_still_use_is_taken_under_the_next_engines_too_until_it_was_drained() {
+        let [volume, neighbour] = [1, 2].map(|byte| VolumeId::from_bytes([byte; 16]));
+        let [tree, other] = [3, 4].map(|byte| InstanceId::from_bytes([byte; 16]));
+        let (slots, memory) = Slots::create("tandem-test", 3).expect("slots");
+        fill(slots.slot(0), volume);
+        fill(slots.slot(1), neighbour);
+        let (mut arena, _) = sort_arena(slots, &[volume, neighbour].into(), &[]);
+        arena.give_up(volume, tree);
+        assert_eq!(arena.free, [2]);
+        drop(arena);
+
+        let slots = Slots::map(memory.as_fd()).expect("the same slots");
+        let (mut arena, _) = sort_arena(slots, &[neighbour].into(), &[]);
+        assert_eq!((arena.free.as_slice(), arena.slots.slot(0).state()), ([2].as_slice(), SlotState::Resting(tree)));
+        arena.drained(other);
+        assert_eq!(arena.free, [2], "the disk of another one");
+        arena.drained(tree);
+        assert_eq!(arena.free, [2, 0]);
+        assert_eq!(arena.slots.slot(1).state(), SlotState::Filled);
     }
 }

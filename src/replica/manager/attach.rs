@@ -94,11 +94,11 @@ impl Manager {
             Some(copy) => self.engine().detach_from(copy, volume).await,
             None => self.engine().detach(volume).await,
         };
-        detached.map_err(|error| Failure::Detach { volume, error })?;
+        detached.map_err(|error| Failure::Detach { volume, error: self.may_be_given_up(volume, error) })?;
         if let Some(place) = self.index().volumes.get_mut(&volume) {
             place.device = None;
         }
-        self.index().held_devices.remove(&volume);
+        self.left_detached(volume);
         self.client_detached(volume);
         Ok(())
     }
@@ -107,18 +107,22 @@ impl Manager {
     /// it may wait for is waited for. Without a device there is nothing to do.
     pub async fn abandon(&self, volume: VolumeId) -> Result<(), Failure> {
         let _guard = self.inner.operations.begin_instead(vec![volume.to_bytes()]).await?;
+        let failed = |error| Failure::Status { volume, error };
+        if self.left_copy(volume).await.map_err(failed)?.is_some() {
+            return self.abandon_left_copy(volume).await;
+        }
         if self.publication(volume).is_some() {
             return self.abandon_client(volume).await;
         }
         match self.place(volume) {
-            None => return self.abandon_left(volume).await,
+            None => return self.abandon_left_client(volume).await,
             Some(place) if place.mirror.is_none() => return Err(Failure::Only(volume)),
             Some(_) => {}
         }
         let (until, mut copied) = (Instant::now() + SILENCE, None);
         loop {
             let status = self.engine().mirror_status(volume).await;
-            if let Some(status) = status.map_err(|error| Failure::Status { volume, error })? {
+            if let Some(status) = status.map_err(failed)? {
                 // One that still makes the copies equal is about to answer.
                 let done = status.copied_bytes + status.equal_bytes;
                 let goes_on = copied.replace(done).is_some_and(|before| before != done);

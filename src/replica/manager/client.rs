@@ -27,20 +27,12 @@ impl Manager {
         self.index().clients.contains_key(&volume)
     }
 
-    /// The publication of a device that a killed engine left, and whose volume has no copy here.
-    pub fn held_publication(&self, volume: VolumeId) -> Option<InstanceId> {
-        if self.place(volume).is_some() {
-            return None;
-        }
-        self.index().held_devices.get(&volume).copied()
-    }
-
     /// From now on the volume can be attached here.
     pub async fn open_client(&self, config: ClientConfig, descriptor: String) -> Result<(), VolumeFailure> {
         let (volume, publication, size) = (config.volume, config.publication, config.size);
         let opened = self.engine().open_client(config).await;
         opened.map_err(|error| VolumeFailure::Engine { volume, error })?;
-        self.index().held_devices.remove(&volume);
+        self.left_is_served(volume, publication);
         self.index().clients.insert(volume, ClientPlace { publication, descriptor, size, open: true });
         Ok(())
     }
@@ -122,29 +114,6 @@ impl Manager {
         let ended = MirrorInput::Client { client: None, term: None };
         let told = self.engine().tell_mirror(volume, ended).await;
         told.map_err(|error| AttachFailure::Status { volume, error })
-    }
-
-    /// The same for a device that a killed engine left and that nobody serves: its volume was deleted meanwhile, or the
-    /// catalogue does not answer.
-    pub(super) async fn abandon_left(&self, volume: VolumeId) -> Result<(), AttachFailure> {
-        if self.held_publication(volume).is_none() {
-            return Err(AttachFailure::Only(volume));
-        }
-        let until = Instant::now() + SILENCE;
-        while self.publication(volume).is_none() && Instant::now() < until {
-            sleep(HEARTBEAT).await;
-        }
-        if self.publication(volume).is_some() {
-            return self.abandon_client(volume).await;
-        }
-        match self.engine().give_up(volume).await {
-            Ok(true) => {
-                tracing::warn!(%volume, "its device is given up: it is to go, and nobody here may use the volume");
-                Ok(())
-            }
-            Ok(false) => Err(AttachFailure::Only(volume)),
-            Err(error) => Err(AttachFailure::Detach { volume, error }),
-        }
     }
 
     /// What is known of it here.

@@ -244,9 +244,11 @@ impl From<AttachFailure> for Status {
             F::NotWished(_) | F::Only(_) | F::Served(_) => Code::FailedPrecondition,
             F::Attach { .. } | F::NoCatalogue { .. } | F::Status { .. } | F::Unopened(_) => Code::Unavailable,
             // In use, until it is given up.
-            F::Detach { error: DetachError::Busy(_) | DetachError::Engine(EngineError::DeviceLeft(_)), .. } => {
-                Code::FailedPrecondition
-            }
+            F::Detach {
+                error:
+                    DetachError::Busy(_) | DetachError::Engine(EngineError::DeviceLeft(_) | EngineError::CopyWaits(_)),
+                ..
+            } => Code::FailedPrecondition,
             F::Detach { .. } => Code::Unavailable,
         };
         Status::new(code, failure.to_string())

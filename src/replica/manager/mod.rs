@@ -28,6 +28,7 @@ mod copy;
 mod errors;
 mod fill;
 mod follow;
+mod left;
 mod measure;
 mod mirror;
 mod open;
@@ -144,6 +145,8 @@ pub(super) struct Index {
     pub clients: BTreeMap<VolumeId, ClientPlace>,
     /// Devices that a killed engine left, with their copy or publication; not those that were taken up since.
     pub held_devices: BTreeMap<VolumeId, InstanceId>,
+    /// Of those whose copy is not open, volumes that have other copies, as the catalogue said last.
+    pub with_others: BTreeSet<VolumeId>,
     pub snapshots: BTreeMap<SnapshotId, SnapshotPlace>,
     /// Those that are being brought over from other nodes, and what is left of attempts to.
     pub fills: BTreeMap<SnapshotId, fill::FillPlace>,

@@ -19,6 +19,7 @@ mod client;
 mod courier;
 mod departed;
 mod driver;
+mod left;
 mod reconcile;
 mod record;
 

@@ -16,7 +16,7 @@ use crate::catalog::{
 };
 use crate::protocol::{Configuration, Record};
 use crate::replica::engine::EngineError;
-use crate::replica::manager::{CopyHere, Manager, NewVolume, SnapshotFailure, Source, VolumeFailure};
+use crate::replica::manager::{AttachFailure, CopyHere, Manager, NewVolume, SnapshotFailure, Source, VolumeFailure};
 use crate::replica::pool::{BadPoolName, PoolName};
 use crate::volume::{InstanceId, VolumeId};
 
@@ -33,6 +33,8 @@ pub(super) enum Trouble {
     Manager(#[from] VolumeFailure),
     #[error(transparent)]
     Snapshot(#[from] SnapshotFailure),
+    #[error(transparent)]
+    Device(#[from] AttachFailure),
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
@@ -69,6 +71,19 @@ impl Mirrors {
             self.kept.insert(copy);
             here = manager.copy_here(id);
         }
+        let left = self.follow_left_device(manager, id).await;
+        // What is wrong with a device that waits keeps nobody from the copies; it is looked at again with them.
+        self.follow_spec(manager, stored, &mirror, here).await.and(left)
+    }
+
+    async fn follow_spec(
+        &mut self,
+        manager: &Manager,
+        stored: Stored<Volume>,
+        mirror: &MirrorSpec,
+        here: Option<CopyHere>,
+    ) -> Result<(), Trouble> {
+        let (id, catalog) = (stored.object.id, self.settings.catalog.clone());
         self.reconcile_client(manager, &stored.object).await?;
         let deleted = stored.object.spec.deleted;
         let wanted = mirror.copies_on(&self.settings.node).next().filter(|_| !deleted);
@@ -80,7 +95,7 @@ impl Mirrors {
             return Ok(());
         }
         match (wanted, here) {
-            (None, None) if deleted => self.unconfirm_all(stored, &mirror).await,
+            (None, None) if deleted => self.unconfirm_all(stored, mirror).await,
             (None, None) => Ok(()),
             (Some((copy, _)), Some(here)) if here.tree == copy => self.keep(manager, stored, &here).await,
             (Some((copy, spec)), None) => self.make(manager, stored, copy, &spec).await,
@@ -100,7 +115,7 @@ impl Mirrors {
     }
 
     /// The configuration in the catalogue, if that is not older than the copy on this node.
-    async fn committed(&self, manager: &Manager, volume: VolumeId) -> Result<Configuration, Trouble> {
+    pub(super) async fn committed(&self, manager: &Manager, volume: VolumeId) -> Result<Configuration, Trouble> {
         // Before the catalogue is read: what becomes durable meanwhile may be newer.
         let here = manager.durable_record(volume).await.map(|record| record.configuration.stamp);
         let found = self.settings.catalog.configuration(volume).await?.ok_or(Trouble::NoConfiguration)?;

@@ -45,6 +45,22 @@ fn a_request_survives_its_engine_in_every_state() {
 }
 
 #[test]
+fn a_slot_that_a_disk_may_still_use_is_not_free_for_the_next_engine() {
+    let (slots, fd) = Slots::create("tandem-test", 1).expect("slots");
+    let tree = InstanceId::from_bytes([9; 16]);
+    slots.slot(0).prepare(volume(), 1);
+    fill(slots.slot(0), READ, 11, 4096);
+    slots.slot(0).rest(tree);
+    drop(slots);
+
+    let slots = Slots::map(fd.as_fd()).expect("the same slots");
+    assert_eq!(slots.slot(0).state(), SlotState::Resting(tree));
+    assert_ne!(slots.slot(0).volume(), volume(), "it is nobody's request");
+    slots.slot(0).free();
+    assert_eq!(slots.slot(0).state(), SlotState::Free);
+}
+
+#[test]
 fn a_prepared_slot_forgets_the_request_before() {
     let (slots, _fd) = Slots::create("tandem-test", 1).expect("slots");
     let slot = slots.slot(0);
