@@ -4,7 +4,7 @@ use super::errors::PoolFailure as Failure;
 use super::{BrokenPool, HIGH_WATER_SHARE, Manager, PoolState, largest_volume};
 use crate::replica::operations::{Busy, OperationGuard};
 use crate::replica::pool::{Expected, Pool, PoolName, sync_directory, used_bytes};
-use crate::volume::PoolId;
+use crate::volume::{PoolId, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -131,6 +131,16 @@ impl Manager {
         self.pool(name).is_some()
     }
 
+    /// Where the volume's copy is on this node.
+    pub fn pool_of(&self, volume: VolumeId) -> Option<PoolName> {
+        self.index().volumes.get(&volume).map(|place| place.pool.clone())
+    }
+
+    /// Where the snapshot is on this node.
+    pub fn pool_of_snapshot(&self, snapshot: SnapshotId) -> Option<PoolName> {
+        self.index().snapshots.get(&snapshot).map(|place| place.pool.clone())
+    }
+
     /// All pools, also those that could not be opened.
     pub async fn list_pools(&self) -> Vec<PoolView> {
         let (pools, broken) = {
@@ -166,7 +176,7 @@ impl Manager {
         made.unwrap_or_else(|_| fallback.view("its figures could not be read"))
     }
 
-    fn broken_trees_of(&self, name: &PoolName) -> String {
+    pub(super) fn broken_trees_of(&self, name: &PoolName) -> String {
         let index = self.index();
         let broken: Vec<_> = index.broken_trees.iter().filter(|(_, tree)| tree.pool == *name).collect();
         match broken.as_slice() {
