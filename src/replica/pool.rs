@@ -409,6 +409,11 @@ fn encode(id: PoolId) -> [u8; SUPERBLOCK_BYTES] {
 }
 
 fn decode(b: &[u8]) -> Result<PoolId, String> {
+    if b.iter().all(|byte| *byte == 0) {
+        return Err(
+            "its superblock is blank: its disk is a new one, or was wiped; nothing was written there".to_owned()
+        );
+    }
     if b.len() != SUPERBLOCK_BYTES {
         return Err(format!("its superblock has {} bytes instead of {SUPERBLOCK_BYTES}: damaged", b.len()));
     }
@@ -442,7 +447,9 @@ mod tests {
             bad[at / 8] ^= 1 << (at % 8);
             assert!(decode(&bad).is_err(), "bit {at}");
         }
-        assert!(decode(&good[..100]).is_err());
+        assert!(decode(&good[..100]).expect_err("short").contains("damaged"));
+        let blank = decode(&[0; SUPERBLOCK_BYTES]).expect_err("blank");
+        assert!(blank.contains("a new one") && !blank.contains("damaged"), "{blank}");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use super::{Manager, SnapshotFailure, VolumeFailure};
 use crate::replica::pool::PoolName;
 use crate::volume::{SnapshotId, VolumeId};
+use std::collections::BTreeSet;
 
 /// Nobody can say now.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +19,30 @@ pub struct Unopened {
     problem: String,
 }
 
+/// A pool that is not open, or that has copies which are not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnopenedView {
+    /// Which.
+    pub pool: PoolName,
+    /// One sentence.
+    pub problem: String,
+}
+
 impl Manager {
+    /// Where something may be that is not known here.
+    pub fn unopened(&self) -> Vec<UnopenedView> {
+        let (mut all, with_copies) = {
+            let index = self.index();
+            let pools = index.broken_pools.iter();
+            let pools =
+                pools.map(|(pool, broken)| UnopenedView { pool: pool.clone(), problem: broken.problem.clone() });
+            let with_copies: BTreeSet<_> = index.broken_trees.values().map(|tree| tree.pool.clone()).collect();
+            (pools.collect::<Vec<_>>(), with_copies)
+        };
+        all.extend(with_copies.into_iter().map(|pool| UnopenedView { problem: self.broken_trees_of(&pool), pool }));
+        all
+    }
+
     /// As [`Self::delete_volume`], or [`Self::delete_unwritten`]; `pool` is where it is said to be, or empty.
     pub async fn ensure_no_volume(&self, volume: VolumeId, pool: &str, unwritten: bool) -> Result<(), VolumeFailure> {
         if self.place(volume).is_none() {
