@@ -323,6 +323,13 @@ async fn a_damaged_pool_superblock_is_named_and_nothing_is_touched() {
         let request = control::AttachVolumeRequest { volume_id: site.id("kept").to_owned() };
         assert!(site.tandem.control().attach_volume(request).await.is_err(), "its pool is damaged");
         site.tandem.terminate();
+        let (done, said) = tandem(&site.tandem, &["recover"]);
+        assert!(done && said.contains("pool default of") && said.contains(problem), "{said}");
+        let (_, said) = tandem(&site.tandem, &["recover", "-o", "json"]);
+        // What it logs follows.
+        let mut found = serde_json::Deserializer::from_str(&said).into_iter::<serde_json::Value>();
+        let report = found.next().expect("a report").expect("json");
+        assert_eq!(report["unopened"][0]["problem"], *problem, "{said}");
         assert_eq!(files(site.tree("kept")), before);
         flip(&path, at);
         site.tandem.start_again().await;
