@@ -31,16 +31,14 @@ pub struct UnopenedView {
 impl Manager {
     /// Where something may be that is not known here.
     pub fn unopened(&self) -> Vec<UnopenedView> {
-        let (mut all, with_copies) = {
-            let index = self.index();
-            let pools = index.broken_pools.iter();
-            let pools =
-                pools.map(|(pool, broken)| UnopenedView { pool: pool.clone(), problem: broken.problem.clone() });
-            let with_copies: BTreeSet<_> = index.broken_trees.values().map(|tree| tree.pool.clone()).collect();
-            (pools.collect::<Vec<_>>(), with_copies)
-        };
-        all.extend(with_copies.into_iter().map(|pool| UnopenedView { problem: self.broken_trees_of(&pool), pool }));
-        all
+        let index = self.index();
+        let pools = index.broken_pools.iter();
+        let pools = pools.map(|(pool, broken)| UnopenedView { pool: pool.clone(), problem: broken.problem.clone() });
+        let with_copies: BTreeSet<_> = index.broken_trees.values().map(|tree| &tree.pool).collect();
+        let with_copies = with_copies.into_iter();
+        let with_copies =
+            with_copies.map(|pool| UnopenedView { pool: pool.clone(), problem: index.broken_trees_of(pool) });
+        pools.chain(with_copies).collect()
     }
 
     /// As [`Self::delete_volume`], or [`Self::delete_unwritten`]; `pool` is where it is said to be, or empty.

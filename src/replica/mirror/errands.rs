@@ -50,7 +50,11 @@ impl<S: Copy + Ord + Send + 'static, R: Send + 'static> Errands<S, R> {
     pub async fn next(&mut self) -> Ended<S, R> {
         let (subject, result) = match self.tasks.join_next().await {
             Some(Ok(ended)) => ended,
-            Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
+            Some(Err(error)) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime ends, and this with it.
+                Err(_) => std::future::pending().await,
+            },
             None => std::future::pending().await,
         };
         let again = self.under_way.remove(&subject).unwrap_or_default();
@@ -92,5 +96,14 @@ mod tests {
         let ended = errands.next().await;
         assert_eq!((ended.subject, ended.result, ended.again), (1, Ok("late"), true));
         assert!(!errands.note(1) && errands.next_before(shortly()).await.is_none());
+    }
+
+    /// As all of them are when the runtime ends.
+    #[tokio::test]
+    async fn one_that_is_cancelled_never_ends() {
+        let mut errands = Errands::<u8, ()>::new();
+        errands.begin(1, std::future::pending());
+        errands.tasks.abort_all();
+        assert!(errands.next_before(shortly()).await.is_none());
     }
 }
