@@ -7,6 +7,8 @@ use tandem::volume::VolumeSize;
 
 /// Time for the node to come to a step that hangs: it has a few milliseconds of work before.
 const A_WHILE: Duration = Duration::from_secs(3);
+/// Of the volumes of a pool, 16 may be at its disk.
+const MORE_THAN_FIT: usize = 20;
 
 impl Site {
     async fn confirmed(&self, volume: &Wanted) -> Option<VolumeSize> {
@@ -65,4 +67,42 @@ async fn a_disk_that_hangs_holds_up_no_copy_on_another_one() {
         site.until_gone(volume, &up).await;
     }
     up.kill().await;
+}
+
+/// Those that found no room at the disk were tried again at once, for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_volumes_than_may_be_at_a_disk_that_hangs_cost_their_node_nothing_and_go_on_after_it() {
+    let pool = SmallPool::ext4(4096);
+    let mut site = Site::new(&["n1"]);
+    site.pools.push(("hangs", pool.path().to_owned()));
+    let up = site.start("n1", site.catalog()).await;
+    site.announce("n1").await;
+    let mut volumes = Vec::new();
+    for _ in 0..MORE_THAN_FIT {
+        volumes.push(site.create_in("hangs", "n1").await);
+    }
+    for volume in &volumes {
+        site.until_confirmed(volume, SIZE).await;
+    }
+    let hanging = pool.hang();
+    for volume in &volumes {
+        site.grow(volume, 2 * SIZE).await;
+    }
+    tokio::time::sleep(A_WHILE).await;
+    let before = busy();
+    tokio::time::sleep(A_WHILE).await;
+    let spent = busy() - before;
+    assert!(spent < A_WHILE / 4, "{spent:?} of {A_WHILE:?}");
+
+    drop(hanging);
+    for volume in &volumes {
+        site.until_confirmed(volume, 2 * SIZE).await;
+    }
+    up.kill().await;
+}
+
+/// What this test's threads have worked. An engine has a thread of its own.
+fn busy() -> Duration {
+    let metrics = tokio::runtime::Handle::current().metrics();
+    (0..metrics.num_workers()).map(|worker| metrics.worker_total_busy_duration(worker)).sum()
 }

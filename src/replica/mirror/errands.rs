@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
-/// How long others wait for an errand: one that no disk holds up has ended by then.
+/// How long others wait for one errand: if no disk holds it up, it has ended by then.
 pub(super) const SOON: Duration = Duration::from_secs(1);
 
 /// See the module. `S` is what an errand is for, `R` what it brings back.

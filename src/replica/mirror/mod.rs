@@ -23,8 +23,9 @@ mod errands;
 mod local;
 mod reconcile;
 mod record;
+mod retries;
 
-use crate::catalog::{Catalog, Node, NodeName, Object, Seen, Volume, VolumeConfiguration};
+use crate::catalog::{Catalog, CatalogError, Node, NodeName, Object, Seen, Volume, VolumeConfiguration};
 use crate::protocol::Stamp;
 use crate::replica::manager::Manager;
 use crate::replica::peer::Endpoint;
@@ -35,6 +36,7 @@ use errands::{Ended, Errands, SOON};
 use local::{Common, Local};
 use reconcile::Trouble;
 use record::CopyRecord;
+use retries::Retries;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
@@ -95,6 +97,10 @@ pub struct Mirrors {
     /// What volumes have here for which nothing is under way.
     volumes: BTreeMap<VolumeId, Local>,
     errands: Errands<Subject, Done>,
+    /// What failed for volumes.
+    retries: Retries<VolumeId>,
+    /// Those of which it was logged that they take long.
+    slow: BTreeSet<VolumeId>,
     /// What was logged last, of the whole or of a volume: what fails again and again is said once.
     said: BTreeMap<Option<VolumeId>, String>,
 }
@@ -168,6 +174,10 @@ struct Done {
 struct Work {
     everything: bool,
     nodes: bool,
+    /// When those two are asked for, and the pause if that fails.
+    list_at: Instant,
+    pause: Duration,
+    /// At once.
     volumes: BTreeSet<VolumeId>,
     /// There is something that this node has given up, and when it is tried to forget that: what is in a pool that is missing may stay
     /// for ever.
@@ -180,17 +190,34 @@ struct Work {
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
 impl Work {
-    fn is_empty(&self) -> bool {
-        !self.everything && !self.nodes && self.volumes.is_empty()
+    fn new() -> Self {
+        let (volumes, gives_up, now) = (BTreeSet::new(), false, Instant::now());
+        let (list_at, forget_at, pause, rest) = (now, now, FIRST_PAUSE, FIRST_PAUSE);
+        Self { everything: true, nodes: true, list_at, pause, volumes, gives_up, forget_at, rest }
+    }
+
+    fn is_to_list(&self) -> bool {
+        self.everything || self.nodes
+    }
+
+    /// When there is something to do, if that is known; `retry_at` is when a volume is tried again.
+    fn next(&self, retry_at: Option<Instant>) -> Option<Instant> {
+        if self.is_to_list() {
+            return Some(self.list_at);
+        }
+        let at_once = (!self.volumes.is_empty()).then(Instant::now);
+        let forget_at = self.gives_up.then_some(self.forget_at);
+        [at_once, forget_at, retry_at].into_iter().flatten().min()
     }
 }
 
 impl Mirrors {
     /// Of this node. Nothing is opened yet.
     pub fn new(settings: MirrorSettings) -> Self {
-        let (kept, addresses, pools, said) = Default::default();
+        let (kept, addresses, pools) = Default::default();
         let common = Common { settings: Arc::new(settings), kept, addresses, pools };
-        Self { common, volumes: BTreeMap::new(), errands: Errands::new(), said }
+        let (volumes, slow, said) = Default::default();
+        Self { common, volumes, errands: Errands::new(), retries: Retries::new(), slow, said }
     }
 
     /// Opens the copies that are on this node and have acted before, from what is beside them; no catalogue is asked. To be
@@ -231,14 +258,10 @@ impl Mirrors {
     /// Follows the catalogue until it is dropped. The copies' tasks end with it.
     pub async fn run(mut self, manager: Manager) {
         let mut watch = self.common.settings.catalog.watch();
-        let (gives_up, forget_at, rest) = (false, Instant::now(), FIRST_PAUSE);
-        let mut work = Work { everything: true, nodes: true, volumes: BTreeSet::new(), gives_up, forget_at, rest };
-        let mut pause = FIRST_PAUSE;
+        let mut work = Work::new();
         loop {
             self.do_all(&manager, &mut work).await;
-            if work.is_empty() {
-                pause = FIRST_PAUSE;
-            }
+            let next = work.next(self.retries.next());
             tokio::select! {
                 seen = watch.next() => match seen {
                     Some(seen) => self.note(&seen, &mut work),
@@ -247,18 +270,17 @@ impl Mirrors {
                 },
                 ended = self.errands.next() => {
                     let (errand, result) = self.take_back(ended, &mut work);
-                    self.note_late(errand, result, &mut work);
+                    self.note_late(&manager, errand, result, &mut work);
                 }
                 () = manager.clients_changed() => (work.everything, work.forget_at) = (true, Instant::now()),
-                () = tokio::time::sleep_until(work.forget_at), if work.gives_up && work.is_empty() => {}
-                () = tokio::time::sleep(pause), if !work.is_empty() => pause = (pause * 2).min(LAST_PAUSE),
+                () = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
         }
     }
 
     fn note(&self, seen: &Seen, work: &mut Work) {
         let Seen::Changed(change) = seen else {
-            (work.everything, work.nodes) = (true, true);
+            (work.everything, work.nodes, work.list_at) = (true, true, Instant::now());
             return;
         };
         match change.kind {
@@ -274,75 +296,95 @@ impl Mirrors {
 
     /// What cannot be done stays to be done.
     async fn do_all(&mut self, manager: &Manager, work: &mut Work) {
-        if work.nodes {
-            match self.common.settings.catalog.list::<Node>().await {
-                Ok(nodes) => {
-                    let own = nodes.iter().find(|stored| stored.object.name == self.common.settings.node);
-                    work.gives_up = own.is_some_and(|own| !own.object.given_up.is_empty());
-                    let nodes = nodes.into_iter().map(|stored| (stored.object.name, stored.object.mirror));
-                    let addresses = nodes.collect();
-                    // Whoever has a copy beside one of ours may have moved.
-                    work.everything |= *self.common.addresses != addresses;
-                    (self.common.addresses, work.nodes) = (Arc::new(addresses), false);
-                }
-                Err(error) => return self.say(None, error.to_string()),
+        if work.is_to_list() {
+            if Instant::now() < work.list_at {
+                return;
             }
-        }
-        if work.everything {
-            match self.common.settings.catalog.list::<Volume>().await {
-                Ok(volumes) => {
-                    work.volumes.extend(volumes.iter().map(|stored| stored.object.id));
-                    work.volumes.extend(manager.copies().iter().map(|copy| copy.volume));
-                    work.volumes.extend(self.volumes.keys());
-                    work.volumes.extend(self.errands.subjects().filter_map(Subject::volume));
-                    work.everything = false;
-                }
-                Err(error) => return self.say(None, error.to_string()),
+            if let Err(error) = self.list(manager, work).await {
+                (work.list_at, work.pause) = (Instant::now() + work.pause, (work.pause * 2).min(LAST_PAUSE));
+                return self.say(None, error.to_string());
             }
+            work.pause = FIRST_PAUSE;
         }
-        let mut failed = BTreeSet::new();
+        work.volumes.extend(self.retries.take_due(Instant::now()));
         for volume in std::mem::take(&mut work.volumes) {
-            match self.run_errand(manager, Errand::Follow(volume), work).await {
-                Ok(()) => drop(self.said.remove(&Some(volume))),
-                // Its end brings it here again.
-                Err(Trouble::UnderWay) => {}
-                Err(error) => {
-                    self.say(Some(volume), error.to_string());
-                    failed.insert(volume);
-                }
-            }
+            let result = self.run_errand(manager, Errand::Follow(volume), work).await;
+            self.note_followed(volume, result);
         }
-        work.volumes.append(&mut failed);
         self.forget_in_time(manager, work).await;
     }
 
+    /// Finds the nodes, or everything, if that is to be looked at.
+    async fn list(&mut self, manager: &Manager, work: &mut Work) -> Result<(), CatalogError> {
+        if work.nodes {
+            let nodes = self.common.settings.catalog.list::<Node>().await?;
+            let own = nodes.iter().find(|stored| stored.object.name == self.common.settings.node);
+            work.gives_up = own.is_some_and(|own| !own.object.given_up.is_empty());
+            let nodes = nodes.into_iter().map(|stored| (stored.object.name, stored.object.mirror));
+            let addresses = nodes.collect();
+            // Whoever has a copy beside one of ours may have moved.
+            work.everything |= *self.common.addresses != addresses;
+            work.nodes = false;
+            self.common.addresses = Arc::new(addresses);
+        }
+        if work.everything {
+            let volumes = self.common.settings.catalog.list::<Volume>().await?;
+            work.volumes.extend(volumes.iter().map(|stored| stored.object.id));
+            work.volumes.extend(manager.copies().iter().map(|copy| copy.volume));
+            work.volumes.extend(self.volumes.keys());
+            work.volumes.extend(self.errands.subjects().filter_map(Subject::volume));
+            work.everything = false;
+        }
+        Ok(())
+    }
+
     /// Runs an errand, and waits for its end if that is soon; not at all if others are at the disk of its pool already, since
-    /// that may hang.
+    /// that may hang, or if its copy is being opened, which may wait for space.
     async fn run_errand(&mut self, manager: &Manager, errand: Errand, work: &mut Work) -> Result<(), Trouble> {
         let subject = errand.subject();
         if self.errands.note(subject) {
             return Err(Trouble::UnderWay);
         }
         let pool = subject.pool(manager);
-        let patience = if pool.is_some() && self.common.pools.is_visited(pool) { Duration::ZERO } else { SOON };
+        let is_visited = pool.is_some() && self.common.pools.is_visited(pool.clone());
+        let mut local = self.local_of(subject);
+        if pool.is_some() && local.as_mut().is_some_and(|local| local.enter(pool.clone()).is_err()) {
+            self.volumes.extend(local.filter(Local::has_any).map(|local| (local.volume, local)));
+            if let Errand::Follow(volume) = errand {
+                self.retries.waits_for_room(volume);
+            }
+            return Err(Trouble::UnderWay);
+        }
+        let is_opening = local.as_ref().is_some_and(|local| local.opening.is_some());
+        let patience = if is_visited || is_opening { Duration::ZERO } else { SOON };
         let until = Instant::now() + patience;
-        let local = subject.volume().map(|volume| {
-            let mut local = self.volumes.remove(&volume).unwrap_or_else(|| Local::new(self.common.clone(), volume));
-            local.common.clone_from(&self.common);
-            local
-        });
+        if let Errand::Follow(volume) = errand {
+            self.retries.begun(volume);
+        }
         self.errands.begin(subject, errand.run(manager.clone(), self.common.clone(), local));
         while let Some(ended) = self.errands.next_before(until).await {
             let (ended, result) = self.take_back(ended, work);
             if ended == errand {
                 return result;
             }
-            self.note_late(ended, result, work);
+            self.note_late(manager, ended, result, work);
         }
-        if patience == SOON {
-            self.say(subject.volume(), Trouble::UnderWay.to_string());
+        // Without a pool it is mostly another node's and waits for the catalogue, whose error will say so.
+        if let Some(volume) = subject.volume().filter(|_| pool.is_some() && patience == SOON)
+            && self.slow.insert(volume)
+        {
+            warn_of(volume, &Trouble::UnderWay.to_string());
         }
         Err(Trouble::UnderWay)
+    }
+
+    /// What the subject has here, if it is a volume, to be worked on.
+    fn local_of(&mut self, subject: Subject) -> Option<Local> {
+        let volume = subject.volume()?;
+        let local = self.volumes.remove(&volume);
+        let mut local = local.unwrap_or_else(|| Local::new(self.common.clone(), volume));
+        local.common.clone_from(&self.common);
+        Some(local)
     }
 
     /// What an errand has brought back is here again.
@@ -351,6 +393,13 @@ impl Mirrors {
         if let Some(local) = local.filter(Local::has_any) {
             self.volumes.insert(local.volume, local);
         }
+        if let (Some(volume), Ok(())) = (subject.volume(), &result) {
+            self.slow.remove(&volume);
+        }
+        // Who found no room has left none.
+        if !matches!(result, Err(Trouble::Crowded(_))) {
+            self.retries.somebody_left(Instant::now());
+        }
         if again {
             work.volumes.extend(subject.volume());
         }
@@ -358,16 +407,34 @@ impl Mirrors {
     }
 
     /// An errand has ended that nobody waits for any more.
-    fn note_late(&mut self, errand: Errand, result: Result<(), Trouble>, work: &mut Work) {
+    fn note_late(&mut self, manager: &Manager, errand: Errand, result: Result<(), Trouble>, work: &mut Work) {
         match (errand, result) {
-            (Errand::Follow(volume), Ok(())) => drop(self.said.remove(&Some(volume))),
-            (Errand::Follow(volume), Err(error)) => {
-                self.say(Some(volume), error.to_string());
-                work.volumes.insert(volume);
+            (Errand::Follow(volume), result) => self.note_followed(volume, result),
+            // It leaves the list when it is looked at again: at once if it has gone. What stays is looked at after its rest.
+            (Errand::Forget(subject), Ok(())) => {
+                if subject.pool(manager).is_none() {
+                    work.forget_at = Instant::now();
+                }
             }
-            // It leaves the list when it is looked at again.
-            (Errand::Forget(_), Ok(())) => work.forget_at = Instant::now(),
             (Errand::Forget(_), Err(error)) => self.say(None, error.to_string()),
+        }
+    }
+
+    /// The catalogue was followed, or will be.
+    fn note_followed(&mut self, volume: VolumeId, result: Result<(), Trouble>) {
+        match result {
+            Ok(()) => {
+                self.said.remove(&Some(volume));
+                self.retries.succeeded(volume);
+            }
+            // Its end brings it here again, or that of another one.
+            Err(Trouble::UnderWay) => {}
+            // What the others wait for was said of one of them.
+            Err(Trouble::Crowded(_)) => self.retries.failed(volume, Instant::now()),
+            Err(error) => {
+                self.say(Some(volume), error.to_string());
+                self.retries.failed(volume, Instant::now());
+            }
         }
     }
 
@@ -398,11 +465,13 @@ impl Mirrors {
             return;
         }
         match volume {
-            Some(volume) => {
-                tracing::warn!(%volume, %problem, "a mirrored volume is not yet as it shall be here; it is tried again");
-            }
+            Some(volume) => warn_of(volume, &problem),
             None => tracing::warn!(%problem, "mirrored volumes go on as they are; the catalogue is asked again"),
         }
         self.said.insert(volume, problem);
     }
+}
+
+fn warn_of(volume: VolumeId, problem: &str) {
+    tracing::warn!(%volume, %problem, "a mirrored volume is not yet as it shall be here; it is tried again");
 }

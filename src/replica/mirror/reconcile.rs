@@ -43,7 +43,8 @@ pub(super) enum Trouble {
     #[error("its copy waits for what was asked of its device before")]
     Opening,
     #[error(
-        "what was begun for it takes long: the disk of its pool, or the catalogue, does not answer soon; other volumes go on"
+        "what was begun for it takes long: the disk of its pool, or the catalogue, does not answer soon; others in that pool may \
+         wait for it, and volumes in other pools go on"
     )]
     UnderWay,
     #[error(transparent)]
