@@ -69,7 +69,7 @@ async fn a_disk_that_hangs_holds_up_no_copy_on_another_one() {
     up.kill().await;
 }
 
-/// Those that found no room at the disk were tried again at once, for ever.
+/// Those that find no room at the disk wait for it, and are not tried again and again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_volumes_than_may_be_at_a_disk_that_hangs_cost_their_node_nothing_and_go_on_after_it() {
     let pool = SmallPool::ext4(4096);

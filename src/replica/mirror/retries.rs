@@ -120,7 +120,6 @@ mod tests {
         assert_eq!(retries.next(), Some(now + FIRST_PAUSE));
     }
 
-    /// They were tried again and again as fast as they were refused.
     #[test]
     fn what_finds_no_room_at_a_disk_that_hangs_is_not_tried_before_somebody_has_left() {
         let (pools, now) = (Pools::default(), Instant::now());
