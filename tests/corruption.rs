@@ -241,6 +241,9 @@ async fn damage_of_one_copy_is_named_and_leaves_the_other_volumes_alone() {
     }
     let (_, pools) = tandem(&site.tandem, &["pool", "list", "-o", "json"]);
     assert!(pools.contains("3 copies cannot be opened"), "{pools}");
+    let listed = site.tandem.control().list_volumes(control::ListVolumesRequest {}).await.expect("volumes");
+    let unopened = listed.into_inner().unopened;
+    assert!(unopened.len() == 1 && unopened[0].problem.starts_with("3 copies cannot be opened"), "{unopened:?}");
     for name in ["sound", "record", "checksums"] {
         site.works(name).await;
     }
@@ -313,9 +316,20 @@ async fn a_damaged_pool_superblock_is_named_and_nothing_is_touched() {
         let pools = site.tandem.control().list_pools(control::ListPoolsRequest {}).await.expect("pools").into_inner();
         let problem = &pools.pools[0].problem;
         assert!(problem.contains("superblock") && problem.contains(&*site.tandem.dir().to_string_lossy()), "{problem}");
+        let listed = site.tandem.control().list_volumes(control::ListVolumesRequest {}).await.expect("volumes");
+        let control::ListVolumesResponse { volumes, unopened } = listed.into_inner();
+        assert!(volumes.is_empty() && unopened.len() == 1, "nobody takes that for everything: {unopened:?}");
+        assert_eq!((unopened[0].pool.as_str(), &unopened[0].problem), ("default", problem));
         let request = control::AttachVolumeRequest { volume_id: site.id("kept").to_owned() };
         assert!(site.tandem.control().attach_volume(request).await.is_err(), "its pool is damaged");
         site.tandem.terminate();
+        let (done, said) = tandem(&site.tandem, &["recover"]);
+        assert!(done && said.contains("pool default of") && said.contains(problem), "{said}");
+        let (_, said) = tandem(&site.tandem, &["recover", "-o", "json"]);
+        // What it logs follows.
+        let mut found = serde_json::Deserializer::from_str(&said).into_iter::<serde_json::Value>();
+        let report = found.next().expect("a report").expect("json");
+        assert_eq!(report["unopened"][0]["problem"], *problem, "{said}");
         assert_eq!(files(site.tree("kept")), before);
         flip(&path, at);
         site.tandem.start_again().await;

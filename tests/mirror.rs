@@ -30,6 +30,19 @@ const MIB: u64 = 1 << 20;
 /// Blocks of the volumes of most tests.
 const BLOCKS: u64 = 64 * MIB / 4096;
 
+/// A clone is made in a tree that an earlier engine may have closed.
+#[test]
+fn a_copy_that_has_never_acted_has_lost_nothing_whoever_had_its_tree_before() {
+    let lab = Lab::new(64 * MIB).with_candidate();
+    runtime().block_on(async {
+        for (life, intact) in [("the first", true), ("the second", false)] {
+            let one = Node::start_unknowing(&lab.directory(0)).await;
+            assert_eq!(one.status().await.intact, intact, "{life}");
+            one.stop().await;
+        }
+    });
+}
+
 /// Not a test of its own: the holder that the tests below start.
 #[test]
 fn holder_process() {

@@ -4,10 +4,15 @@
 mod clients;
 #[path = "mirror_nodes/deleted.rs"]
 mod deleted;
+#[path = "mirror_nodes/disks.rs"]
+mod disks;
 #[path = "mirror_nodes/left.rs"]
 mod left;
 #[path = "mirror_nodes/site.rs"]
 mod site;
+#[allow(dead_code, reason = "the disks here hang and do nothing else")]
+#[path = "support/small_pool.rs"]
+mod small_pool;
 #[path = "mirror_nodes/snapshots.rs"]
 mod snapshots;
 

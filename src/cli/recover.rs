@@ -16,8 +16,9 @@ use serde::Serialize;
 ///
 /// In a cluster a controller runs, on an empty directory or on a restored one, and the nodes have announced themselves:
 /// with --controller-endpoint, or with its directory as --dir, it asks all of them. A mirrored volume can be used again when
-/// all copies were read that may have its last writes; those that were not are named. The lost controller must not run any
-/// more.
+/// all copies were read that may have its last writes; those that were not are named. So are the pools of which a node cannot
+/// open everything: volumes with one copy, and snapshots, that are only there are not found. The lost controller must not run
+/// any more.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
@@ -37,6 +38,15 @@ struct Recovered {
     kept: u64,
     problems: Vec<String>,
     rows: Vec<Row>,
+    unopened: Vec<Unopened>,
+}
+
+/// A pool of which not everything was read.
+#[derive(Serialize)]
+struct Unopened {
+    node: String,
+    pool: String,
+    problem: String,
 }
 
 /// What became of one volume of a cluster.
@@ -59,8 +69,23 @@ impl From<Report> for Recovered {
 
 impl From<rpc::RecoverResponse> for Recovered {
     fn from(report: rpc::RecoverResponse) -> Self {
-        let rpc::RecoverResponse { volumes, snapshots, groups, kept, problems, rows } = report;
-        Self { volumes, snapshots, groups, kept, problems, rows: rows.into_iter().map(Row::from).collect() }
+        let rpc::RecoverResponse { volumes, snapshots, groups, kept, problems, rows, unopened } = report;
+        let rows = rows.into_iter().map(Row::from).collect();
+        let unopened = unopened.into_iter().map(Unopened::from).collect();
+        Self { volumes, snapshots, groups, kept, problems, rows, unopened }
+    }
+}
+
+impl From<rpc::Unopened> for Unopened {
+    fn from(rpc::Unopened { node, pool, problem }: rpc::Unopened) -> Self {
+        Self { node, pool, problem }
+    }
+}
+
+impl Unopened {
+    fn line(&self) -> String {
+        let Self { node, pool, problem } = self;
+        format!("pool {pool} of {node}: {problem}. What only it has is not put back: when it is open, repeat this")
     }
 }
 
@@ -119,6 +144,7 @@ fn print(recovered: &Recovered, output: Output) -> Result<(), CliError> {
     ]
     .into_iter()
     .chain(recovered.rows.iter().map(|row| ("Volume", row.line())))
+    .chain(recovered.unopened.iter().map(|unopened| ("Not open", unopened.line())))
     .chain(recovered.problems.iter().map(|problem| ("Look at", problem.clone())))
     .collect();
     output.one(recovered, &lines)

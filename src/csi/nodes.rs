@@ -285,8 +285,13 @@ impl Node {
 
     /// Every copy that it has.
     pub async fn copies(&self) -> Result<Vec<control::Volume>, ControlError> {
+        Ok(self.look().await?.volumes)
+    }
+
+    /// The same, and where it could not look.
+    pub async fn look(&self) -> Result<control::ListVolumesResponse, ControlError> {
         let answer = self.control.client().list_volumes(ListVolumesRequest {}).await;
-        Ok(answer.map_err(|status| self.control.refusal(status))?.into_inner().volumes)
+        Ok(answer.map_err(|status| self.control.refusal(status))?.into_inner())
     }
 }
 

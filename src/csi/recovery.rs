@@ -1,6 +1,6 @@
 //! The Recovery service: what a person asks of a cluster's controller. Conversion only.
 
-use super::controller::{Controller, Report, Row, State};
+use super::controller::{Controller, Report, Row, State, Unopened};
 use super::status::{Coded, failed};
 use crate::catalog::NodeName;
 use crate::protocol::{ConfigurationVersion, Generation, Stamp};
@@ -62,8 +62,16 @@ impl Recovery for RecoveryService {
 
 impl From<Report> for rpc::RecoverResponse {
     fn from(report: Report) -> Self {
-        let Report { volumes, snapshots, groups, kept, problems, rows } = report;
-        Self { volumes, snapshots, groups, kept, problems, rows: rows.into_iter().map(Into::into).collect() }
+        let Report { volumes, snapshots, groups, kept, problems, rows, unopened } = report;
+        let rows = rows.into_iter().map(Into::into).collect();
+        let unopened = unopened.into_iter().map(Into::into).collect();
+        Self { volumes, snapshots, groups, kept, problems, rows, unopened }
+    }
+}
+
+impl From<Unopened> for rpc::Unopened {
+    fn from(Unopened { node, pool, problem }: Unopened) -> Self {
+        Self { node: node.0, pool, problem }
     }
 }
 

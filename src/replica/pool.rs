@@ -412,6 +412,12 @@ fn decode(b: &[u8]) -> Result<PoolId, String> {
     if b.len() != SUPERBLOCK_BYTES {
         return Err(format!("its superblock has {} bytes instead of {SUPERBLOCK_BYTES}: damaged", b.len()));
     }
+    if b.iter().all(|byte| *byte == 0) {
+        return Err(
+            "its superblock is blank: its disk is a new one, or was wiped, or it is damaged; nothing was written there"
+                .to_owned(),
+        );
+    }
     let word = |at: usize| u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
     if b[0..8] != MAGIC {
         return Err("its superblock is not one of Tandem: damaged, or the file of another program".to_owned());
@@ -442,7 +448,12 @@ mod tests {
             bad[at / 8] ^= 1 << (at % 8);
             assert!(decode(&bad).is_err(), "bit {at}");
         }
-        assert!(decode(&good[..100]).is_err());
+        for short in [&good[..100], &[0; 100], &[]] {
+            let problem = decode(short).expect_err("short");
+            assert!(problem.contains("damaged") && !problem.contains("a new one"), "{problem}");
+        }
+        let blank = decode(&[0; SUPERBLOCK_BYTES]).expect_err("blank");
+        assert!(blank.contains("a new one") && blank.contains("or it is damaged"), "{blank}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::engine::CopyState;
 use super::filler::Filler;
 use super::manager::{
     AddPool, CopyView, HealthKind, Manager, MirrorView, NewSnapshot, NewVolume, PoolView, RecordView, SnapshotView,
-    Source, VolumeFailure, VolumeView,
+    Source, UnopenedView, VolumeFailure, VolumeView,
 };
 use super::pool::PoolName;
 use super::{digest, extents, verify};
@@ -327,8 +327,12 @@ impl Replica for ReplicaService {
         &self,
         _: Request<rpc::ListVolumesRequest>,
     ) -> Result<Response<rpc::ListVolumesResponse>, Status> {
+        // Before what is there is looked at: a pool that is opened meanwhile may have more.
+        let unopened = self.manager.unopened().into_iter();
+        let unopened = unopened.map(|UnopenedView { pool, problem }| rpc::Unopened { pool: pool.to_string(), problem });
+        let unopened = unopened.collect();
         let volumes = self.manager.volumes().await.into_iter().map(|view| told(view.into(), self.encrypted)).collect();
-        Ok(Response::new(rpc::ListVolumesResponse { volumes }))
+        Ok(Response::new(rpc::ListVolumesResponse { volumes, unopened }))
     }
 
     async fn expand_volume(&self, r: Request<rpc::ExpandVolumeRequest>) -> Result<Response<rpc::Volume>, Status> {

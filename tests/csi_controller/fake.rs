@@ -33,6 +33,8 @@ pub struct State {
     pub copying: bool,
     /// A pool that cannot be opened has what is not known here.
     pub closed: bool,
+    /// What this node says of pools that are not open.
+    pub unopened: Vec<Unopened>,
     /// Every call takes this long.
     pub delay: Duration,
     /// What the extent stream answers.
@@ -234,7 +236,10 @@ impl Replica for Fake {
     }
 
     async fn list_volumes(&self, _: Request<ListVolumesRequest>) -> Answer<ListVolumesResponse> {
-        let list = |state: &mut State| Ok(ListVolumesResponse { volumes: state.volumes.values().cloned().collect() });
+        let list = |state: &mut State| {
+            let (volumes, unopened) = (state.volumes.values().cloned().collect(), state.unopened.clone());
+            Ok(ListVolumesResponse { volumes, unopened })
+        };
         self.call("ListVolumes", list).await
     }
 

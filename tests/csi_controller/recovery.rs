@@ -397,6 +397,39 @@ async fn a_forced_copy_is_the_only_member_and_what_is_lost_is_told_before() {
     }
 }
 
+/// What is only there is named by nobody: a person has to know where to look.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_that_is_not_open_is_named_wherever_it_matters() {
+    let (nodes, driver) = cluster(&[10, 10]).await;
+    let [id, going] = [VolumeId::random(), VolumeId::random()];
+    let both = version(5, &[1, 2], &[]);
+    put(&nodes, 2, on_disk(id, 2, Some(&both), &[1, 2]));
+    let mut leaving = on_disk(going, 2, Some(&both), &[1, 2]);
+    leaving.record.as_mut().expect("mirrored").removing = true;
+    put(&nodes, 2, leaving);
+    let problem = "its disk is a new one";
+    let closed = control::Unopened { pool: "fast".into(), problem: problem.into() };
+    nodes.fakes[0].state().unopened.push(closed);
+    let report = recover(&driver).await;
+    let [unopened] = &report.unopened[..] else { panic!("{report:?}") };
+    assert_eq!((unopened.node.0.as_str(), unopened.pool.as_str()), ("node-1", "fast"));
+    let says = |text: &str| text.contains("node-1") && text.contains("pool fast") && text.contains(problem);
+    for (volume, state) in [(id, State::Waits), (going, State::Left)] {
+        let row = report.rows.iter().find(|row| row.volume == volume).expect("a row");
+        assert!(row.state == state && row.missing.len() == 1 && says(&row.missing[0]), "{row:?}");
+        let told = |text: &&String| text.contains(&volume.to_string()) && says(text);
+        assert!(report.problems.iter().any(|text| told(&text)), "{report:?}");
+    }
+    let plan = driver.controller.plan_force("pvc", &NodeName("node-2".into())).await.expect("it can be forced");
+    assert!(plan.losses.iter().any(|loss| loss.contains("its node answers") && says(loss)), "{plan:?}");
+    let refused = driver.controller.plan_force("pvc", &NodeName("node-1".into())).await.expect_err("it is not open");
+    assert!(says(&refused.to_string()), "{refused}");
+    // An older replica, and one where all is open, names none.
+    nodes.fakes[0].state().unopened.clear();
+    let report = recover(&driver).await;
+    assert!(report.unopened.is_empty() && report.rows.iter().any(|row| row.state == State::Waits), "{report:?}");
+}
+
 impl Driver {
     async fn publish_to(&self, id: VolumeId, node: &str) -> Result<(), tonic::Status> {
         self.publish(&id.to_string(), node, Mode::SingleNodeWriter, false).await

@@ -56,8 +56,19 @@ impl Node {
         Self::open(directory, started).await
     }
 
+    /// The same where nobody knows what an engine before this one has left.
+    pub async fn start_unknowing(directory: &Path) -> Self {
+        let bytes = std::fs::read_to_string(directory.join("bytes")).expect("bytes").parse().expect("a number");
+        let started = rig::start_engine(directory, IoChoice::Auto, bytes).await;
+        Self::open_with(directory, started, Memory::Lost).await
+    }
+
     /// Opens the copy with an engine that runs.
     pub async fn open(directory: &Path, started: Started) -> Self {
+        Self::open_with(directory, started, Memory::Kept).await
+    }
+
+    async fn open_with(directory: &Path, started: Started, memory: Memory) -> Self {
         let Started { handle, recovered, tree, volume } = started;
         let catalogue = Catalogue::at(directory.parent().expect("the lab"));
         let node = std::fs::read_to_string(directory.join("name")).expect("a name");
@@ -80,7 +91,7 @@ impl Node {
             volume,
             session: Arc::clone(&session),
             boot: BootId::from_bytes([9; 16]),
-            memory: Memory::Kept,
+            memory,
             first: Record { configuration, intact },
             reserve: reserve.clone(),
             requests,

@@ -57,6 +57,8 @@ pub struct Site {
     cluster: ClusterId,
     pub file: Embedded,
     nodes: BTreeMap<&'static str, SocketAddr>,
+    /// Of each node, beside its own.
+    pub pools: Vec<(&'static str, PathBuf)>,
     volumes: Vec<VolumeId>,
 }
 
@@ -69,7 +71,7 @@ impl Site {
             std::fs::create_dir_all(directory.path().join(node).join("pool")).expect("a directory");
         }
         let nodes = nodes.iter().map(|node| (*node, SocketAddr::from(([127, 0, 0, 1], 0)))).collect();
-        Self { directory, cluster: ClusterId::random(), file, nodes, volumes: Vec::new() }
+        Self { directory, cluster: ClusterId::random(), file, nodes, pools: Vec::new(), volumes: Vec::new() }
     }
 
     pub fn path(&self, node: &str) -> PathBuf {
@@ -85,11 +87,27 @@ impl Site {
         self.create_from(copies.iter().map(|node| (*node, InstanceId::random())).collect(), None).await
     }
 
+    /// The same with a copy in this pool of the node.
+    pub async fn create_in(&mut self, pool: &str, node: &'static str) -> Wanted {
+        let copies = BTreeMap::from([(node, InstanceId::random())]);
+        self.create_with(copies, None, pool).await
+    }
+
     /// The same for one whose copies may begin with a snapshot.
     pub async fn create_from(&mut self, copies: BTreeMap<&'static str, InstanceId>, base: Option<Base>) -> Wanted {
+        self.create_with(copies, base, "default").await
+    }
+
+    async fn create_with(
+        &mut self,
+        copies: BTreeMap<&'static str, InstanceId>,
+        base: Option<Base>,
+        pool: &str,
+    ) -> Wanted {
         let replicas = u8::try_from(copies.len()).expect("few");
         let mut volume = Volume::wanted(VolumeId::random(), self.request(Replication::Sync { replicas }));
-        let wanted = copies.iter().map(|(node, copy)| (*copy, at(node))).collect();
+        let in_pool = |node: &str| CopySpec { pool: pool.into(), ..at(node) };
+        let wanted = copies.iter().map(|(node, copy)| (*copy, in_pool(node))).collect();
         volume.spec.mirror = Some(MirrorSpec::new(wanted));
         volume.status.phase = VolumePhase::Ready;
         let is_whole = |copy: &InstanceId| base.as_ref().is_none_or(|base| base.clones.contains(copy));
@@ -190,7 +208,8 @@ impl Site {
             endpoint,
             boot: boot_id().expect("a boot id"),
         });
-        let pools = vec![("default".parse().expect("a name"), directory.join("pool"))];
+        let mut pools = vec![("default".parse().expect("a name"), directory.join("pool"))];
+        pools.extend(self.pools.iter().map(|(name, path)| (name.parse().expect("a name"), path.clone())));
         let settings = OpenSettings { dir: directory, pools, overcommit: 1.0 };
         let opened = Manager::open_with(settings, handle, recovered, async |manager, held| {
             mirrors.open_copies(manager, held).await;

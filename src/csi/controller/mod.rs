@@ -37,7 +37,7 @@ mod source;
 mod sweep;
 
 pub use operator::OperatorService;
-pub use recover::{ForceError, Promotion, Report, Row, State, recover};
+pub use recover::{ForceError, Promotion, Report, Row, State, Unopened, recover};
 pub use request::SizeRange;
 pub use service::ControllerService;
 

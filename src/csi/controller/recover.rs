@@ -3,7 +3,8 @@
 //! Invariants: what the catalogue has is never changed, but a configuration that is older than what the copies know
 //! ([`mirrored`]), and what it calls half made and is on the disks: that is ready; every volume and snapshot on the disks is in
 //! the catalogue afterwards, under its own id, so that whoever knows the id (a PersistentVolume does) can use it; where a name is lost
-//! or taken, it gets one that says so; a node that does not answer is named. Which nodes a volume is published to is not on
+//! or taken, it gets one that says so; a node that does not answer is named,
+//! and so is a pool that is not open. Which nodes a volume is published to is not on
 //! the disks: the callers publish again.
 
 mod choice;
@@ -46,6 +47,19 @@ pub struct Report {
     pub problems: Vec<String>,
     /// One for each volume of a cluster.
     pub rows: Vec<Row>,
+    /// Where volumes and snapshots may be that nobody has named.
+    pub unopened: Vec<Unopened>,
+}
+
+/// A pool that is not open, or that has copies which are not, on a node that has answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unopened {
+    /// Which node.
+    pub node: NodeName,
+    /// Its pool.
+    pub pool: String,
+    /// One sentence.
+    pub problem: String,
 }
 
 /// What became of a volume.
@@ -108,7 +122,7 @@ impl Controller {
 /// Puts back what the catalogue has lost.
 pub async fn recover(catalog: &Catalog, nodes: &Nodes) -> Result<Report, Transient> {
     let found = Inventory::ask(nodes).await?;
-    let mut report = Report::default();
+    let mut report = Report { unopened: found.unopened.clone(), ..Report::default() };
     for (node, error) in &found.silent {
         let done = "what only that node has is not put back; bring it back and repeat this";
         report.problems.push(format!("node {node} was not read, and {done}: {error}"));

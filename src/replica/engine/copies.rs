@@ -201,9 +201,11 @@ impl Engine {
         let Some(volume) = volumes[key.0 as usize].as_deref_mut() else { return };
         let Some(tree) = trees[volume.tree.0 as usize].as_ref() else { return };
         let Some(mirrored) = tree.store.mirrored(volume.id) else { return };
-        let Some(Opening { config, reply, .. }) = volume.opening.take() else { return };
-        // Also an engine that was killed before it could record that the memory of the one before it was gone.
-        let memory = if mirrored.boot == tree.life(config.boot) { config.memory } else { Memory::Lost };
+        let Some(Opening { config, reply, persisting: is_first }) = volume.opening.take() else { return };
+        // Also an engine that was killed before it could record that the memory of the one before it was gone. A copy whose
+        // first record was made just now has never acted: it has lost nothing, whatever an engine before this one has kept.
+        let is_kept = is_first || config.memory == Memory::Kept;
+        let memory = if is_kept && mirrored.boot == tree.life(config.boot) { Memory::Kept } else { Memory::Lost };
         let member = Member {
             copy: tree.id,
             incarnation: config.session.incarnation(),

@@ -50,6 +50,7 @@ pub use record::RecordView;
 pub use snapshots::{Copies, ExtentStream, NewSnapshot, SnapshotView};
 pub use standing::{CopyView, MirrorView};
 pub use status::{HealthEntry, HealthKind, VolumeView};
+pub use unopened::UnopenedView;
 pub use volumes::{NewVolume, Source};
 
 /// Space of a tree beside its blocks: two map logs of 4 MiB each, superblock, records, 1 MiB for names in each of two checkpoints.

@@ -1,10 +1,10 @@
 //! Pools: opened at start, added while running, and their figures.
 
 use super::errors::PoolFailure as Failure;
-use super::{BrokenPool, HIGH_WATER_SHARE, Manager, PoolState, largest_volume};
+use super::{BrokenPool, HIGH_WATER_SHARE, Index, Manager, PoolState, largest_volume};
 use crate::replica::operations::{Busy, OperationGuard};
 use crate::replica::pool::{Expected, Pool, PoolName, sync_directory, used_bytes};
-use crate::volume::PoolId;
+use crate::volume::{PoolId, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -80,6 +80,19 @@ impl PoolList {
     }
 }
 
+impl Index {
+    /// What is wrong with the copies of this pool that are not open; empty if all are.
+    pub(super) fn broken_trees_of(&self, name: &PoolName) -> String {
+        let broken: Vec<_> = self.broken_trees.iter().filter(|(_, tree)| tree.pool == *name).collect();
+        match broken.as_slice() {
+            [] => String::new(),
+            [(tree, first), rest @ ..] => {
+                format!("{} copies cannot be opened; the first is {tree}: {}", rest.len() + 1, first.problem)
+            }
+        }
+    }
+}
+
 impl Manager {
     /// The pool is there, now and after every restart.
     pub async fn add_pool(&self, add: AddPool) -> Result<PoolView, Failure> {
@@ -131,6 +144,16 @@ impl Manager {
         self.pool(name).is_some()
     }
 
+    /// Where the volume's copy is on this node.
+    pub fn pool_of(&self, volume: VolumeId) -> Option<PoolName> {
+        self.index().volumes.get(&volume).map(|place| place.pool.clone())
+    }
+
+    /// Where the snapshot is on this node.
+    pub fn pool_of_snapshot(&self, snapshot: SnapshotId) -> Option<PoolName> {
+        self.index().snapshots.get(&snapshot).map(|place| place.pool.clone())
+    }
+
     /// All pools, also those that could not be opened.
     pub async fn list_pools(&self) -> Vec<PoolView> {
         let (pools, broken) = {
@@ -159,22 +182,11 @@ impl Manager {
     }
 
     async fn view(&self, state: &Arc<PoolState>) -> PoolView {
-        let broken = self.broken_trees_of(&state.pool.name);
+        let broken = self.index().broken_trees_of(&state.pool.name);
         let state = state.clone();
         let fallback = state.clone();
         let made = tokio::task::spawn_blocking(move || state.view(&broken)).await;
         made.unwrap_or_else(|_| fallback.view("its figures could not be read"))
-    }
-
-    fn broken_trees_of(&self, name: &PoolName) -> String {
-        let index = self.index();
-        let broken: Vec<_> = index.broken_trees.iter().filter(|(_, tree)| tree.pool == *name).collect();
-        match broken.as_slice() {
-            [] => String::new(),
-            [(tree, first), rest @ ..] => {
-                format!("{} copies cannot be opened; the first is {tree}: {}", rest.len() + 1, first.problem)
-            }
-        }
     }
 
     /// Empties the trash of a pool in a thread of its own.

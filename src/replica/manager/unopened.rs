@@ -7,6 +7,7 @@
 use super::{Manager, SnapshotFailure, VolumeFailure};
 use crate::replica::pool::PoolName;
 use crate::volume::{SnapshotId, VolumeId};
+use std::collections::BTreeSet;
 
 /// Nobody can say now.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +19,28 @@ pub struct Unopened {
     problem: String,
 }
 
+/// A pool that is not open, or that has copies which are not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnopenedView {
+    /// Which.
+    pub pool: PoolName,
+    /// One sentence.
+    pub problem: String,
+}
+
 impl Manager {
+    /// Where something may be that is not known here.
+    pub fn unopened(&self) -> Vec<UnopenedView> {
+        let index = self.index();
+        let pools = index.broken_pools.iter();
+        let pools = pools.map(|(pool, broken)| UnopenedView { pool: pool.clone(), problem: broken.problem.clone() });
+        let with_copies: BTreeSet<_> = index.broken_trees.values().map(|tree| &tree.pool).collect();
+        let with_copies = with_copies.into_iter();
+        let with_copies =
+            with_copies.map(|pool| UnopenedView { pool: pool.clone(), problem: index.broken_trees_of(pool) });
+        pools.chain(with_copies).collect()
+    }
+
     /// As [`Self::delete_volume`], or [`Self::delete_unwritten`]; `pool` is where it is said to be, or empty.
     pub async fn ensure_no_volume(&self, volume: VolumeId, pool: &str, unwritten: bool) -> Result<(), VolumeFailure> {
         if self.place(volume).is_none() {

@@ -15,9 +15,10 @@
 //! * After a start nothing is asked of a primary before the catalogue has named the publication.
 
 use super::driver::Task;
+use super::local::Local;
 use super::reconcile::Trouble;
 use super::record::Parties;
-use super::{LAST_PAUSE, MirrorSettings, Mirrors};
+use super::{LAST_PAUSE, MirrorSettings};
 use crate::catalog::{Catalog, ClientSpec, Descriptor, MirrorSpec, UpdateError, Volume};
 use crate::protocol::{HEARTBEAT, SILENCE};
 use crate::replica::engine::{ClientConfig, EngineHandle, MirrorInput};
@@ -109,12 +110,12 @@ impl ClientDriver {
     }
 }
 
-impl Mirrors {
+impl Local {
     /// Makes the next steps for a volume that is used here without a copy, or was.
     pub(super) async fn reconcile_client(&mut self, manager: &Manager, volume: &Volume) -> Result<(), Trouble> {
         let Some(mirror) = &volume.spec.mirror else { return Ok(()) };
         let id = volume.id;
-        let named = mirror.client.as_ref().filter(|client| client.node == self.settings.node);
+        let named = mirror.client.as_ref().filter(|client| client.node == self.common.settings.node);
         let named = named.map(|ClientSpec { publication, .. }| *publication);
         if let Some(here) = manager.publication(id) {
             let engine = manager.engine_handle();
@@ -122,7 +123,7 @@ impl Mirrors {
             let status = engine.client_status(id).await?;
             if status.as_ref().is_some_and(|status| status.ended && status.device.is_none()) {
                 manager.end_client(id).await?;
-                self.clients.remove(&id);
+                self.client = None;
             } else if named != Some(here) {
                 return Ok(());
             }
@@ -146,14 +147,14 @@ impl Mirrors {
             return Ok(manager.close_client(id).await?);
         }
         let peers = self.copies_of(mirror);
-        if let Some(driver) = self.clients.get_mut(&id) {
+        if let Some(driver) = &mut self.client {
             driver.set_peers(peers);
-            if let Some(configuration) = self.settings.catalog.configuration(id).await? {
+            if let Some(configuration) = self.common.settings.catalog.configuration(id).await? {
                 driver.session.set_generation(configuration.stamp.generation);
             }
         }
         manager.engine_handle().tell_mirror(id, MirrorInput::Size(volume.status.size)).await?;
-        if let Some(driver) = self.clients.get(&id) {
+        if let Some(driver) = &self.client {
             driver.resized.notify_one();
         }
         Ok(())
@@ -168,7 +169,7 @@ impl Mirrors {
         let status = manager.engine_handle().client_status(id).await?;
         if status.is_none_or(|status| status.device.is_none()) {
             manager.close_client(id).await?;
-            self.clients.remove(&id);
+            self.client = None;
         }
         Ok(())
     }
@@ -180,15 +181,14 @@ impl Mirrors {
         publication: InstanceId,
     ) -> Result<(), Trouble> {
         let id = volume.id;
-        let configuration = self.settings.catalog.configuration(id).await?.ok_or(Trouble::NoConfiguration)?;
-        let opened = self.settings.endpoint.open(id, publication, configuration.stamp.generation);
+        let configuration = self.common.settings.catalog.configuration(id).await?.ok_or(Trouble::NoConfiguration)?;
+        let opened = self.common.settings.endpoint.open(id, publication, configuration.stamp.generation);
         let (session, events) = opened.map_err(super::driver::OpenError::from)?;
         let session = Arc::new(session);
         let config = ClientConfig { volume: id, publication, size: volume.status.size, session: Arc::clone(&session) };
         let descriptor = Descriptor::of(volume).encode();
         manager.open_client(config, descriptor).await?;
-        let driver = ClientDriver::begin(&self.settings, manager, id, publication, (session, events));
-        self.clients.insert(id, driver);
+        self.client = Some(ClientDriver::begin(&self.common.settings, manager, id, publication, (session, events)));
         tracing::info!(volume = %id, %publication, "it is used on this node without a copy");
         Ok(())
     }
@@ -197,8 +197,10 @@ impl Mirrors {
     fn copies_of(&self, mirror: &MirrorSpec) -> Parties {
         let mut parties = Parties::new();
         for (copy, spec) in &mirror.copies {
-            let (Some(address), Ok(node)) = (self.addresses.get(&spec.node), spec.node.0.parse()) else { continue };
-            if spec.node != self.settings.node {
+            let (Some(address), Ok(node)) = (self.common.addresses.get(&spec.node), spec.node.0.parse()) else {
+                continue;
+            };
+            if spec.node != self.common.settings.node {
                 parties.insert(*copy, (Party { node, copy: *copy }, *address));
             }
         }
@@ -209,8 +211,8 @@ impl Mirrors {
     pub(super) fn client_of(&self, mirror: &MirrorSpec) -> Parties {
         let mut parties = Parties::new();
         if let Some(ClientSpec { node, publication }) = &mirror.client
-            && *node != self.settings.node
-            && let (Some(address), Ok(name)) = (self.addresses.get(node), node.0.parse())
+            && *node != self.common.settings.node
+            && let (Some(address), Ok(name)) = (self.common.addresses.get(node), node.0.parse())
         {
             parties.insert(*publication, (Party { node: name, copy: *publication }, *address));
         }

@@ -18,8 +18,9 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 /// Requests of a core that wait for the catalogue; it says the others again at its next heartbeat.
 const MAX_REQUESTS: usize = 8;
-/// How long other volumes wait for one copy to be open: what is under way on it has ended by then, unless it is stuck.
-const OPEN_SOON: Duration = Duration::from_secs(1);
+/// How long is waited for one copy to be open: what is under way on it has ended by then, unless it is stuck. Much less than
+/// [`SOON`](super::errands::SOON), so that a copy that waits for space is not taken for a disk that hangs.
+const OPEN_SOON: Duration = Duration::from_millis(200);
 /// Looks at the catalogue that were asked for and have not begun: one is as good as many.
 const MAX_REFRESHES: usize = 8;
 

@@ -3,13 +3,13 @@
 //! Invariant: only what was read from the catalogue now ends a device, and only if it is not older than the copy, as far as that
 //! can be read. A copy that is still primary there, or may become it again without having been brought up to date, has its device.
 
-use super::Mirrors;
+use super::local::Local;
 use super::reconcile::Trouble;
 use crate::protocol::Configuration;
 use crate::replica::manager::Manager;
 use crate::volume::{InstanceId, VolumeId};
 
-impl Mirrors {
+impl Local {
     /// Looks whether the volume's device waits here for a copy that is overtaken.
     pub(super) async fn follow_left_device(&self, manager: &Manager, volume: VolumeId) -> Result<(), Trouble> {
         let Some(copy) = manager.left_copy(volume).await? else { return Ok(()) };

@@ -7,9 +7,10 @@
 //!   not wanted, here   no member, or the volume is deleted ─> recorded as going ─> taken out of the catalogue ─> removed
 //! ```
 
+use super::OlderCatalogue;
 use super::driver::{OpenError, Opened, Opening};
+use super::local::{Crowded, Local};
 use super::record::{CopyRecord, PeerRecord};
-use super::{Mirrors, OlderCatalogue};
 use crate::catalog::{
     Catalog, CatalogError, ConfigurationError, CopyReport, CopySpec, Descriptor, MirrorSpec, Stored, UpdateError,
     Volume, VolumePhase, VolumeSpec,
@@ -43,6 +44,13 @@ pub(super) enum Trouble {
     Pool(#[from] BadPoolName),
     #[error("its copy waits for what was asked of its device before")]
     Opening,
+    #[error(
+        "what was begun for it takes long: the disk of its pool, or the catalogue, does not answer soon; others in that pool may \
+         wait for it, and volumes in other pools go on"
+    )]
+    UnderWay,
+    #[error(transparent)]
+    Crowded(#[from] Crowded),
     #[error("the catalogue has no configuration of it yet: if it was lost, use `tandem recover`")]
     NoConfiguration,
     #[error(transparent)]
@@ -51,14 +59,18 @@ pub(super) enum Trouble {
     Record(#[from] serde_json::Error),
 }
 
-impl Mirrors {
-    /// Makes the next steps for one volume; all of them unless something fails.
-    pub(super) async fn reconcile(&mut self, manager: &Manager, id: VolumeId) -> Result<(), Trouble> {
+impl Local {
+    /// Makes the next steps for the volume; all of them unless something fails.
+    pub(super) async fn reconcile(&mut self, manager: &Manager) -> Result<(), Trouble> {
+        let id = self.volume;
+        if let Some(pool) = manager.pool_of(id) {
+            self.enter(Some(pool))?;
+        }
         let mut here = manager.copy_here(id);
         if let Some(gone) = here.take_if(|here| CopyRecord::decode(&here.record).is_ok_and(|r| r.removing)) {
             self.finish_removal(manager, &gone).await?;
         }
-        let catalog = self.settings.catalog.clone();
+        let catalog = self.common.settings.catalog.clone();
         let Some(stored) = catalog.get::<Volume>(&id.to_string()).await? else {
             if let Some(here) = here {
                 tracing::warn!(volume = %id, copy = %here.tree, "the catalogue does not know the volume of a copy on this node: it is kept, use `tandem recover`");
@@ -66,9 +78,8 @@ impl Mirrors {
             return self.forget_client(manager, id).await;
         };
         let Some(mirror) = stored.object.spec.mirror.clone() else { return Ok(()) };
-        if let Some(copy) = manager.sole_tree(id).filter(|tree| self.is_ours(&mirror, *tree)) {
+        if manager.sole_tree(id).is_some_and(|tree| self.is_ours(&mirror, tree)) {
             manager.join_mirror(id, CopyRecord::default().encode()).await?;
-            self.kept.insert(copy);
             here = manager.copy_here(id);
         }
         let left = self.follow_left_device(manager, id).await;
@@ -83,10 +94,10 @@ impl Mirrors {
         mirror: &MirrorSpec,
         here: Option<CopyHere>,
     ) -> Result<(), Trouble> {
-        let (id, catalog) = (stored.object.id, self.settings.catalog.clone());
+        let (id, catalog) = (stored.object.id, self.common.settings.catalog.clone());
         self.reconcile_client(manager, &stored.object).await?;
         let deleted = stored.object.spec.deleted;
-        let wanted = mirror.copies_on(&self.settings.node).next().filter(|_| !deleted);
+        let wanted = mirror.copies_on(&self.common.settings.node).next().filter(|_| !deleted);
         // As long as it is used here without a copy, none is made.
         let wanted = wanted.filter(|_| manager.publication(id).is_none());
         let wanted = wanted.map(|(copy, spec)| (copy, spec.clone()));
@@ -111,14 +122,14 @@ impl Mirrors {
     }
 
     fn is_ours(&self, mirror: &MirrorSpec, copy: InstanceId) -> bool {
-        mirror.copies.get(&copy).is_some_and(|spec| spec.node == self.settings.node)
+        mirror.copies.get(&copy).is_some_and(|spec| spec.node == self.common.settings.node)
     }
 
     /// The configuration in the catalogue, if that is not older than the copy on this node.
     pub(super) async fn committed(&self, manager: &Manager, volume: VolumeId) -> Result<Configuration, Trouble> {
         // Before the catalogue is read: what becomes durable meanwhile may be newer.
         let here = manager.durable_record(volume).await.map(|record| record.configuration.stamp);
-        let found = self.settings.catalog.configuration(volume).await?.ok_or(Trouble::NoConfiguration)?;
+        let found = self.common.settings.catalog.configuration(volume).await?.ok_or(Trouble::NoConfiguration)?;
         OlderCatalogue::check(found.stamp, here)?;
         Ok(found)
     }
@@ -141,6 +152,7 @@ impl Mirrors {
             tracing::error!(volume = %volume.id, %copy, "this node's copy is gone with what it held: give the volume another one");
             return Ok(());
         }
+        self.enter(Some(pool.clone()))?;
         let configuration = self.committed(manager, volume.id).await?;
         let record = self.record_of(volume, copy, &configuration, &CopyRecord::default());
         let base = volume.spec.base.as_ref().filter(|base| base.clones.contains(&copy));
@@ -153,9 +165,6 @@ impl Mirrors {
             source: base.map_or(Source::Blank, |base| Source::Snapshot(base.snapshot)),
         };
         manager.ensure_copy(new, copy, record.encode()).await?;
-        if base.is_none() {
-            self.kept.insert(copy);
-        }
         let Some(here) = manager.copy_here(volume.id) else { return Ok(()) };
         self.keep(manager, stored, &here).await
     }
@@ -175,21 +184,21 @@ impl Mirrors {
         if let Some(descriptor) = renewed(&here.descriptor, &stored.object) {
             manager.modify_volume(volume, None, Some(descriptor.encode())).await?;
         }
-        confirm(&self.settings.catalog, stored, copy, report).await?;
-        if !self.drivers.contains_key(&volume) {
+        confirm(&self.common.settings.catalog, stored, copy, report).await?;
+        if self.driver.is_none() {
             // Until it has a record of its own it has never acted, and nobody could count on it without its answer.
             let first = Record { intact: configuration.is_member(copy), configuration };
-            let opening = Opening { volume, tree: copy, memory: self.memory(copy), size: record.size, first };
-            let begin = || Opened::begin(&self.settings, manager, opening);
-            let mut opened = self.opening.remove(&volume).unwrap_or_else(begin);
+            let opening = Opening { volume, tree: copy, memory: self.common.memory(copy), size: record.size, first };
+            let begin = || Opened::begin(&self.common.settings, manager, opening);
+            let mut opened = self.opening.take().unwrap_or_else(begin);
             let Some(driver) = opened.soon().await else {
-                self.opening.insert(volume, opened);
+                self.opening = Some(opened);
                 return Err(Trouble::Opening);
             };
-            self.drivers.insert(volume, driver?);
+            self.driver = Some(driver?);
         }
-        if let Some(driver) = self.drivers.get_mut(&volume) {
-            let mut peers = record.parties(&self.settings.node);
+        if let Some(driver) = &mut self.driver {
+            let mut peers = record.parties(&self.common.settings.node);
             peers.extend(client);
             driver.set_peers(&peers);
             driver.set_size(manager, size).await?;
@@ -215,7 +224,7 @@ impl Mirrors {
         peers.remove(&copy);
         for peer in peers.values_mut() {
             // A node that the catalogue does not name now is called where it was.
-            peer.address = self.addresses.get(&peer.node).copied().or(peer.address);
+            peer.address = self.common.addresses.get(&peer.node).copied().or(peer.address);
         }
         CopyRecord { peers, removing: false, size: before.size.max(Some(volume.status.size)) }
     }
@@ -226,7 +235,7 @@ impl Mirrors {
         if !deleted {
             if self.committed(manager, volume).await?.is_member(here.tree) {
                 // Its primary drops it first; the change of the configuration brings this here again.
-                if let Some(driver) = self.drivers.get(&volume) {
+                if let Some(driver) = &self.driver {
                     driver.look();
                 }
                 return Ok(());
@@ -257,21 +266,19 @@ impl Mirrors {
     /// Nobody can want it back: the record beside it says that it goes.
     async fn finish_removal(&mut self, manager: &Manager, here: &CopyHere) -> Result<(), Trouble> {
         // Its name in the catalogue goes first: when its volume is gone there, nobody would take it out.
-        if let Some(stored) = self.settings.catalog.get::<Volume>(&here.volume.to_string()).await? {
-            unconfirm(&self.settings.catalog, stored, |copy| copy == here.tree).await?;
+        if let Some(stored) = self.common.settings.catalog.get::<Volume>(&here.volume.to_string()).await? {
+            unconfirm(&self.common.settings.catalog, stored, |copy| copy == here.tree).await?;
         }
         manager.close_copy(here.volume).await?;
-        self.opening.remove(&here.volume);
-        self.drivers.remove(&here.volume);
+        (self.opening, self.driver) = (None, None);
         manager.delete_copy(here.volume).await?;
-        self.kept.remove(&here.tree);
         tracing::info!(volume = %here.volume, copy = %here.tree, "a copy was removed");
         Ok(())
     }
 
     /// A deleted volume of which nothing is here.
     async fn unconfirm_all(&self, stored: Stored<Volume>, mirror: &MirrorSpec) -> Result<(), Trouble> {
-        unconfirm(&self.settings.catalog, stored, |copy| self.is_ours(mirror, copy)).await
+        unconfirm(&self.common.settings.catalog, stored, |copy| self.is_ours(mirror, copy)).await
     }
 }
 

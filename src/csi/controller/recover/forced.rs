@@ -95,6 +95,7 @@ struct Known {
     current: bool,
     newest: Configuration,
     found: Copies,
+    inventory: Inventory,
 }
 
 impl Controller {
@@ -152,7 +153,7 @@ impl Controller {
         let newest = newest.max_by_key(|known| known.stamp);
         let newest = newest.ok_or_else(|| Transient::NoNode(format!("nobody knows a configuration of volume {id}")))?;
         let current = now.is_some_and(|now| now == newest);
-        Ok(Known { stored, mirror, there, current, newest, found })
+        Ok(Known { stored, mirror, there, current, newest, found, inventory })
     }
 }
 
@@ -163,6 +164,9 @@ impl Known {
         let refused = |why: String| ForceError::NoCopy { id, node: node.clone(), why };
         let here = self.found.iter().find(|(_, found)| found.node == *node && !found.removing);
         let Some((copy, found)) = here else {
+            if let Some(closed) = self.inventory.closed(node) {
+                return Err(refused(format!("not everything is open there: {closed}")));
+            }
             let has: Vec<_> = self.found.values().map(|found| found.node.clone()).collect();
             return Err(refused(format!(
                 "the node does not answer, or has none; those that have one: {}",
@@ -215,8 +219,8 @@ impl Known {
             )),
         }
         for other in self.newest.copies().filter(|other| *other != copy) {
-            let place =
-                self.mirror.copies.get(&other).map_or_else(|| format!("copy {other}"), |spec| spec.node.to_string());
+            let at = self.mirror.copies.get(&other).map(|spec| &spec.node);
+            let place = at.map_or_else(|| format!("copy {other}"), NodeName::to_string);
             let role = if self.newest.primary == Some(other) {
                 "the primary"
             } else if self.newest.is_member(other) {
@@ -224,7 +228,11 @@ impl Known {
             } else {
                 "no member"
             };
-            let reached = if self.found.contains_key(&other) { "it answers" } else { "it is not reached" };
+            let reached = match at.and_then(|node| self.inventory.closed(node)) {
+                _ if self.found.contains_key(&other) => "it answers".to_owned(),
+                Some(closed) => format!("its node answers, and it is not open there: {closed}"),
+                None => "it is not reached".to_owned(),
+            };
             losses.push(format!(
                 "the copy on {place} ({role} of version {version}; {reached}) is thrown away and made anew; nothing of it is kept"
             ));

@@ -3,6 +3,7 @@
 //! Invariants: nodes are asked at once and each says everything or is silent, so nothing is known by halves; of a machine
 //! alone silence is an error.
 
+use super::Unopened;
 use super::choice::Found;
 use crate::catalog::{NodeName, VolumeConfiguration};
 use crate::csi::control::ControlError;
@@ -25,12 +26,14 @@ pub(super) struct Inventory {
     pub read: Vec<NodeName>,
     /// Who has not.
     pub silent: Vec<(NodeName, ControlError)>,
+    /// Pools of those who have, of which not everything was read.
+    pub unopened: Vec<Unopened>,
 }
 
-type Answer = Result<(Vec<control::Volume>, Vec<control::Snapshot>), ControlError>;
+type Answer = Result<(control::ListVolumesResponse, Vec<control::Snapshot>), ControlError>;
 
 async fn ask(node: &Node) -> Answer {
-    let volumes = node.copies().await?;
+    let volumes = node.look().await?;
     let answer = node.control.client().list_snapshots(ListSnapshotsRequest {}).await;
     Ok((volumes, answer.map_err(|status| node.control.refusal(status))?.into_inner().snapshots))
 }
@@ -56,14 +59,24 @@ impl Inventory {
         Ok(found)
     }
 
-    fn add(&mut self, node: NodeName, (volumes, snapshots): (Vec<control::Volume>, Vec<control::Snapshot>)) {
-        for volume in volumes {
+    fn add(&mut self, node: NodeName, (found, snapshots): (control::ListVolumesResponse, Vec<control::Snapshot>)) {
+        let unopened = found.unopened.into_iter();
+        let unopened = unopened.map(|found| Unopened { node: node.clone(), pool: found.pool, problem: found.problem });
+        self.unopened.extend(unopened);
+        for volume in found.volumes {
             self.volumes.entry(volume.volume_id.clone()).or_default().push((node.clone(), volume));
         }
         for snapshot in snapshots {
             self.snapshots.entry(snapshot.snapshot_id.clone()).or_default().push((node.clone(), snapshot));
         }
         self.read.push(node);
+    }
+
+    /// What of this node was not read although it has answered, for people.
+    pub fn closed(&self, node: &NodeName) -> Option<String> {
+        let closed: Vec<_> = self.unopened.iter().filter(|unopened| unopened.node == *node).collect();
+        let text = closed.iter().map(|unopened| format!("pool {}: {}", unopened.pool, unopened.problem));
+        (!closed.is_empty()).then(|| text.collect::<Vec<_>>().join("; "))
     }
 
     /// Whether the volume has copies on several nodes.

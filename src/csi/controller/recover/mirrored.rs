@@ -280,19 +280,21 @@ impl Case<'_> {
     /// Where a copy is that was not read, for people.
     fn place(&self, copy: &InstanceId) -> String {
         match self.node_of(copy) {
-            Some(node) if self.inventory.read.contains(&node) => {
-                format!("{node} (it answers and does not have the copy: is its pool missing?)")
-            }
+            Some(node) if self.inventory.read.contains(&node) => match self.inventory.closed(&node) {
+                Some(closed) => format!("{node} (it answers, and not everything is open there: {closed})"),
+                None => format!("{node} (it answers and does not have the copy: is its pool missing?)"),
+            },
             Some(node) => node.0,
             None => format!("an unknown node (copy {copy})"),
         }
     }
 
-    /// Where copies are that the ones that were read know of, and whose nodes were not read.
+    /// Where copies are that the ones that were read know of, and whose nodes were not read, or have more than was read.
     fn unread(&self) -> Vec<String> {
         let named = choice::newest(&self.found).into_iter().flat_map(Configuration::copies);
         let peers = self.found.values().flat_map(|found| found.peers.keys().copied());
-        let was_read = |copy: &InstanceId| self.node_of(copy).is_some_and(|node| self.inventory.read.contains(&node));
+        let all_read = |node: &NodeName| self.inventory.read.contains(node) && self.inventory.closed(node).is_none();
+        let was_read = |copy: &InstanceId| self.node_of(copy).is_some_and(|node| all_read(&node));
         let unread: BTreeSet<_> =
             named.chain(peers).filter(|copy| !self.found.contains_key(copy) && !was_read(copy)).collect();
         unread.iter().map(|copy| self.place(copy)).collect()
