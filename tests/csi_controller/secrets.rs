@@ -36,6 +36,8 @@ async fn no_log_line_and_no_answer_has_a_secret() {
     let writer = log.clone();
     let subscriber =
         tracing_subscriber::fmt().with_writer(move || writer.clone()).with_max_level(tracing::Level::TRACE);
+    // With one dispatcher alone, the thread of another test that comes to a line first decides that nobody wants it.
+    let _second = tracing::Dispatch::new(tracing_subscriber::registry());
     let _quiet = tracing::subscriber::set_default(subscriber.finish());
     let site = Site::new();
     let service = site.driver().service;
